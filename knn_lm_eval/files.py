@@ -1,0 +1,97 @@
+"""Writing files so that nobody ever sees half of one, and hashing them with a progress bar."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from tqdm import tqdm
+
+from knn_lm_eval.errors import UserError
+
+
+def fsync(path: Path) -> None:
+    """Make what was written to ``path`` (a file or a folder) survive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def replace_file(temporary: Path, final: Path) -> None:
+    """Put a finished temporary file in the place of ``final``, all at once."""
+    fsync(temporary)
+    os.replace(temporary, final)
+    fsync(final.parent)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write ``content`` as JSON, all at once."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    replace_file(temporary, path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object; raises UserError where the file is not one."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path} is damaged: it is not valid JSON ({error}).") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is damaged: it should hold a JSON object.")
+    return content
+
+
+def write_npy_header(file: BinaryIO, dtype: Any, shape: tuple[int, ...]) -> None:
+    """Write the .npy header of a C-ordered array; its length does not depend on ``shape[0]``."""
+    header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, header)
+
+
+def sha256(path: Path, progress: bool = True) -> str:
+    """The hexadecimal SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with (
+        open(path, "rb") as file,
+        tqdm(
+            total=path.stat().st_size,
+            unit="B",
+            unit_scale=True,
+            desc=f"Checksum of {path.name}",
+            disable=not progress or path.stat().st_size < 2**28,
+        ) as bar,
+    ):
+        while block := file.read(2**22):
+            digest.update(block)
+            bar.update(len(block))
+    return digest.hexdigest()
+
+
+def check_free_space(folder: Path, needed: int, purpose: str) -> None:
+    """Raise UserError unless the disk that holds ``folder`` has ``needed`` bytes (and 1 % to spare)."""
+    free = shutil.disk_usage(folder).free
+    if needed * 1.01 > free:
+        raise UserError(
+            f"Not enough disk space in {folder}: {purpose} take {needed / 2**30:.2f} GiB and "
+            f"{free / 2**30:.2f} GiB are free; free some space or choose another folder."
+        )
+
+
+@contextmanager
+def disk_errors_in(folder: Path) -> Iterator[None]:
+    """Turn the operating system's refusal to write (full, read-only, no permission) into a UserError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or isinstance(error, ConnectionError):
+            raise
+        raise UserError(f"Cannot write to {folder}: {error.strerror or error}.") from error

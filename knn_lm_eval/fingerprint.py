@@ -1,0 +1,75 @@
+"""Telling whether a datastore was made by the model and tokenizer that now want to use it.
+
+The fingerprint is what the model does, not what its files are called: the key that it gives after a few fixed
+token ids, and the ids that its tokenizer gives for a fixed text. A renamed or converted copy passes, another
+model does not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from typing import Any
+
+import torch
+
+from knn_lm_eval.errors import UserError
+from knn_lm_eval.language_model import CausalLM
+
+logger = logging.getLogger(__name__)
+
+PROBE_TEXT = "The 3rd Commission's décision (EU) no. 17/2004 — naïve, isn't it?\n\n\tΩμέγα 東京 = x_1 + 2.5e-3"
+PROBE_LENGTH = 16
+# bfloat16 instead of float32, or an 8-bit copy, moves a key by 1 to 3 %; another model by more than its length.
+SAME_MODEL, SIMILAR_MODEL = 0.05, 0.3
+
+
+def take_fingerprint(model: CausalLM, tokenizer: Any) -> dict[str, Any]:
+    """The fingerprint of a model and its tokenizer, ready for JSON."""
+    vocabulary = model.inner.get_input_embeddings().weight.shape[0]
+    token_ids = [(7 + 37 * i) % vocabulary for i in range(PROBE_LENGTH)]
+    key = model.encode(torch.tensor([token_ids]))[0][0, -1].float().cpu()
+    return {
+        "token_ids": token_ids,
+        "key": [float(f"{x:.5g}") for x in key.tolist()],
+        "tokenizer_sha256": hashlib.sha256(
+            json.dumps(tokenizer(PROBE_TEXT, add_special_tokens=False)["input_ids"]).encode()
+        ).hexdigest(),
+    }
+
+
+def check_fingerprint(stored: dict[str, Any], current: dict[str, Any], made_by: str, used_by: str) -> None:
+    """Compare the store's fingerprint with that of the model at hand.
+
+    Parameters
+    ----------
+    stored, current : from ``take_fingerprint``.
+    made_by, used_by : the two models' names, for the message.
+
+    Raises
+    ------
+    UserError
+        Where the tokenizers differ, the dimensions differ, or the keys are too far apart.
+    """
+    advice = f"the datastore was made with {made_by}, this model is {used_by}; use the store's own model or dump another"
+    if len(stored["key"]) != len(current["key"]):
+        raise UserError(
+            f"The datastore's keys have {len(stored['key'])} numbers and this model's {len(current['key'])}: {advice}."
+        )
+    if stored["tokenizer_sha256"] != current["tokenizer_sha256"]:
+        raise UserError(f"The datastore's tokenizer is not this model's: {advice}.")
+    if stored["token_ids"] != current["token_ids"]:
+        raise UserError(f"The datastore's model has another vocabulary than this model: {advice}.")
+    before, now = torch.tensor(stored["key"]), torch.tensor(current["key"])
+    distance = float((before - now).norm() / before.norm())
+    if not distance <= SIMILAR_MODEL:
+        raise UserError(f"This model's keys are {distance:.0%} away from the datastore's: {advice}.")
+    if distance > SAME_MODEL:
+        logger.warning(
+            "This model's keys are %.0f %% away from the datastore's (another dtype, quantization or fine-tuning?): "
+            "it was made with %s, this model is %s. Retrieval will be worse than with a store of its own.",
+            100 * distance,
+            made_by,
+            used_by,
+        )

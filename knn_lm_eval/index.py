@@ -1,0 +1,141 @@
+"""A faiss index beside its datastore: the file pair ``NAME.faiss`` and ``NAME.json``, opening it, settings.
+
+The JSON says what the index was built from (the checksum of the keys), how (factory string, metric), which
+``probe`` was found good enough, and how well it retrieves; see ``build_index.py`` for the figures.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+# faiss tells the root logger which of its builds it tries; lm-eval would print that.
+logging.getLogger("faiss.loader").setLevel(logging.WARNING)
+import faiss  # noqa: E402
+
+from knn_lm_eval.datastore import Datastore  # noqa: E402
+from knn_lm_eval.errors import UserError  # noqa: E402
+from knn_lm_eval.files import read_json  # noqa: E402
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_INDEX = "index"
+METRICS = {"l2": faiss.METRIC_L2, "dot": faiss.METRIC_INNER_PRODUCT}
+
+
+@dataclass(frozen=True)
+class IndexFiles:
+    """Where the index called ``name`` of a datastore lies."""
+
+    folder: Path
+    name: str = DEFAULT_INDEX
+
+    @property
+    def index(self) -> Path:
+        return self.folder / f"{self.name}.faiss"
+
+    @property
+    def metadata(self) -> Path:
+        return self.folder / f"{self.name}.json"
+
+
+def open_index(datastore: Datastore, name: str = DEFAULT_INDEX) -> tuple[faiss.Index, dict[str, Any]]:
+    """Open the index ``name`` of ``datastore``, memory-mapped where faiss can do so for its type.
+
+    Returns
+    -------
+    index : the faiss index; ``probe`` is not set.
+    metadata : the content of the JSON beside it.
+
+    Raises
+    ------
+    UserError
+        Where there is none, it is damaged, or it was built for other keys.
+    """
+    files = IndexFiles(datastore.path, name)
+    if not files.index.is_file() or not files.metadata.is_file():
+        built = sorted(path.stem for path in datastore.path.glob("*.faiss") if path.with_suffix(".json").exists())
+        have = f"it has {', '.join(built)}" if built else "build one with build_index"
+        raise UserError(f"The datastore {datastore.path} has no index called {name!r}: {have}.")
+    metadata = read_json(files.metadata)
+    if metadata.get("keys_sha256") != datastore.keys_checksum:
+        raise UserError(
+            f"The index {files.index} was built for other keys than those in {datastore.path}; build it again."
+        )
+    if (size := files.index.stat().st_size) != metadata.get("bytes"):
+        raise UserError(
+            f"The index {files.index} is damaged: it has {size} bytes, {files.metadata.name} says "
+            f"{metadata.get('bytes')}; build it again."
+        )
+    try:
+        index = faiss.read_index(str(files.index), faiss.IO_FLAG_MMAP_IFC)
+    except RuntimeError as error:
+        raise UserError(
+            f"The index {files.index} is damaged: faiss cannot read it ({_reason(error)}); build it again."
+        ) from error
+    if index.ntotal != len(datastore) or index.d != datastore.dimension:
+        raise UserError(
+            f"The index {files.index} holds {index.ntotal} vectors of {index.d} numbers, the datastore "
+            f"{len(datastore)} of {datastore.dimension}; build it again."
+        )
+    return index, metadata
+
+
+def inverted_file(index: faiss.Index) -> faiss.IndexIVF | None:
+    """The IVF index inside ``index`` (below a pre-transform, say), or None where there is none."""
+    try:
+        return faiss.extract_index_ivf(index)
+    except RuntimeError:
+        return None
+
+
+def set_probe(index: faiss.Index, probe: int) -> None:
+    """Set the number of inverted lists that a search visits; nothing to set in an index without lists."""
+    if (ivf := inverted_file(index)) is not None:
+        ivf.nprobe = min(probe, ivf.nlist)
+
+
+def to_gpus(index: faiss.Index) -> faiss.Index:
+    """Put ``index`` on all visible GPUs in float16: a copy on each, or in shards where a copy does not fit.
+
+    With no GPU, or a faiss without GPU support, says so once and returns ``index`` as it is.
+    """
+    if getattr(faiss, "get_num_gpus", lambda: 0)() == 0:
+        logger.warning("knn_gpu=True, but faiss sees no GPU (faiss-gpu needed): searching on the CPU.")
+        return index
+    options = faiss.GpuMultipleClonerOptions()
+    options.useFloat16 = True
+    try:
+        return faiss.index_cpu_to_all_gpus(index, options)
+    except RuntimeError as error:
+        logger.info("The index does not fit one GPU (%s): sharding it over all.", _reason(error))
+        options.shard = True
+        return faiss.index_cpu_to_all_gpus(index, options)
+
+
+def search(index: faiss.Index, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Search for the ``k`` nearest entries of each query.
+
+    Parameters
+    ----------
+    queries : float32 ``[n, dimension]``.
+
+    Returns
+    -------
+    distances : float32 ``[n, k]``, the smaller the nearer (squared L2, or the negated inner product);
+        infinity in empty slots.
+    entries : int64 ``[n, k]``; -1 in empty slots.
+    """
+    scores, entries = index.search(queries, k)
+    distances = -scores if index.metric_type == faiss.METRIC_INNER_PRODUCT else scores
+    distances[entries < 0] = np.inf
+    return distances, entries
+
+
+def _reason(error: RuntimeError) -> str:
+    """The point of a faiss error, which begins with the C++ signature and source line."""
+    return str(error).strip().splitlines()[0].rpartition(": ")[2][:200]

@@ -1,0 +1,271 @@
+"""Building a faiss index over a datastore's keys, and measuring how well it serves kNN-LM.
+
+Keys are streamed in chunks; a checkpoint is written now and then, so an interrupted build goes on from there.
+The finished index is compared with exact search on held-out queries (entries of the store, each with itself
+taken out of both results), because an index that ranks well can still have distances of no use for a softmax.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+import torch
+from faiss.contrib.exhaustive_search import knn_ground_truth
+from tqdm import tqdm
+
+from knn_lm_eval.datastore import Datastore
+from knn_lm_eval.errors import UserError
+from knn_lm_eval.files import check_free_space, disk_errors_in, read_json, replace_file, write_json
+from knn_lm_eval.index import DEFAULT_INDEX, METRICS, IndexFiles, inverted_file, search, set_probe
+from knn_lm_eval.mixture import knn_log_prob, neighbour_log_weights
+
+logger = logging.getLogger(__name__)
+
+EXACT_UP_TO = 2**16  # entries; below, exact search costs less than an approximate index saves
+ADD_CHUNK = 2**16  # keys read and added at a time
+CHECKPOINT_SECONDS = 300
+VECTORS_PER_LIST = 64  # training sample; faiss asks for 39 to 256 per inverted list
+PROBES = (1, 2, 4, 8, 16, 32, 64, 128)
+# The probe recommended is the smallest whose p_kNN error is within this factor of the largest probe's.
+ENOUGH = 1.05
+
+
+def choose_factory(count: int) -> str:
+    """The faiss factory string for a store of ``count`` entries: exact when small, RaBitQ codes when large.
+
+    RaBitQ's distance estimates are unbiased, which a softmax over distances needs, at a little over one bit per
+    dimension. The number of lists is the power of two nearest to 2 sqrt(count): lists of a few hundred entries.
+    """
+    if count < EXACT_UP_TO:
+        return "Flat"
+    return f"IVF{2 ** round(math.log2(2 * math.sqrt(count)))},RaBitQfs"
+
+
+def build_index(
+    datastore: Datastore,
+    factory: str = "auto",
+    *,
+    sim_func: str = "l2",
+    name: str = DEFAULT_INDEX,
+    train_sample: int | None = None,
+    quality_queries: int = 512,
+    k: int = 1024,
+    knn_temp: float = 1.0,
+    seed: int = 1,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Build the index ``name`` over all keys of ``datastore`` and write it beside them.
+
+    Parameters
+    ----------
+    factory : a faiss factory string, or ``auto`` (see ``choose_factory``).
+    sim_func : what nearness means: ``l2`` or ``dot``.
+    train_sample : keys to train on; None takes 64 per inverted list, and at least 65,536.
+    quality_queries : held-out queries for the comparison with exact search; 0 leaves it out.
+    k, knn_temp : neighbours and temperature of that comparison.
+    seed : of the training sample and the held-out queries.
+    resume : go on with an interrupted build.
+    overwrite : replace a finished index of that name.
+
+    Returns
+    -------
+    The index's metadata, as written to ``NAME.json``.
+
+    Raises
+    ------
+    UserError
+        Where faiss does not know the factory string, the index exists, or the disk is full.
+    """
+    if sim_func not in METRICS:
+        raise UserError(f"sim_func={sim_func!r} is unknown; use l2 or dot.")
+    factory = choose_factory(len(datastore)) if factory == "auto" else factory
+    files = IndexFiles(datastore.path, name)
+    if files.index.exists() and not overwrite:
+        raise UserError(f"The index {files.index} exists already; choose another --name or give --overwrite.")
+    checkpoint = files.folder / f"{name}.faiss.part"
+    settings = {
+        "factory": factory,
+        "sim_func": sim_func,
+        "seed": seed,
+        "train_sample": train_sample,
+        "keys_sha256": datastore.keys_checksum,
+    }
+    with disk_errors_in(datastore.path):
+        index, seconds = _resume(checkpoint, settings) if resume else (None, {})
+        if index is None:
+            index = _train(datastore, factory, sim_func, train_sample, seed, seconds)
+        _add(datastore, index, checkpoint, settings, seconds)
+        metadata: dict[str, Any] = {
+            **settings,
+            "count": len(datastore),
+            "type": type(index).__name__,
+            "seconds": {stage: round(value, 1) for stage, value in seconds.items()},
+            "faiss": faiss.__version__,
+        }
+        if quality_queries:
+            metadata |= measure_quality(datastore, index, sim_func, min(k, len(datastore)), knn_temp, quality_queries, seed)
+        _write(index, checkpoint)
+        metadata["bytes"] = checkpoint.stat().st_size
+        # The metadata goes last: whoever finds both finds a finished index.
+        files.metadata.unlink(missing_ok=True)
+        replace_file(checkpoint, files.index)
+        write_json(files.metadata, metadata)
+        _state(checkpoint).unlink(missing_ok=True)
+    return metadata
+
+
+def _state(checkpoint: Path) -> Path:
+    return checkpoint.with_name(checkpoint.name + ".json")
+
+
+def _resume(checkpoint: Path, settings: dict[str, Any]) -> tuple[faiss.Index | None, dict[str, float]]:
+    if not checkpoint.exists() or not _state(checkpoint).exists():
+        return None, {}
+    state = read_json(_state(checkpoint))
+    if state["settings"] != settings:
+        raise UserError(
+            f"The unfinished index {checkpoint} was begun with {state['settings']}, now it is {settings}; "
+            f"give the same settings, or leave out --resume to start anew."
+        )
+    index = faiss.read_index(str(checkpoint))
+    logger.info("Going on at %d entries.", index.ntotal)
+    return index, state["seconds"]
+
+
+def _train(
+    datastore: Datastore, factory: str, sim_func: str, train_sample: int | None, seed: int, seconds: dict[str, float]
+) -> faiss.Index:
+    try:
+        index = faiss.index_factory(datastore.dimension, factory, METRICS[sim_func])
+    except RuntimeError as error:
+        raise UserError(
+            f"faiss cannot make an index {factory!r} for keys of {datastore.dimension} numbers: "
+            f"{str(error).strip().splitlines()[-1][:200]}"
+        ) from error
+    if index.is_trained:
+        return index
+    ivf = inverted_file(index)
+    wanted = train_sample or max(2**16, VECTORS_PER_LIST * (ivf.nlist if ivf else 0))
+    if ivf is not None and ivf.nlist > len(datastore):
+        raise UserError(f"{factory} has more lists than the store has entries ({len(datastore)}); choose fewer.")
+    sample = np.sort(np.random.default_rng(seed).permutation(len(datastore))[: min(wanted, len(datastore))])
+    if ivf is not None and faiss_gpus():
+        # Only k-means, the slow part of training, moves to the GPUs.
+        ivf.clustering_index = faiss.index_cpu_to_all_gpus(faiss.IndexFlatL2(ivf.d))
+    start = time.perf_counter()
+    with tqdm(total=len(sample), desc=f"Training {factory} on {len(sample):,} keys", unit=" keys") as bar:
+        vectors = np.empty((len(sample), datastore.dimension), dtype=np.float32)
+        for begin in range(0, len(sample), ADD_CHUNK):
+            vectors[begin : begin + ADD_CHUNK] = _finite(datastore.keys[sample[begin : begin + ADD_CHUNK]])
+        index.train(vectors)
+        bar.update(len(sample))
+    seconds["train"] = time.perf_counter() - start
+    return index
+
+
+def _add(
+    datastore: Datastore, index: faiss.Index, checkpoint: Path, settings: dict[str, Any], seconds: dict[str, float]
+) -> None:
+    """Add the keys that are not in the index yet, in order."""
+    ivf, assigner = inverted_file(index), None
+    if ivf is not None and faiss_gpus() and isinstance(index, faiss.IndexIVF):
+        assigner = faiss.index_cpu_to_all_gpus(faiss.downcast_index(ivf.quantizer))
+    start = saved = time.perf_counter()
+    with tqdm(total=len(datastore), initial=index.ntotal, desc="Adding keys", unit=" keys", unit_scale=True) as bar:
+        while index.ntotal < len(datastore):
+            keys = _finite(datastore.keys[index.ntotal : index.ntotal + ADD_CHUNK])
+            if assigner is None:
+                index.add(keys)
+            else:
+                lists = assigner.search(keys, 1)[1][:, 0].copy()
+                ivf.add_core(len(keys), faiss.swig_ptr(keys), None, faiss.swig_ptr(lists))
+            bar.update(len(keys))
+            if time.perf_counter() - saved > CHECKPOINT_SECONDS and index.ntotal < len(datastore):
+                _write(index, checkpoint)
+                write_json(_state(checkpoint), {"settings": settings, "seconds": seconds})
+                saved = time.perf_counter()
+    seconds["add"] = seconds.get("add", 0.0) + time.perf_counter() - start
+
+
+def _write(index: faiss.Index, path: Path) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    check_free_space(path.parent, index.ntotal * index.sa_code_size(), "the index's codes")
+    try:
+        faiss.write_index(index, str(temporary))
+    except RuntimeError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"Cannot write the index to {path.parent}: {str(error).strip().splitlines()[-1]}") from error
+    replace_file(temporary, path)
+
+
+def faiss_gpus() -> int:
+    """The number of GPUs that faiss sees; 0 for a faiss without GPU support."""
+    return getattr(faiss, "get_num_gpus", lambda: 0)()
+
+
+def _finite(keys: np.ndarray) -> np.ndarray:
+    keys = keys.astype(np.float32)
+    if not np.isfinite(keys).all():
+        raise UserError("The datastore's keys hold NaN or infinity: the files are damaged; dump it again.")
+    return keys
+
+
+def measure_quality(
+    datastore: Datastore, index: faiss.Index, sim_func: str, k: int, knn_temp: float, queries: int, seed: int
+) -> dict[str, Any]:
+    """Compare the index with exact search on held-out queries, for each probe.
+
+    Returns
+    -------
+    ``{"probe": the one to use, "quality": [one row per probe]}``; a row has ``recall`` (the share of the exact
+    ``k`` neighbours found), ``p_knn_error`` (mean absolute error of p_kNN of the query's own next token),
+    ``p_knn`` (its mean by exact search) and ``microseconds`` per query. ``probe`` is None without lists.
+    """
+    chosen = np.sort(np.random.default_rng(seed + 1).permutation(len(datastore))[:queries])
+    keys, targets = _finite(datastore.keys[chosen]), torch.from_numpy(datastore.values[chosen].copy())
+    k = min(k, len(datastore) - 1)
+    if k < 1:
+        return {"probe": None, "quality": []}
+
+    def held_out_p_knn(distances: np.ndarray, entries: np.ndarray) -> tuple[torch.Tensor, np.ndarray]:
+        """p_kNN of each query's own next token and the entries it rests on, without the query's own entry."""
+        order = np.argsort(entries == chosen[:, None], axis=1, kind="stable")[:, :k]
+        distances, entries = np.take_along_axis(distances, order, 1), np.take_along_axis(entries, order, 1)
+        distances[entries == chosen[:, None]] = np.inf
+        values = torch.from_numpy(datastore.values[np.maximum(entries, 0)])
+        log_weights = neighbour_log_weights(torch.from_numpy(distances), knn_temp)
+        return knn_log_prob(log_weights, values, targets).exp(), entries
+
+    chunks = (_finite(datastore.keys[i : i + ADD_CHUNK]) for i in range(0, len(datastore), ADD_CHUNK))
+    bar = tqdm(chunks, total=-(-len(datastore) // ADD_CHUNK), desc="Exact search to compare with", unit=" chunks")
+    scores, entries = knn_ground_truth(keys, bar, k + 1, METRICS[sim_func])
+    exact_p, exact_entries = held_out_p_knn(-scores if sim_func == "dot" else scores, entries)
+    ivf, rows = inverted_file(index), []
+    probes: list[int | None] = [p for p in PROBES if p <= ivf.nlist] if ivf is not None else [None]
+    for probe in tqdm(probes, desc="Measuring the index", unit=" probe"):
+        if probe is not None:
+            set_probe(index, probe)
+        start = time.perf_counter()
+        distances, entries = search(index, keys, k + 1)
+        seconds = time.perf_counter() - start
+        p, entries = held_out_p_knn(distances, entries)
+        found = sum(len(np.intersect1d(a, b)) for a, b in zip(exact_entries, entries, strict=True))
+        rows.append(
+            {
+                "probe": probe,
+                "recall": round(found / exact_entries.size, 4),
+                "p_knn_error": round(float((p - exact_p).abs().mean()), 6),
+                "p_knn": round(float(exact_p.mean()), 6),
+                "microseconds": round(1e6 * seconds / len(keys), 1),
+            }
+        )
+    best = rows[-1]["p_knn_error"]
+    probe = next(row["probe"] for row in rows if row["p_knn_error"] <= ENOUGH * best)
+    return {"probe": probe, "quality_k": k, "quality_knn_temp": knn_temp, "quality": rows}

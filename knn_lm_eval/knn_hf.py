@@ -1,0 +1,324 @@
+"""``knn-hf``: lm-eval's Hugging Face model with kNN-LM retrieval mixed into its next-token distribution."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import transformers
+from accelerate import find_executable_batch_size
+from lm_eval.api.instance import Instance
+from lm_eval.api.registry import register_model
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from tqdm import tqdm
+
+from knn_lm_eval.datastore import Datastore
+from knn_lm_eval.errors import UserError, report_user_errors
+from knn_lm_eval.fingerprint import check_fingerprint, take_fingerprint
+from knn_lm_eval.index import DEFAULT_INDEX
+from knn_lm_eval.language_model import CausalLM
+from knn_lm_eval.loading import CausalHFLM
+from knn_lm_eval.loglikelihood import RollingLoglikelihood
+from knn_lm_eval.retrieval import Retriever
+from knn_lm_eval.scoring import Passage, Scorer
+
+logger = logging.getLogger(__name__)
+
+DATASTORE_VARIABLE = "KNN_LM_EVAL_DATASTORE"
+# The kNN-LM papers' settings.
+DEFAULTS = {"k": 1024, "lmbda": 0.25, "knn_temp": 1.0}
+# A CPU gains nothing from larger batches and cannot find its limit by trial: batch_size=auto takes this many
+# tokens there.
+CPU_BATCH_TOKENS = 4096
+
+
+@register_model("knn-hf")
+class KNNHF(CausalHFLM):
+    """A Hugging Face causal LM with kNN-LM retrieval, for every lm-eval task.
+
+    Parameters
+    ----------
+    pretrained : as for lm-eval's ``hf``; None takes the model that made the datastore.
+    datastore : the datastore's folder; None takes the environment variable ``KNN_LM_EVAL_DATASTORE``.
+    k : neighbours per token (default 1024).
+    lmbda : the weight of p_kNN in the mixture, 0 to 1 (default 0.25).
+    knn_temp : the temperature of the softmax over distances (default 1).
+    probe : inverted lists that a search visits; None takes what the index was found to need when built.
+    knn_sim_func : ``l2`` or ``dot``; None takes the index's.
+    knn_keytype : ``last_ffn_input`` or ``last_ffn_output``; None takes the datastore's.
+    recompute_dists : use exact distances from the keys on disk instead of the index's approximations.
+    knn_gpu : search on all visible GPUs (needs faiss-gpu).
+    index : the name of the datastore's index.
+    context_len : in rolling log-likelihoods, the tokens of context that each scored token has at least, where
+        the text has them; 1 is lm-eval's disjoint windows, half of ``max_length`` the kNN-LM papers' protocol.
+    **kwargs : all other arguments of ``hf``.
+
+    Raises
+    ------
+    UserError
+        Where an argument is out of range, or the datastore, the index and the model do not belong together.
+    """
+
+    def __init__(
+        self,
+        pretrained: str | transformers.PreTrainedModel | None = None,
+        *,
+        datastore: str | os.PathLike | None = None,
+        k: int | None = None,
+        lmbda: float | None = None,
+        knn_temp: float | None = None,
+        probe: int | None = None,
+        knn_sim_func: str | None = None,
+        knn_keytype: str | None = None,
+        recompute_dists: bool = False,
+        knn_gpu: bool = False,
+        index: str = DEFAULT_INDEX,
+        context_len: int = 1,
+        **kwargs: Any,
+    ) -> None:
+        # All that can be wrong without the model is looked at before minutes are spent on loading it.
+        store = _open_datastore(datastore)
+        given = {"k": k, "lmbda": lmbda, "knn_temp": knn_temp}
+        settings = DEFAULTS | {name: value for name, value in given.items() if value is not None}
+        sources = {name: "default" if value is None else "given" for name, value in given.items()}
+        _check_ranges(settings)
+        key_type = store.manifest["key_type"]
+        if knn_keytype not in (None, key_type):
+            raise UserError(
+                f"knn_keytype={knn_keytype}, but the keys of the datastore {store.path} are {key_type}; "
+                f"leave knn_keytype out, or dump a datastore with --knn_keytype {knn_keytype}."
+            )
+        retriever = Retriever(store, settings["k"], probe, knn_sim_func, recompute_dists, knn_gpu, index)
+        sources["probe"] = "given" if probe is not None else "index"
+
+        made_by = store.manifest["model"]
+        if pretrained is None:
+            kwargs = {name: value for name, value in made_by["args"].items() if name != "trust_remote_code"} | kwargs
+            pretrained = kwargs.pop("pretrained", made_by["pretrained"])
+        super().__init__(pretrained, **kwargs)
+        if not 1 <= context_len <= self.max_length:
+            raise UserError(f"context_len={context_len} must be between 1 and max_length={self.max_length}.")
+        self.context_len = context_len
+
+        model = CausalLM(self.model, key_type)
+        name = pretrained if isinstance(pretrained, str) else f"a given {type(model.inner).__name__}"
+        check_fingerprint(
+            store.manifest["fingerprint"], take_fingerprint(model, self.tokenizer), made_by["pretrained"], name
+        )
+        self.retriever = retriever
+        # With lmbda=0 the neighbours would count for nothing: the search is left out.
+        self.scorer = Scorer(
+            model,
+            retriever if settings["lmbda"] > 0 else None,
+            settings["lmbda"],
+            settings["knn_temp"],
+            self.softmax_dtype,
+        )
+        self.settings = {
+            **settings,
+            "probe": retriever.probe,
+            "knn_sim_func": retriever.sim_func,
+            "knn_keytype": key_type,
+            "recompute_dists": recompute_dists,
+            "index": index,
+            "context_len": context_len,
+        }
+        self.setting_sources = sources
+        shown = (f"{name}={value} ({sources.get(name, 'store')})" for name, value in self.settings.items())
+        logger.info("knn-hf with the datastore %s (%s entries): %s", store.path, f"{len(store):,}", ", ".join(shown))
+
+    @classmethod
+    def create_from_arg_string(cls, arg_string: str, additional_config: dict | None = None) -> KNNHF:
+        """As lm-eval's, for its command line: user errors end the program with one sentence."""
+        report_user_errors()
+        return super().create_from_arg_string(arg_string, additional_config)
+
+    @classmethod
+    def create_from_arg_obj(cls, arg_dict: dict, additional_config: dict | None = None) -> KNNHF:
+        """As lm-eval's, for its command line: user errors end the program with one sentence."""
+        report_user_errors()
+        return super().create_from_arg_obj(arg_dict, additional_config)
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """The log-likelihood of each request's whole text, in windows with ``context_len`` tokens of context.
+
+        Returns
+        -------
+        One ``RollingLoglikelihood`` per request: the sum, which also knows the number of tokens.
+        """
+        windows: list[tuple[list[int], list[int]]] = []
+        owners: list[int] = []
+        for owner, request in enumerate(requests):
+            rolling = get_rolling_token_windows(
+                token_list=self.tok_encode(request.args[0]),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length,
+                context_len=self.context_len,
+            )
+            windows += map(make_disjoint_window, rolling)
+            owners += [owner] * (len(windows) - len(owners))
+
+        totals, tokens = [0.0] * len(requests), [0] * len(requests)
+        windows_left = [0] * len(requests)
+        for owner in owners:
+            windows_left[owner] += 1
+        for number, (log_prob, _) in self._score(windows, want_greedy=False, disable_tqdm=disable_tqdm):
+            owner = owners[number]
+            totals[owner] += log_prob
+            tokens[owner] += len(windows[number][1])
+            windows_left[owner] -= 1
+            if not windows_left[owner]:
+                result = RollingLoglikelihood(totals[owner], tokens[owner])
+                self.cache_hook.add_partial("loglikelihood_rolling", requests[owner].args, result)
+        return [RollingLoglikelihood(total, count) for total, count in zip(totals, tokens, strict=True)]
+
+    def _loglikelihood_tokens(
+        self,
+        requests: list[tuple[tuple[str, str], list[int], list[int]]],
+        disable_tqdm: bool = False,
+        override_bs: int | None = None,
+        **kwargs: Any,
+    ) -> list[tuple[float, bool]]:
+        results: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
+        pairs = [(context, continuation) for _, context, continuation in requests]
+        for number, result in self._score(pairs, want_greedy=True, disable_tqdm=disable_tqdm, batch_size=override_bs):
+            results[number] = result
+            if requests[number][0] is not None:
+                self.cache_hook.add_partial("loglikelihood", requests[number][0], result)
+        return results
+
+    def _score(
+        self,
+        requests: list[tuple[list[int], list[int]]],
+        want_greedy: bool,
+        disable_tqdm: bool = False,
+        batch_size: int | None = None,
+    ) -> Iterator[tuple[int, tuple[float, bool]]]:
+        """Score (context, continuation) token lists; yields (request number, result) as batches get done."""
+        passages: dict[Any, Passage] = {}
+        askers: dict[Any, list[int]] = {}
+        for number, (context, continuation) in enumerate(requests):
+            text = context + continuation
+            # Requests that read the same tokens share the forward pass, as in HFLM.
+            shared = tuple(text[:-1]) if self.logits_cache else number
+            passage = passages.setdefault(shared, Passage(text[-(self.max_length + 1) : -1]))
+            passage.continuations.append(continuation)
+            askers.setdefault(shared, []).append(number)
+        # Longest first: similar lengths share a batch, and too large a batch shows at once.
+        order = sorted(passages, key=lambda shared: -len(passages[shared].tokens))
+        with tqdm(total=len(requests), disable=disable_tqdm or self.rank != 0, desc="Scoring with kNN-LM") as bar:
+            start = 0
+            while start < len(order):
+                size = batch_size or self._size_of_batch(passages[order[start]])
+                batch = order[start : start + size]
+                for shared, results in zip(
+                    batch, self.scorer.score([passages[shared] for shared in batch], want_greedy), strict=True
+                ):
+                    yield from zip(askers[shared], results, strict=True)
+                    bar.update(len(results))
+                start += size
+
+    def _size_of_batch(self, longest: Passage) -> int:
+        if self.batch_size != "auto":
+            return int(self.batch_size)
+        length = len(longest.tokens)
+        if self.device.type == "cpu":
+            return max(1, CPU_BATCH_TOKENS // length)
+        if length not in self.batch_sizes:
+            probe = Passage([self.prefix_token_id] * length, [[self.prefix_token_id] * length])
+
+            @find_executable_batch_size(starting_batch_size=self.max_batch_size)
+            def try_batch(batch_size: int) -> int:
+                self.scorer.score([probe] * batch_size, want_greedy=True)
+                return batch_size
+
+            # A size that holds for this length holds for all that follow, which are shorter.
+            self.batch_sizes[length] = max([try_batch(), *self.batch_sizes.values()])
+        return self.batch_sizes[length]
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Not available: text would be generated without retrieval."""
+        raise UserError("knn-hf scores given text; tasks that generate text (generate_until) need --model hf.")
+
+    def set_cache_hook(self, cache_hook: Any) -> None:
+        """Take lm-eval's ``--use_cache`` file, unless it holds results of another model or other settings."""
+        database = getattr(cache_hook, "dbdict", None)
+        if database is not None:
+            identity = json.dumps(self._identity(), sort_keys=True)
+            stored = database.get("knn_lm_eval identity")
+            if stored != identity and len(database):
+                raise UserError(
+                    f"The cache {database.filename} holds results of another model or of other settings; "
+                    f"give --use_cache another path."
+                )
+            database["knn_lm_eval identity"] = identity
+        super().set_cache_hook(cache_hook)
+
+    def _identity(self) -> dict[str, Any]:
+        """What the results depend on."""
+        return {
+            **self.settings,
+            "model": self.retriever.datastore.manifest["fingerprint"]["tokenizer_sha256"],
+            "pretrained": str(self.pretrained) if isinstance(self.pretrained, str) else self.config.to_json_string(),
+            "revision": str(self.revision),
+            "peft": str(self.peft),
+            "dtype": str(self.scorer.model.inner.dtype),
+            "softmax_dtype": str(self.softmax_dtype),
+            "max_length": self.max_length,
+            "add_bos_token": self.add_bos_token,
+            "prefix_token_id": self.prefix_token_id,
+            "keys": self.retriever.datastore.keys_checksum,
+            "index_type": self.retriever.metadata,
+        }
+
+    def get_model_info(self) -> dict[str, Any]:
+        """lm-eval's model information, with the retrieval settings and what retrieval did (``knn``)."""
+        store, statistics = self.retriever.datastore, self.retriever.statistics
+        seconds = self.scorer.seconds | statistics.seconds
+        return super().get_model_info() | {
+            "knn": {
+                **self.settings,
+                "setting_sources": self.setting_sources,
+                "datastore": {
+                    "path": str(store.path.resolve()),
+                    "entries": len(store),
+                    "dimension": store.dimension,
+                    "keys_sha256": store.keys_checksum,
+                    "model": store.manifest["model"]["pretrained"],
+                    "source": store.manifest["source"],
+                },
+                "index_factory": self.retriever.metadata["factory"],
+                "index_bytes": self.retriever.metadata["bytes"],
+                "tokens_scored": self.scorer.tokens_scored,
+                "searches": statistics.searches,
+                "entries_compared": statistics.entries_compared,
+                "seconds": {stage: round(value, 3) for stage, value in seconds.items()},
+            }
+        }
+
+
+def _open_datastore(path: str | os.PathLike | None) -> Datastore:
+    path = path or os.environ.get(DATASTORE_VARIABLE)
+    if not path:
+        raise UserError(
+            "knn-hf needs a datastore: give --model_args datastore=FOLDER, or set the environment variable "
+            f"{DATASTORE_VARIABLE}; make one with `knn-lm-eval dump_datastore` and `knn-lm-eval build_index`."
+        )
+    return Datastore.open(Path(path))
+
+
+def _check_ranges(settings: dict[str, Any]) -> None:
+    k, lmbda, knn_temp = settings["k"], settings["lmbda"], settings["knn_temp"]
+    for name, value in settings.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise UserError(f"{name}={value!r} is not a number.")
+    if int(k) != k:
+        raise UserError(f"k={k} is not a whole number.")
+    if not 0 <= lmbda <= 1:
+        raise UserError(f"lmbda={lmbda} is not between 0 and 1.")
+    if not 0 < knn_temp < float("inf"):
+        raise UserError(f"knn_temp={knn_temp} must be a number above 0.")

@@ -1,0 +1,95 @@
+"""The kNN-LM distribution and its mixture with the LM's (Khandelwal et al. 2020, equations 2 and 3).
+
+    p_kNN(y) = sum over neighbours i with v_i = y of softmax(-d / T)_i
+    p(y)     = (1 - lmbda) p_LM(y) + lmbda p_kNN(y)
+
+All functions work on one block of ``n`` positions with ``k`` neighbours each and never build a table over the
+vocabulary for p_kNN. A neighbour slot that holds nothing has distance infinity.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def neighbour_log_weights(distances: Tensor, temperature: float) -> Tensor:
+    """log softmax(-d / T) over the neighbours.
+
+    Parameters
+    ----------
+    distances : float32 ``[n, k]``, the smaller the nearer; infinity for an empty slot.
+    temperature : T > 0.
+
+    Returns
+    -------
+    float32 ``[n, k]``. A row without any neighbour is minus infinity throughout.
+    """
+    # The nearest distance is taken off before the division: distances of tens of thousands would otherwise
+    # lose the digits that the softmax is about.
+    nearest = distances.amin(dim=-1, keepdim=True)
+    scores = (torch.where(torch.isinf(nearest), 0.0, nearest) - distances) / temperature
+    normaliser = scores.logsumexp(dim=-1, keepdim=True)
+    return scores - torch.where(torch.isinf(normaliser), 0.0, normaliser)
+
+
+def knn_log_prob(log_weights: Tensor, values: Tensor, targets: Tensor) -> Tensor:
+    """log p_kNN of one target per row: a masked logsumexp over the neighbours.
+
+    Parameters
+    ----------
+    log_weights : float32 ``[n, k]`` from ``neighbour_log_weights``.
+    values : integer ``[n, k]``, the neighbours' values.
+    targets : integer ``[n]``.
+
+    Returns
+    -------
+    float32 ``[n]``; minus infinity where no neighbour has the target as its value.
+    """
+    return log_weights.masked_fill(values != targets[:, None], -math.inf).logsumexp(dim=-1)
+
+
+def mix(lm_log_prob: Tensor, knn_log_prob: Tensor, lmbda: float) -> Tensor:
+    """log((1 - lmbda) p_LM + lmbda p_kNN), elementwise; exact at lmbda 0 and 1."""
+    if lmbda == 0:
+        return lm_log_prob
+    if lmbda == 1:
+        return knn_log_prob
+    return torch.logaddexp(lm_log_prob + math.log1p(-lmbda), knn_log_prob + math.log(lmbda))
+
+
+def greedy_tokens(lm_log_probs: Tensor, log_weights: Tensor, values: Tensor, lmbda: float) -> Tensor:
+    """The most probable token of the mixture for each row, the smallest id where several tie.
+
+    Only the neighbours' distinct values can beat the LM's own best token, so only they are mixed.
+
+    Parameters
+    ----------
+    lm_log_probs : ``[n, vocabulary]``, the LM's log-probabilities.
+    log_weights, values : ``[n, k]``, as for ``knn_log_prob``.
+
+    Returns
+    -------
+    int64 ``[n]``.
+    """
+    lm_best, lm_best_token = lm_log_probs.max(dim=-1)
+    if lmbda == 0:
+        return lm_best_token
+    values, order = values.long().sort(dim=-1)
+    # Weights are summed over runs of one value: differences of the running sum at the runs' ends. In float64,
+    # since a difference of float32 sums would drown the small ones.
+    running = log_weights.gather(-1, order).double().exp().cumsum(dim=-1)
+    run_ends = torch.ones_like(values, dtype=torch.bool)
+    run_ends[:, :-1] = values[:, 1:] != values[:, :-1]
+    before = torch.zeros_like(running)
+    before[:, 1:] = torch.where(run_ends, running, 0.0)[:, :-1].cummax(dim=-1).values
+    knn_log_probs = torch.where(run_ends, running - before, 0.0).log()
+    mixed = mix(lm_log_probs.gather(-1, values).double(), knn_log_probs, lmbda)
+    mixed = mixed.masked_fill(~run_ends, -math.inf)
+    best, slot = mixed.max(dim=-1)
+    knn_best_token = values.gather(-1, slot[:, None])[:, 0]
+    lm_only = lm_best.double() + (math.log1p(-lmbda) if lmbda < 1 else -math.inf)
+    knn_wins = (best > lm_only) | ((best == lm_only) & (knn_best_token < lm_best_token))
+    return torch.where(knn_wins, knn_best_token, lm_best_token)

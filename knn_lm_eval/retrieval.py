@@ -1,0 +1,146 @@
+"""From queries to neighbours: search, exact distances on demand, and the neighbours' values."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+import faiss
+import numpy as np
+import torch
+from torch import Tensor
+
+from knn_lm_eval.datastore import Datastore
+from knn_lm_eval.errors import UserError
+from knn_lm_eval.index import DEFAULT_INDEX, inverted_file, open_index, search, set_probe, to_gpus
+
+# Keys gathered at a time for exact distances: bounds the memory that recompute_dists takes.
+GATHER_BYTES = 2**26
+
+
+@dataclass
+class RetrievalStatistics:
+    """What a retriever did: queries searched, vectors compared with them, seconds."""
+
+    searches: int = 0
+    entries_compared: int = 0
+    seconds: dict[str, float] = field(default_factory=lambda: {"search": 0.0, "distances": 0.0, "values": 0.0})
+
+
+class Retriever:
+    """The neighbours of queries in a datastore.
+
+    Parameters
+    ----------
+    datastore : an opened datastore with an index.
+    k : neighbours per query.
+    probe : inverted lists visited per query; None takes what the index was found to need.
+    sim_func : ``l2`` (squared) or ``dot``; None takes the index's. Another than the index's needs
+        ``recompute_dists``.
+    recompute_dists : compute the neighbours' distances from the keys on disk, exactly, instead of taking the
+        index's approximation.
+    gpu : search on all visible GPUs.
+    index : the index's name.
+
+    Raises
+    ------
+    UserError
+        Where a setting does not fit the store or the index.
+    """
+
+    def __init__(
+        self,
+        datastore: Datastore,
+        k: int = 1024,
+        probe: int | None = None,
+        sim_func: str | None = None,
+        recompute_dists: bool = False,
+        gpu: bool = False,
+        index: str = DEFAULT_INDEX,
+    ) -> None:
+        if not 1 <= k <= len(datastore):
+            raise UserError(
+                f"k={k} does not fit the datastore {datastore.path}, which has {len(datastore)} entries; "
+                f"choose 1 <= k <= {len(datastore)}."
+            )
+        if probe is not None and probe < 1:
+            raise UserError(f"probe={probe} must be at least 1.")
+        self.index, self.metadata = open_index(datastore, index)
+        index_sim_func = self.metadata["sim_func"]
+        self.sim_func = sim_func or index_sim_func
+        if self.sim_func not in ("l2", "dot"):
+            raise UserError(f"knn_sim_func={self.sim_func!r} is unknown; use l2 or dot.")
+        if self.sim_func != index_sim_func and not recompute_dists:
+            raise UserError(
+                f"knn_sim_func={self.sim_func} does not fit the index {index!r}, which ranks by {index_sim_func}; "
+                f"build one with --sim_func {self.sim_func}, or add recompute_dists=True."
+            )
+        self.datastore, self.k, self.recompute_dists = datastore, k, recompute_dists
+        ivf = inverted_file(self.index)
+        self.probe = None if ivf is None else min(probe or self.metadata.get("probe") or 32, ivf.nlist)
+        if self.probe is not None:
+            set_probe(self.index, self.probe)
+        if gpu:
+            self.index = to_gpus(self.index)
+        self.statistics = RetrievalStatistics()
+
+    def search(self, queries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The ``k`` nearest entries of each query, nearest (by the index) first.
+
+        Parameters
+        ----------
+        queries : ``[n, dimension]``, any float dtype and device.
+
+        Returns
+        -------
+        distances : float32 ``[n, k]`` (squared L2 or negated inner product); infinity in empty slots.
+        values : int32 ``[n, k]``; 0 in empty slots.
+        entries : int64 ``[n, k]``; -1 in empty slots.
+            All on the CPU.
+        """
+        statistics, start = self.statistics, time.perf_counter()
+        rows = queries.float().cpu().numpy()
+        faiss.cvar.indexIVF_stats.reset()
+        distances, entries = search(self.index, rows, self.k)
+        statistics.searches += len(rows)
+        statistics.entries_compared += (
+            len(rows) * len(self.datastore) if self.probe is None else faiss.cvar.indexIVF_stats.ndis
+        )
+        statistics.seconds["search"] += time.perf_counter() - start
+        if self.recompute_dists:
+            start = time.perf_counter()
+            distances = exact_distances(self.datastore.keys, rows, entries, self.sim_func)
+            statistics.seconds["distances"] += time.perf_counter() - start
+        start = time.perf_counter()
+        values = self.datastore.values[np.maximum(entries, 0)]
+        values[entries < 0] = 0
+        statistics.seconds["values"] += time.perf_counter() - start
+        return torch.from_numpy(distances), torch.from_numpy(values), torch.from_numpy(entries)
+
+
+def exact_distances(keys: np.ndarray, queries: np.ndarray, entries: np.ndarray, sim_func: str) -> np.ndarray:
+    """The distances of queries to given entries, from the keys themselves.
+
+    Keys are gathered block by block, each once per block and in file order, as a disk likes it.
+
+    Parameters
+    ----------
+    keys : float16 ``[count, dimension]``, may be memory-mapped.
+    queries : float32 ``[n, dimension]``.
+    entries : int64 ``[n, k]``; -1 in empty slots.
+
+    Returns
+    -------
+    float32 ``[n, k]``: squared L2 or negated inner products; infinity in empty slots.
+    """
+    distances = np.empty(entries.shape, dtype=np.float32)
+    block = max(1, GATHER_BYTES // (keys.shape[1] * 4 * max(1, entries.shape[1])))
+    for start in range(0, len(queries), block):
+        rows = slice(start, start + block)
+        unique, slots = np.unique(np.maximum(entries[rows], 0), return_inverse=True)
+        vectors = torch.from_numpy(keys[unique].astype(np.float32))[torch.from_numpy(slots.reshape(entries[rows].shape))]
+        query = torch.from_numpy(queries[rows])[:, None]
+        result = -(query * vectors).sum(-1) if sim_func == "dot" else (query - vectors).square_().sum(-1)
+        distances[rows] = result.numpy()
+    distances[entries < 0] = np.inf
+    return distances

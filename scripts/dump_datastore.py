@@ -1,0 +1,103 @@
+"""Dump a datastore: the keys (hidden states) and values (next tokens) of a text under a causal LM."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from pathlib import Path
+
+from knn_lm_eval.errors import UserError, report_user_errors
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--model_args", required=True, help="as for lm_eval --model hf: pretrained=NAME,dtype=float16,peft=..."
+    )
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--text", type=Path, help="a UTF-8 text file")
+    source.add_argument(
+        "--dataset", help="a `datasets` data set: hub id, local folder, or a .jsonl, .parquet, .csv or .txt file"
+    )
+    parser.add_argument("--config", help="the data set's configuration (its `name`)")
+    parser.add_argument("--split", default="train", help="the data set's split (default: train)")
+    parser.add_argument("--text_column", default="text", help="the data set's column (default: text)")
+    parser.add_argument("--streaming", action="store_true", help="stream the data set instead of downloading it")
+    parser.add_argument(
+        "--documents",
+        choices=["line", "blank-line", "file", "wikitext"],
+        default="line",
+        help="what a document is: each line or row (default), separated by blank lines, the whole file (one token "
+        "stream), or a WikiText article",
+    )
+    parser.add_argument("--output", type=Path, required=True, help="the folder to write")
+    parser.add_argument(
+        "--knn_keytype", default="last_ffn_input", choices=["last_ffn_input", "last_ffn_output"], help="which keys"
+    )
+    parser.add_argument("--max_length", type=int, help="tokens per window (default: the model's limit, at most 1024)")
+    parser.add_argument(
+        "--stride", type=int, help="tokens that each window adds (default: max_length, no overlapping windows)"
+    )
+    parser.add_argument("--batch_size", type=int, default=4, help="windows of max_length per batch (default: 4)")
+    parser.add_argument("--max_tokens", type=int, help="stop after so many tokens")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
+    parser.add_argument("--resume", action="store_true", help="go on with an interrupted dump")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    report_user_errors()
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    if arguments.text and not arguments.text.is_file():
+        raise UserError(f"There is no text file {arguments.text}.")
+    if arguments.max_tokens is not None and arguments.max_tokens < 1:
+        raise UserError(f"--max_tokens {arguments.max_tokens} must be at least 1.")
+
+    # Imported late: --help and a mistyped path should not wait for torch.
+    from lm_eval.utils import simple_parse_args_string
+
+    from knn_lm_eval.documents import cut_into_documents, read_dataset, read_text_file
+    from knn_lm_eval.dump import dump_datastore
+    from knn_lm_eval.loading import CausalHFLM
+
+    model_args = simple_parse_args_string(arguments.model_args)
+    if "pretrained" not in model_args:
+        raise UserError("--model_args names no model; give pretrained=NAME or pretrained=FOLDER.")
+    if arguments.text:
+        source = {"text": str(arguments.text.resolve()), "documents": arguments.documents}
+        lines = read_text_file(arguments.text)
+    else:
+        names = ("dataset", "config", "split", "text_column", "documents")
+        source = {name: getattr(arguments, name) for name in names}
+        lines = read_dataset(
+            arguments.dataset,
+            arguments.config,
+            arguments.split,
+            arguments.text_column,
+            arguments.streaming,
+            arguments.documents,
+        )
+    if Path(str(model_args["pretrained"])).is_dir():
+        model_args["pretrained"] = str(Path(str(model_args["pretrained"])).resolve())
+    store = dump_datastore(
+        CausalHFLM(**model_args, device=arguments.device),
+        cut_into_documents(lines, arguments.documents),
+        arguments.output,
+        key_type=arguments.knn_keytype,
+        max_length=arguments.max_length,
+        stride=arguments.stride,
+        batch_size=arguments.batch_size,
+        max_tokens=arguments.max_tokens,
+        resume=arguments.resume,
+        source=source,
+        model_args=model_args,
+    )
+    print(
+        f"{store.path}: {len(store):,} entries of {store.dimension} numbers from {len(store.document_starts):,} "
+        f"documents. Next: build_index --datastore {store.path}"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""Perplexity of whole texts, per token of the LM's own tokenizer, per word and per byte."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import inspect
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from lm_eval.api.task import ConfigurableTask
+
+from knn_lm_eval.errors import report_user_errors
+from knn_lm_eval.loglikelihood import RollingLoglikelihood
+
+logger = logging.getLogger(__name__)
+
+
+class PerplexityTask(ConfigurableTask):
+    """Scores each document as a whole: no prompt, no few-shot examples."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        # lm-eval leaves the key by which it found this class in the config, but has no field for it.
+        super().__init__(config={key: value for key, value in config.items() if key != "class"})
+
+    def download(self, dataset_kwargs: dict[str, Any] | None = None, **_: Any) -> None:
+        report_user_errors()
+        # As lm-eval would call it, without its warning that there is such a thing as --metadata.
+        arguments = {**(self.config.metadata or {}), **(dataset_kwargs or {})}
+        self.dataset = self.config.custom_dataset(**arguments)
+
+    def fewshot_docs(self) -> None:
+        return None  # nothing to draw from: lm-eval would keep a copy of a whole split for it
+
+    def fewshot_context(self, *_args: Any, **_kwargs: Any) -> str:
+        return ""
+
+    def build_all_requests(self, *, tokenizer_name: str = "", **kwargs: Any) -> None:
+        # lm-eval's cache of requests knows a task by its name alone; the texts depend on the data folder too.
+        if kwargs.get("cache_requests"):
+            tokenizer_name += f"-texts{self._fingerprint()}"
+        super().build_all_requests(tokenizer_name=tokenizer_name, **kwargs)
+
+    def _fingerprint(self) -> str:
+        texts = hashlib.sha256()
+        for doc in self.eval_docs:
+            texts.update(hashlib.sha256(self.doc_to_target(doc).encode()).digest())
+        return texts.hexdigest()[:16]
+
+    def process_results(self, doc: dict[str, str], results: Sequence[float]) -> dict[str, tuple[float, int]]:
+        (loglikelihood,) = results
+        metrics = super().process_results(doc, results)  # words and bytes, as the task file says
+        searches = None
+        if isinstance(loglikelihood, RollingLoglikelihood):
+            tokens: int | None = loglikelihood.num_tokens
+            searches = loglikelihood.num_searches
+        else:
+            tokens = self._count_tokens(self.doc_to_target(doc)) if self._count_tokens else None
+        if tokens is not None:
+            metrics["token_perplexity"] = (float(loglikelihood), tokens)
+            if searches is not None:
+                metrics["saved_searches"] = (searches, tokens)
+        # Fewer are wanted where lm-eval replaced the metrics (--predict_only).
+        return {name: value for name, value in metrics.items() if name in self._metric_fn_list}
+
+    @functools.cached_property
+    def _count_tokens(self) -> Callable[[str], int] | None:
+        """For LMs that do not say how many tokens they scored."""
+        metadata = self.config.metadata or {}
+        try:
+            if not (metadata.get("tokenizer") or metadata.get("pretrained")):
+                raise LookupError("it is not among the run's arguments")
+            return token_counter(metadata)
+        except Exception as error:  # a missing metric must not cost the results of a long run
+            logger.warning(
+                "%s: token_perplexity is left out, for the LM's tokenizer is not known (%s). "
+                "Give it with --metadata tokenizer=NAME_OR_FOLDER.",
+                self.config.task,
+                error,
+            )
+            return None
+
+
+def token_counter(model_args: Mapping[str, Any]) -> Callable[[str], int]:
+    """Counts tokens as lm-eval's `hf` model made with these arguments would, special tokens included."""
+    from lm_eval.models.huggingface import HFLM
+
+    accepted = inspect.signature(HFLM._create_tokenizer).parameters
+    given = {key: model_args[key] for key in accepted if model_args.get(key) is not None}
+    if "revision" in given:
+        given["revision"] = str(given["revision"])  # lm-eval reads a revision of digits as a number
+    given = {"pretrained": None, "tokenizer": None, **given}
+    return _hf_token_counter(model_args.get("prefix_token_id"), **given)
+
+
+@functools.lru_cache(maxsize=4)  # the tasks of one run share a tokenizer, which can take seconds to load
+def _hf_token_counter(prefix_token_id: int | None, **tokenizer_args: Any) -> Callable[[str], int]:
+    from lm_eval.models.huggingface import HFLM
+
+    lm = HFLM.__new__(HFLM)  # for its tokenizer and its way of encoding; no model is loaded
+    lm.add_bos_token = tokenizer_args.get("add_bos_token")
+    lm.custom_prefix_token_id = prefix_token_id
+    if not isinstance(tokenizer_args["pretrained"], str):
+        lm._model = tokenizer_args["pretrained"]  # a model object, which knows its tokenizer's name
+    lm._create_tokenizer(**tokenizer_args)
+    return lambda text: len(lm.tok_encode(text))
+
+
+def words_and_bytes(doc: dict[str, str], results: Sequence[float]) -> dict[str, tuple[float, int]]:
+    """lm-eval's own metrics for whole texts, with its own way of counting."""
+    (loglikelihood,) = results
+    words = ConfigurableTask.count_words(doc["text"])
+    num_bytes = ConfigurableTask.count_bytes(doc["text"])
+    return {
+        "word_perplexity": (loglikelihood, words),
+        "byte_perplexity": (loglikelihood, num_bytes),
+        "bits_per_byte": (loglikelihood, num_bytes),
+    }
+
+
+def saved_searches(items: Sequence[tuple[int, int]]) -> float:
+    """The fraction of tokens that needed no full search, from (searches, tokens) of each document."""
+    searches, tokens = (sum(column) for column in zip(*items, strict=True))
+    return 1 - searches / tokens

@@ -1,0 +1,95 @@
+"""A tiny random LM with a tokenizer of its own, and a datastore made with it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may wait for a network
+
+import torch
+from pydoc_data.topics import topics
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from knn_lm_eval.datastore import Datastore
+from knn_lm_eval.documents import cut_into_documents
+from knn_lm_eval.dump import dump_datastore
+from knn_lm_eval.indexing import build_index
+from knn_lm_eval.loading import CausalHFLM
+
+TRAIN_TEXT = "\n".join(" ".join(topics[name].split()) for name in sorted(topics)[:3])[:12000]
+EVAL_TEXT = " ".join(topics[sorted(topics)[10]].split())[:600]
+MAX_LENGTH = 64
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of 400 tokens."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator([TRAIN_TEXT], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>")
+
+
+def make_llama(seed: int = 0, **changes: object) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        **{
+            "vocab_size": 400,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "max_position_embeddings": MAX_LENGTH,
+            # Random weights of the usual size give a nearly uniform LM, which hides mistakes.
+            "initializer_range": 0.3,
+            "bos_token_id": 0,
+            "eos_token_id": 1,
+            **changes,
+        }
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    make_llama().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def train_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("text") / "train.txt"
+    file.write_text(TRAIN_TEXT, encoding="utf-8")
+    return file
+
+
+@pytest.fixture(scope="session")
+def lm(model_folder: Path) -> CausalHFLM:
+    return CausalHFLM(str(model_folder), device="cpu", batch_size=3)
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory: pytest.TempPathFactory, lm: CausalHFLM, model_folder: Path) -> Datastore:
+    """A finished datastore with an exact index. Tests that change a store copy its folder first."""
+    folder = tmp_path_factory.mktemp("stores") / "store"
+    store = dump_datastore(
+        lm,
+        cut_into_documents(TRAIN_TEXT.splitlines(keepends=True), "line"),
+        folder,
+        model_args={"pretrained": str(model_folder)},
+    )
+    build_index(store, "Flat")
+    return store
