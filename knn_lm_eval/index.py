@@ -130,10 +130,16 @@ def search(index: faiss.Index, queries: np.ndarray, k: int) -> tuple[np.ndarray,
         infinity in empty slots.
     entries : int64 ``[n, k]``; -1 in empty slots.
     """
+    faiss.cvar.indexIVF_stats.reset()
     scores, entries = index.search(queries, k)
     distances = -scores if index.metric_type == faiss.METRIC_INNER_PRODUCT else scores
     distances[entries < 0] = np.inf
     return distances, entries
+
+
+def vectors_compared(index: faiss.Index, queries: int) -> int:
+    """How many vectors the last ``search``, of so many queries, computed distances to."""
+    return queries * index.ntotal if inverted_file(index) is None else faiss.cvar.indexIVF_stats.ndis
 
 
 def _reason(error: RuntimeError) -> str:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
-import faiss
 import numpy as np
 import torch
 from torch import Tensor
 
 from knn_lm_eval.datastore import Datastore
 from knn_lm_eval.errors import UserError
-from knn_lm_eval.index import DEFAULT_INDEX, inverted_file, open_index, search, set_probe, to_gpus
+from knn_lm_eval.index import DEFAULT_INDEX, inverted_file, open_index, search, set_probe, to_gpus, vectors_compared
 
 # Keys gathered at a time for exact distances: bounds the memory that recompute_dists takes.
 GATHER_BYTES = 2**26
@@ -100,12 +99,9 @@ class Retriever:
         """
         statistics, start = self.statistics, time.perf_counter()
         rows = queries.float().cpu().numpy()
-        faiss.cvar.indexIVF_stats.reset()
         distances, entries = search(self.index, rows, self.k)
         statistics.searches += len(rows)
-        statistics.entries_compared += (
-            len(rows) * len(self.datastore) if self.probe is None else faiss.cvar.indexIVF_stats.ndis
-        )
+        statistics.entries_compared += vectors_compared(self.index, len(rows))
         statistics.seconds["search"] += time.perf_counter() - start
         if self.recompute_dists:
             start = time.perf_counter()
