@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -20,9 +21,9 @@ class CausalHFLM(HFLM):
         try:
             super().__init__(pretrained, device=device, **kwargs)
         except TypeError as error:
-            if "unexpected keyword argument" not in str(error):
+            if not (unknown := re.search(r"unexpected keyword argument '(.*)'", str(error))):
                 raise
-            raise UserError(f"Unknown model argument: {str(error).split('argument')[-1].strip()}.") from error
+            raise UserError(f"Unknown model argument {unknown[1]!r}.") from error
 
     def _get_config(self, pretrained: str, **kwargs: Any) -> None:  # type: ignore[override]
         try:

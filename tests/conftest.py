@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may wait for a network
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests run side by side; threads would only get in each other's way
 
 import torch
 from pydoc_data.topics import topics

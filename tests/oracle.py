@@ -59,5 +59,6 @@ def knn_lm_distributions(
 def continuation_score(distributions: np.ndarray, continuation: list[int]) -> tuple[float, bool]:
     """log p of a continuation whose tokens the last rows of ``distributions`` predict, and whether it is greedy."""
     rows = distributions[len(distributions) - len(continuation) :]
-    log_prob = sum(math.log(row[token]) for row, token in zip(rows, continuation, strict=True))
+    with np.errstate(divide="ignore"):
+        log_prob = sum(float(np.log(row[token])) for row, token in zip(rows, continuation, strict=True))
     return log_prob, all(int(np.argmax(row)) == token for row, token in zip(rows, continuation, strict=True))

@@ -1,0 +1,509 @@
+"""Clustering a datastore's entries: by k-means of their keys, by greedy merging, or as others published it.
+
+Each way leads to one number per entry, in a plain array; a counting sort turns it into the lists of members
+(see ``knn_lm_eval.clusters`` for the files). Keys are streamed in text order, and the state is saved now and
+then, so that an interrupted clustering goes on from there and gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import os
+import time
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numba
+import numpy as np
+from tqdm import tqdm
+
+from knn_lm_eval.clusters import (
+    ARRAYS,
+    FORMAT,
+    FORMAT_VERSION,
+    METADATA,
+    PROGRESS,
+    Clusters,
+    clusters_folder,
+    entry_dtype,
+)
+from knn_lm_eval.datastore import Datastore
+from knn_lm_eval.errors import UserError
+from knn_lm_eval.files import (
+    check_free_space,
+    disk_errors_in,
+    read_json,
+    replace_file,
+    sha256,
+    write_json,
+    write_npy_header,
+)
+from knn_lm_eval.index import DEFAULT_INDEX, open_index, search, set_probe
+from knn_lm_eval.indexing import faiss_gpus
+from knn_lm_eval.safe_pickle import SparseMatrix, load_sparse_matrix
+
+logger = logging.getLogger(__name__)
+
+ENTRIES_PER_CLUSTER = 100  # on average, by default; Alon et al. 2022, figures 8 and 9
+SAMPLE_PER_CLUSTER = 64  # keys to train on, by default; faiss asks for 39 to 256 per centroid
+CHUNK = 2**14  # keys read at a time
+CHECKPOINT_SECONDS = 60.0
+MEMORY_SHARE = 0.8  # of the machine's, that k-means may take
+
+
+def cluster_kmeans(
+    datastore: Datastore,
+    name: str = "kmeans",
+    num_clusters: int | None = None,
+    sample: int | None = None,
+    iterations: int = 20,
+    seed: int = 1,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> Clusters:
+    """Cluster the entries by k-means of their keys (Alon et al. 2022, section 3.2); an entry belongs to the
+    nearest centroid (exact squared L2).
+
+    Takes all GPUs that faiss sees. The time goes with ``num_clusters * (iterations * sample + count)``.
+
+    Parameters
+    ----------
+    name : the clustering's name.
+    num_clusters : None takes 1/100 of the entries. Clusters may turn out empty.
+    sample : random keys to train on, all in memory as float32; None takes 64 per cluster, or all keys.
+    iterations : of k-means on the sample.
+    seed : of the sample and the first centroids.
+    resume : go on with an interrupted clustering of that name.
+    overwrite : replace a finished clustering of that name.
+
+    Raises
+    ------
+    UserError
+        Where the numbers do not fit the store, the sample does not fit the memory, the name is taken, or the
+        disk is full.
+    """
+    count = len(datastore)
+    num_clusters = max(1, count // ENTRIES_PER_CLUSTER) if num_clusters is None else num_clusters
+    if not 1 <= num_clusters <= count:
+        raise UserError(f"num_clusters={num_clusters} must be between 1 and the store's {count:,} entries.")
+    sample = min(SAMPLE_PER_CLUSTER * num_clusters if sample is None else sample, count)
+    if sample < num_clusters:
+        raise UserError(
+            f"sample={sample} is too small: k-means needs at least one key per cluster ({num_clusters:,})."
+        )
+    if iterations < 1:
+        raise UserError(f"iterations={iterations} must be at least 1.")
+    settings = {
+        "method": "kmeans",
+        "num_clusters": num_clusters,
+        "sample": sample,
+        "iterations": iterations,
+        "seed": seed,
+    }
+    work = _Work(datastore, name, settings, resume, overwrite)
+    with disk_errors_in(work.folder):
+        work.begin()
+        centroids = _train(datastore, work, num_clusters, sample, iterations, seed)
+        index: faiss.Index = faiss.IndexFlatL2(datastore.dimension)
+        if faiss_gpus():
+            index = faiss.index_cpu_to_all_gpus(index)
+        index.add(centroids)
+
+        def assign(clusters: np.ndarray, begin: int, keys: np.ndarray) -> None:
+            clusters[begin : begin + len(keys)] = index.search(keys, 1)[1][:, 0]
+
+        cluster_of_entry = _fill(datastore, work, np.int32, assign, "Assigning keys to clusters")
+        return work.finish(cluster_of_entry, num_clusters)
+
+
+def cluster_greedy_merge(
+    datastore: Datastore,
+    name: str = "greedy_merge",
+    k: int = 9,
+    index: str = DEFAULT_INDEX,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> Clusters:
+    """Cluster the entries by greedy merging (He et al. 2021, section 4.2): near neighbours of the same value.
+
+    Entries are taken in text order. One that no other has absorbed yet absorbs those of its ``k`` nearest
+    neighbours that have its value and have neither been absorbed nor absorbed others. As in the published
+    script, ``k`` does not count the entry itself: its first ``k + 1`` search results are looked at, itself
+    passed over. (The script goes through the entries in random order.) An entry and what it absorbed are a
+    cluster; clusters are numbered in the text order of the entries that absorbed, so all members of one have
+    the same value, and no cluster has more than ``k + 2``.
+
+    Parameters
+    ----------
+    name : the clustering's name.
+    k : neighbours looked at.
+    index : the name of the index to search, with the ``probe`` that was found good enough for it.
+    resume : go on with an interrupted clustering of that name.
+    overwrite : replace a finished clustering of that name.
+
+    Raises
+    ------
+    UserError
+        Where the store has no such index or fewer than ``k`` other entries, the name is taken, or the disk is
+        full.
+    """
+    if not 1 <= k < len(datastore):
+        raise UserError(f"k={k} must be at least 1 and less than the store's {len(datastore):,} entries.")
+    faiss_index, metadata = open_index(datastore, index)
+    probe = metadata.get("probe")
+    if probe is not None:
+        set_probe(faiss_index, probe)
+    settings = {
+        "method": "greedy_merge",
+        "k": k,
+        "index": index,
+        "factory": metadata["factory"],
+        "probe": probe,
+    }
+    work = _Work(datastore, name, settings, resume, overwrite)
+    values = np.asarray(datastore.values)
+    with disk_errors_in(work.folder):
+        work.begin()
+
+        def merge(absorber: np.ndarray, begin: int, keys: np.ndarray) -> None:
+            _merge(absorber, values, search(faiss_index, keys, k + 1)[1], begin)
+
+        absorber = _fill(datastore, work, entry_dtype(len(datastore)), merge, "Merging near neighbours")
+        cluster_of_entry = np.empty(len(datastore), dtype=np.int32)
+        return work.finish(cluster_of_entry, _number_clusters(absorber, cluster_of_entry))
+
+
+def import_members(
+    datastore: Datastore, name: str, pickle_file: str | Path, overwrite: bool = False
+) -> Clusters:
+    """Take over the clusters of a published ``members*.pkl``: a pickled scipy matrix ``[clusters, entries]``
+    whose elements other than 0 say which entry is in which cluster.
+
+    The rows' numbers stay the clusters' numbers. Entries without an element, or beyond the matrix's last
+    column, are in no cluster.
+
+    Parameters
+    ----------
+    name : the clustering's name.
+    pickle_file : see ``knn_lm_eval.safe_pickle``.
+    overwrite : replace a finished clustering of that name.
+
+    Raises
+    ------
+    UserError
+        Where the pickle is not such a matrix, has more columns than the store has entries, or has an entry in
+        two clusters; where the name is taken or the disk is full.
+    """
+    pickle_file = Path(pickle_file)
+    settings = {"method": "import", "file": pickle_file.name}
+    work = _Work(datastore, name, settings, resume=False, overwrite=overwrite)
+    matrix = load_sparse_matrix(pickle_file)
+    rows, columns = matrix.shape
+    if columns > len(datastore):
+        raise UserError(
+            f"{pickle_file} clusters {columns:,} entries, the datastore {datastore.path} has "
+            f"{len(datastore):,}: it was made for another datastore."
+        )
+    cluster_of_entry = np.full(len(datastore), -1, dtype=np.int32)
+    if (entry := _place_rows(cluster_of_entry, matrix)) >= 0:
+        raise UserError(f"{pickle_file} has entry {entry} in more than one cluster; each may be in one only.")
+    if outside := int((cluster_of_entry < 0).sum()):
+        logger.warning("%d of %d entries are in no cluster of %s.", outside, len(datastore), pickle_file)
+    with disk_errors_in(work.folder):
+        work.begin()
+        work.settings["file_sha256"] = sha256(pickle_file)
+        return work.finish(cluster_of_entry, rows)
+
+
+def summarize(clusters: Clusters, values: np.ndarray) -> dict[str, float]:
+    """Describe a clustering.
+
+    Parameters
+    ----------
+    values : int32 ``[count]``, the store's.
+
+    Returns
+    -------
+    ``mean``, ``median`` and ``max`` size of the clusters that are not empty, how many are ``empty``, the
+    share of those not empty that have one entry (``singletons``), and ``purity``: the share of clustered
+    entries whose value is the most common one of their cluster.
+    """
+    sizes = np.diff(clusters.member_starts)
+    filled = sizes[sizes > 0]
+    if not len(filled):
+        return {"empty": len(sizes)}
+    common = _most_common_values(
+        np.asarray(values), np.asarray(clusters.member_starts), np.asarray(clusters.members)
+    )
+    return {
+        "mean": round(float(filled.mean()), 2),
+        "median": float(np.median(filled)),
+        "max": int(filled.max()),
+        "empty": len(sizes) - len(filled),
+        "singletons": round(float((filled == 1).mean()), 4),
+        "purity": round(common / int(filled.sum()), 4),
+    }
+
+
+class _Work:
+    """A clustering under way: its folder, its settings, and states saved in it now and then."""
+
+    def __init__(
+        self, datastore: Datastore, name: str, settings: dict[str, Any], resume: bool, overwrite: bool
+    ) -> None:
+        self.datastore, self.name, self.resume = datastore, name, resume
+        self.folder = clusters_folder(datastore, name)
+        self.settings = {**settings, "keys_sha256": datastore.keys_checksum}
+        self.saved = time.monotonic()
+        if (self.folder / METADATA).exists() and not overwrite:
+            raise UserError(
+                f"The clusters {self.folder} exist already; choose another --name or give --overwrite."
+            )
+
+    def begin(self) -> None:
+        """Make the folder ready; saved states stay only where they are to be resumed."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        progress = self.folder / PROGRESS
+        if self.resume and progress.exists():
+            if (begun := read_json(progress).get("settings")) != self.settings:
+                raise UserError(
+                    f"The unfinished clusters {self.folder} were begun with {begun}, now it is "
+                    f"{self.settings}; give the same settings, or leave out --resume to start anew."
+                )
+        else:
+            self._remove_states()
+            write_json(progress, {"settings": self.settings})
+        # Cluster and place in the members' list of each entry, and a saved state of it and its successor.
+        check_free_space(self.folder, 4 * 4 * len(self.datastore), "the clusters' arrays")
+
+    def load(self, state: str) -> dict[str, np.ndarray]:
+        """The arrays saved last under that name; none where nothing was."""
+        path = self.folder / f"{state}.npz.part"
+        if not path.exists():
+            return {}
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                return dict(arrays)
+        except (ValueError, EOFError, zipfile.BadZipFile) as error:
+            raise UserError(f"{path} is damaged ({error}); leave out --resume to start anew.") from error
+
+    def save(self, state: str, **arrays: Any) -> None:
+        path = self.folder / f"{state}.npz.part"
+        temporary = path.with_name(path.name + ".tmp")
+        with open(temporary, "wb") as file:
+            np.savez(file, **arrays)
+        replace_file(temporary, path)
+        self.saved = time.monotonic()
+
+    def is_due(self) -> bool:
+        return time.monotonic() - self.saved >= CHECKPOINT_SECONDS
+
+    def finish(self, cluster_of_entry: np.ndarray, num_clusters: int) -> Clusters:
+        """Write the arrays and, last, ``clusters.json``."""
+        member_starts, members = members_by_cluster(cluster_of_entry, num_clusters)
+        arrays = dict(zip(ARRAYS, (cluster_of_entry, member_starts, members), strict=True))
+        (self.folder / METADATA).unlink(missing_ok=True)
+        for name, array in arrays.items():
+            path = self.folder / f"{name}.npy"
+            with open(path.with_name(path.name + ".tmp"), "wb") as file:
+                write_npy_header(file, array.dtype, array.shape)
+                file.write(array.data)
+            replace_file(path.with_name(path.name + ".tmp"), path)
+        metadata = {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            **self.settings,
+            "count": len(cluster_of_entry),
+            "num_clusters": num_clusters,
+            "entries_in_clusters": len(members),
+            "summary": summarize(Clusters(self.folder, {}, **arrays), self.datastore.values),
+            "files": {f"{name}.npy": (self.folder / f"{name}.npy").stat().st_size for name in ARRAYS},
+            "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "faiss": faiss.__version__,
+        }
+        write_json(self.folder / METADATA, metadata)
+        self._remove_states()
+        return Clusters.open(self.datastore, self.name)
+
+    def _remove_states(self) -> None:
+        for path in (self.folder / PROGRESS, *self.folder.glob("*.npz.part"), *self.folder.glob("*.tmp")):
+            path.unlink(missing_ok=True)
+
+
+def _train(
+    datastore: Datastore, work: _Work, num_clusters: int, sample: int, iterations: int, seed: int
+) -> np.ndarray:
+    """The centroids, float32 ``[num_clusters, dimension]``, one iteration at a time."""
+    state = work.load("centroids")
+    centroids, done = state.get("centroids"), int(state.get("iterations", 0))
+    if centroids is not None and done == iterations:
+        return centroids
+    _check_memory(datastore.dimension, num_clusters, sample)
+    # faiss would draw fewer than asked, or print warnings, outside of these bounds.
+    bounds = {"min_points_per_centroid": 1, "max_points_per_centroid": sample}
+    kmeans = faiss.Kmeans(datastore.dimension, num_clusters, niter=1, seed=seed, gpu=faiss_gpus(), **bounds)
+    description = f"Training {num_clusters:,} centroids on {sample:,} keys"
+    with tqdm(total=iterations, initial=done, desc=description, unit=" iterations") as bar:
+        chosen = np.random.default_rng(seed).choice(len(datastore), sample, replace=False, shuffle=False)
+        chosen.sort()
+        vectors = np.empty((sample, datastore.dimension), dtype=np.float32)
+        for begin in range(0, sample, CHUNK):
+            vectors[begin : begin + CHUNK] = _read_keys(datastore, chosen[begin : begin + CHUNK])
+        while done < iterations:
+            kmeans.train(vectors, init_centroids=centroids)
+            centroids, done = kmeans.centroids, done + 1
+            bar.update()
+            if done == iterations or work.is_due():
+                work.save("centroids", centroids=centroids, iterations=done)
+    assert centroids is not None
+    return centroids
+
+
+def _check_memory(dimension: int, num_clusters: int, sample: int) -> None:
+    """Raise UserError where k-means would take more memory than the machine has."""
+    row = 4 * dimension
+    have = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    held = 3 * num_clusters * row  # the centroids, their index, and their successors
+    if held + sample * row > MEMORY_SHARE * have:
+        fits = int(MEMORY_SHARE * have - held) // row
+        advice = f"--sample {fits} or less" if fits >= num_clusters else "fewer --num_clusters"
+        raise UserError(
+            f"k-means of {sample:,} keys into {num_clusters:,} clusters takes "
+            f"{(held + sample * row) / 2**30:.1f} GiB of memory, this machine has {have / 2**30:.1f} GiB; "
+            f"choose {advice}."
+        )
+
+
+def _fill(
+    datastore: Datastore,
+    work: _Work,
+    dtype: type[Any],
+    step: Callable[[np.ndarray, int, np.ndarray], None],
+    description: str,
+) -> np.ndarray:
+    """Stream the keys, chunk by chunk in text order, through ``step(numbers, first entry, keys)``, which
+    fills in ``numbers``: ``dtype [count]``, -1 at first."""
+    state = work.load("entries")
+    numbers, done = state.get("numbers"), int(state.get("done", 0))
+    if numbers is None:
+        numbers = np.full(len(datastore), -1, dtype=dtype)
+    with tqdm(total=len(datastore), initial=done, desc=description, unit=" keys", unit_scale=True) as bar:
+        while done < len(datastore):
+            keys = _read_keys(datastore, slice(done, done + CHUNK))
+            step(numbers, done, keys)
+            done += len(keys)
+            bar.update(len(keys))
+            if work.is_due():
+                work.save("entries", numbers=numbers, done=done)
+    return numbers
+
+
+def _read_keys(datastore: Datastore, entries: slice | np.ndarray) -> np.ndarray:
+    keys = datastore.keys[entries].astype(np.float32)
+    if not np.isfinite(keys).all():
+        raise UserError("The datastore's keys hold NaN or infinity: the files are damaged; dump it again.")
+    return keys
+
+
+def members_by_cluster(cluster_of_entry: np.ndarray, num_clusters: int) -> tuple[np.ndarray, np.ndarray]:
+    """The inverse of ``cluster_of_entry``, by a counting sort.
+
+    Parameters
+    ----------
+    cluster_of_entry : int32 ``[count]``, -1 for an entry in no cluster.
+
+    Returns
+    -------
+    member_starts : int64 ``[num_clusters + 1]``.
+    members : int32 or int64 (see ``entry_dtype``) ``[entries in clusters]``, ascending within each cluster.
+    """
+    member_starts = np.zeros(num_clusters + 1, dtype=np.int64)
+    _count(cluster_of_entry, member_starts[1:])
+    np.cumsum(member_starts, out=member_starts)
+    members = np.empty(member_starts[-1], dtype=entry_dtype(len(cluster_of_entry)))
+    _sort(cluster_of_entry, member_starts[:-1].copy(), members)
+    return member_starts, members
+
+
+@numba.njit(cache=True)
+def _count(cluster_of_entry: np.ndarray, counts: np.ndarray) -> None:
+    for cluster in cluster_of_entry:
+        if cluster >= 0:
+            counts[cluster] += 1
+
+
+@numba.njit(cache=True)
+def _sort(cluster_of_entry: np.ndarray, free: np.ndarray, members: np.ndarray) -> None:
+    """Put each entry in its cluster's first free place."""
+    for entry in range(len(cluster_of_entry)):
+        cluster = cluster_of_entry[entry]
+        if cluster >= 0:
+            members[free[cluster]] = entry
+            free[cluster] += 1
+
+
+@numba.njit(cache=True)
+def _merge(absorber: np.ndarray, values: np.ndarray, neighbours: np.ndarray, begin: int) -> None:
+    """Let the entries from ``begin`` on, whose neighbours are given, absorb them where they may.
+
+    ``absorber`` has, for each entry, the one that absorbed it; itself where it absorbed others; else -1.
+    """
+    for row in range(len(neighbours)):
+        entry = begin + row
+        if absorber[entry] >= 0:
+            continue
+        for other in neighbours[row]:
+            if other >= 0 and other != entry and absorber[other] < 0 and values[other] == values[entry]:
+                absorber[other] = entry
+                absorber[entry] = entry
+
+
+@numba.njit(cache=True)
+def _number_clusters(absorber: np.ndarray, cluster_of_entry: np.ndarray) -> int:
+    """Number the entries that were not absorbed, in order; the others take their absorber's number."""
+    clusters = 0
+    for entry in range(len(absorber)):
+        if absorber[entry] < 0 or absorber[entry] == entry:
+            cluster_of_entry[entry] = clusters
+            clusters += 1
+    for entry in range(len(absorber)):
+        if absorber[entry] >= 0:
+            cluster_of_entry[entry] = cluster_of_entry[absorber[entry]]
+    return clusters
+
+
+def _place_rows(cluster_of_entry: np.ndarray, matrix: SparseMatrix) -> int:
+    """Enter the matrix's rows into ``cluster_of_entry``; an entry that is in two of them, or -1."""
+    return _place(cluster_of_entry, matrix.by_row, matrix.indptr, matrix.indices, matrix.data != 0)
+
+
+@numba.njit(cache=True)
+def _place(
+    cluster_of_entry: np.ndarray, by_row: bool, indptr: np.ndarray, indices: np.ndarray, is_member: np.ndarray
+) -> int:
+    for major in range(len(indptr) - 1):
+        for place in range(indptr[major], indptr[major + 1]):
+            cluster, entry = (major, indices[place]) if by_row else (indices[place], major)
+            if is_member[place]:
+                if cluster_of_entry[entry] >= 0:
+                    return entry
+                cluster_of_entry[entry] = cluster
+    return -1
+
+
+@numba.njit(cache=True)
+def _most_common_values(values: np.ndarray, member_starts: np.ndarray, members: np.ndarray) -> int:
+    """How many entries have the most common value of their cluster."""
+    total = 0
+    for cluster in range(len(member_starts) - 1):
+        ordered = np.sort(values[members[member_starts[cluster] : member_starts[cluster + 1]]])
+        longest = run = 0
+        for place in range(len(ordered)):
+            run = run + 1 if place > 0 and ordered[place] == ordered[place - 1] else 1
+            longest = max(longest, run)
+        total += longest
+    return total

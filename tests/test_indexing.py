@@ -1,0 +1,266 @@
+"""Indexes: what auto chooses, exactness, the quality figures, interruptions, and damaged or foreign files."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import faiss
+import numpy as np
+import pytest
+import torch
+
+from knn_lm_eval import indexing
+from knn_lm_eval.datastore import FORMAT, FORMAT_VERSION, Datastore
+from knn_lm_eval.errors import UserError
+from knn_lm_eval.files import sha256, write_json
+from knn_lm_eval.index import open_index
+from knn_lm_eval.indexing import build_index, choose_factory
+from knn_lm_eval.retrieval import Retriever
+
+
+def make_store(folder: Path, count: int = 3000, dimension: int = 16, seed: int = 0) -> Datastore:
+    """A datastore of clustered random keys."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(seed)
+    centres = rng.standard_normal((20, dimension)) * 2
+    value_of = rng.integers(0, 20, count)
+    np.save(folder / "keys.npy", (centres[value_of] + rng.standard_normal((count, dimension))).astype(np.float16))
+    np.save(folder / "values.npy", value_of.astype(np.int32))
+    np.save(folder / "document_starts.npy", np.array([0], dtype=np.int64))
+    files = {f.name: {"bytes": f.stat().st_size, "sha256": sha256(f)} for f in folder.glob("*.npy")}
+    shape = {"count": count, "dimension": dimension}
+    write_json(
+        folder / "manifest.json", {"format": FORMAT, "format_version": FORMAT_VERSION, **shape, "files": files}
+    )
+    return Datastore.open(folder)
+
+
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory: pytest.TempPathFactory) -> Datastore:
+    store = make_store(tmp_path_factory.mktemp("index") / "store")
+    build_index(store, "Flat")
+    build_index(store, "IVF16,RaBitQfs", name="rabitq")
+    return store
+
+
+@pytest.fixture
+def own_store(tmp_path: Path, pristine: Datastore) -> Datastore:
+    """A copy that a test may damage."""
+    shutil.copytree(pristine.path, tmp_path / "store")
+    return Datastore.open(tmp_path / "store")
+
+
+def brute_force(store: Datastore, queries: np.ndarray, k: int, dot: bool) -> tuple[np.ndarray, np.ndarray]:
+    keys, queries = store.keys.astype(np.float64), queries.astype(np.float64)
+    distances = -(queries @ keys.T) if dot else ((queries[:, None] - keys[None]) ** 2).sum(-1)
+    order = np.argsort(distances, axis=1, kind="stable")[:, :k]
+    return np.take_along_axis(distances, order, 1), order
+
+
+def test_auto_is_exact_for_small_stores_and_rabitq_for_large_ones() -> None:
+    assert choose_factory(60_000) == "Flat"
+    assert choose_factory(400_000) == "IVF1024,RaBitQfs"
+    assert choose_factory(100_000_000) == "IVF16384,RaBitQfs"
+
+
+@pytest.mark.parametrize("sim_func", ["l2", "dot"])
+def test_flat_index_searches_exactly(tmp_path: Path, sim_func: str) -> None:
+    store = make_store(tmp_path / "s", count=500)
+    metadata = build_index(store, "auto", sim_func=sim_func)
+    assert metadata["factory"] == "Flat" and metadata["quality"][0]["recall"] > 0.999
+    queries = np.random.default_rng(1).standard_normal((7, store.dimension)).astype(np.float32)
+    distances, values, entries = Retriever(store, k=40).search(torch.from_numpy(queries))
+    expected, order = brute_force(store, queries, 40, sim_func == "dot")
+    np.testing.assert_allclose(distances.numpy(), expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(np.sort(entries.numpy()), np.sort(order))
+    assert (values.numpy() == store.values[entries.numpy()]).all()
+
+
+@pytest.mark.parametrize("sim_func", ["l2", "dot"])
+def test_recomputed_distances_are_exact_whatever_the_index(pristine: Datastore, sim_func: str, monkeypatch) -> None:
+    monkeypatch.setattr("knn_lm_eval.retrieval.GATHER_BYTES", 2**13)  # several blocks
+    queries = np.random.default_rng(1).standard_normal((9, pristine.dimension)).astype(np.float32)
+    retriever = Retriever(pristine, k=30, index="rabitq", sim_func=sim_func, recompute_dists=True)
+    distances, _, entries = retriever.search(torch.from_numpy(queries))
+    keys = pristine.keys[entries.numpy()].astype(np.float64)
+    inner = (keys * queries[:, None]).sum(-1)
+    expected = -inner if sim_func == "dot" else ((keys - queries[:, None]) ** 2).sum(-1)
+    np.testing.assert_allclose(distances.numpy(), expected, rtol=1e-5, atol=1e-4)
+
+
+def test_quality_figures_are_recall_and_error_of_p_knn(pristine: Datastore) -> None:
+    """Recomputed by brute force from what the index returns."""
+    k, queries = 50, 64
+    index, _ = open_index(pristine, "rabitq")
+    quality = indexing.measure_quality(pristine, index, "l2", k, 1.0, queries, seed=1)
+    chosen = np.sort(np.random.default_rng(2).permutation(len(pristine))[:queries])
+    _, order = brute_force(pristine, pristine.keys[chosen], k + 1, dot=False)
+    assert [row["probe"] for row in quality["quality"]] == [1, 2, 4, 8, 16]
+    for row in quality["quality"]:
+        index.nprobe = row["probe"]
+        approximate, found = index.search(pristine.keys[chosen].astype(np.float32), k + 1)
+        recalls, errors = [], []
+        for i, query in enumerate(chosen):
+            exact = [e for e in order[i] if e != query][:k]
+            mine = [(d, e) for d, e in zip(approximate[i], found[i], strict=True) if e not in (query, -1)][:k]
+            recalls.append(len({e for _, e in mine} & set(exact)) / k)
+            ps = []
+            distances = ((pristine.keys[exact].astype(np.float64) - pristine.keys[query]) ** 2).sum(-1)
+            for neighbours in (list(zip(distances, exact, strict=True)), mine):
+                weights = np.exp(-np.array([d for d, _ in neighbours]))
+                right = np.array([pristine.values[e] == pristine.values[query] for _, e in neighbours])
+                ps.append(weights[right].sum() / weights.sum())
+            errors.append(abs(ps[0] - ps[1]))
+        assert row["recall"] == pytest.approx(np.mean(recalls), abs=2e-3)
+        assert row["p_knn_error"] == pytest.approx(np.mean(errors), abs=2e-3)
+    errors_by_probe = {row["probe"]: row["p_knn_error"] for row in quality["quality"]}
+    assert errors_by_probe[quality["probe"]] <= 1.05 * errors_by_probe[16]
+
+
+def test_probe_given_beats_the_recommended_one(pristine: Datastore) -> None:
+    recommended = json.loads((pristine.path / "rabitq.json").read_text())["probe"]
+    assert Retriever(pristine, k=5, index="rabitq").probe == recommended
+    assert Retriever(pristine, k=5, index="rabitq", probe=3).probe == 3
+    assert Retriever(pristine, k=5, index="rabitq", probe=10**6).probe == 16  # all lists
+
+
+@pytest.mark.parametrize("factory", ["Flat", "IVF16,SQ8"])
+def test_an_interrupted_build_resumes_to_the_same_index(tmp_path: Path, monkeypatch, factory: str) -> None:
+    monkeypatch.setattr(indexing, "ADD_CHUNK", 500)
+    monkeypatch.setattr(indexing, "CHECKPOINT_SECONDS", -1)
+    whole, broken = make_store(tmp_path / "a"), make_store(tmp_path / "b")
+    build_index(whole, factory)
+
+    calls = 0
+
+    def fail_after_some(keys: np.ndarray) -> np.ndarray:
+        nonlocal calls
+        calls += 1
+        if calls == 10:
+            raise KeyboardInterrupt
+        return original(keys)
+
+    original = indexing._finite
+    monkeypatch.setattr(indexing, "_finite", fail_after_some)
+    with pytest.raises(KeyboardInterrupt):
+        build_index(broken, factory)
+    assert faiss.read_index(str(broken.path / "index.faiss.part")).ntotal > 0
+    assert not (broken.path / "index.faiss").exists()
+    monkeypatch.setattr(indexing, "_finite", original)
+    build_index(broken, factory, resume=True)
+    assert (whole.path / "index.faiss").read_bytes() == (broken.path / "index.faiss").read_bytes()
+    assert not list(broken.path.glob("*.part*"))
+
+
+def test_other_settings_do_not_resume(tmp_path: Path, monkeypatch) -> None:
+    store = make_store(tmp_path / "s")
+    monkeypatch.setattr(indexing, "ADD_CHUNK", 500)
+    monkeypatch.setattr(indexing, "CHECKPOINT_SECONDS", -1)
+    monkeypatch.setattr(indexing, "measure_quality", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        build_index(store, "Flat")
+    with pytest.raises(UserError, match="was begun with .*'factory': 'Flat'"):
+        build_index(store, "IVF16,SQ8", resume=True)
+
+
+def test_a_finished_index_is_replaced_only_when_asked(own_store: Datastore) -> None:
+    before = (own_store.path / "index.faiss").read_bytes()
+    with pytest.raises(UserError, match="exists already"):
+        build_index(own_store, "IVF16,SQ8")
+    assert (own_store.path / "index.faiss").read_bytes() == before
+    build_index(own_store, "IVF16,SQ8", overwrite=True, quality_queries=0)
+    assert open_index(own_store)[1]["factory"] == "IVF16,SQ8"
+
+
+@pytest.mark.parametrize("factory", ["IVF16,Nonsense", "PQ7", "IVF100000,Flat"])
+def test_factories_that_cannot_be_are_refused(own_store: Datastore, factory: str) -> None:
+    with pytest.raises(UserError):
+        build_index(own_store, factory, name="other")
+    assert not (own_store.path / "other.faiss").exists()
+
+
+def test_nan_keys_are_noticed(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "s")
+    keys = np.load(store.path / "keys.npy", mmap_mode="r+")
+    keys[1234, 5] = np.nan
+    keys.flush()
+    with pytest.raises(UserError, match="hold NaN or infinity"):
+        build_index(Datastore.open(store.path), "Flat")
+
+
+def test_an_index_of_other_keys_is_refused(tmp_path: Path, own_store: Datastore) -> None:
+    other = make_store(tmp_path / "other", seed=1)
+    for name in ("index.faiss", "index.json"):
+        shutil.copy(own_store.path / name, other.path / name)
+    with pytest.raises(UserError, match="built for other keys"):
+        open_index(other)
+
+
+def test_damaged_index_files_are_named(own_store: Datastore) -> None:
+    file = own_store.path / "index.faiss"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-10])
+    with pytest.raises(UserError, match="is damaged: it has .* bytes"):
+        open_index(own_store)
+    file.write_bytes(b"\0" * len(whole))
+    with pytest.raises(UserError, match="faiss cannot read it"):
+        open_index(own_store)
+    (own_store.path / "index.json").write_text("{")
+    with pytest.raises(UserError, match=r"index\.json is damaged"):
+        open_index(own_store)
+    with pytest.raises(UserError, match="no index called 'other': it has index, rabitq"):
+        open_index(own_store, "other")
+
+
+def test_damaged_datastores_are_named(own_store: Datastore) -> None:
+    path = own_store.path
+    with pytest.raises(UserError, match="no such folder"):
+        Datastore.open(path / "missing")
+    keys = (path / "keys.npy").read_bytes()
+    (path / "keys.npy").write_bytes(keys[:-100])
+    with pytest.raises(UserError, match=r"keys\.npy has .* bytes, the manifest says"):
+        Datastore.open(path)
+    (path / "keys.npy").write_bytes(b"\0" * len(keys))
+    with pytest.raises(UserError, match=r"keys\.npy is damaged: it is not a \.npy array"):
+        Datastore.open(path)
+    (path / "keys.npy").unlink()
+    with pytest.raises(UserError, match=r"incomplete: keys\.npy is missing"):
+        Datastore.open(path)
+    manifest = json.loads((path / "manifest.json").read_text())
+    (path / "manifest.json").write_text(json.dumps(manifest | {"format_version": 99}))
+    with pytest.raises(UserError, match="format version 99"):
+        Datastore.open(path)
+    (path / "manifest.json").write_text("not json")
+    with pytest.raises(UserError, match=r"manifest\.json is damaged"):
+        Datastore.open(path)
+    (path / "manifest.json").unlink()
+    with pytest.raises(UserError, match="is not a datastore"):
+        Datastore.open(path)
+
+
+def test_pickled_arrays_are_not_loaded(own_store: Datastore) -> None:
+    file = own_store.path / "values.npy"
+    np.save(file, np.array([{"a": 1}] * 10, dtype=object), allow_pickle=True)
+    manifest = json.loads((own_store.path / "manifest.json").read_text())
+    manifest["files"]["values.npy"]["bytes"] = file.stat().st_size
+    (own_store.path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"values\.npy is damaged"):
+        Datastore.open(own_store.path)
+
+
+def test_the_gpu_option_without_a_gpu_searches_on_the_cpu_and_says_so(pristine: Datastore, caplog) -> None:
+    if getattr(faiss, "get_num_gpus", lambda: 0)():
+        pytest.skip("this machine has a GPU")
+    queries = torch.from_numpy(pristine.keys[:3].astype(np.float32))
+    on_gpu = Retriever(pristine, k=5, gpu=True).search(queries)
+    assert "faiss sees no GPU" in caplog.text
+    assert torch.equal(on_gpu[2], Retriever(pristine, k=5).search(queries)[2])
+
+
+@pytest.mark.skipif(getattr(faiss, "get_num_gpus", lambda: 0)() == 0, reason="needs faiss-gpu and a GPU")
+def test_gpu_search_agrees_with_the_cpu(pristine: Datastore) -> None:
+    queries = torch.from_numpy(pristine.keys[:3].astype(np.float32))
+    gpu, cpu = Retriever(pristine, k=5, gpu=True).search(queries), Retriever(pristine, k=5).search(queries)
+    torch.testing.assert_close(gpu[0], cpu[0], rtol=1e-2, atol=1e-2)
