@@ -1,4 +1,4 @@
-"""``knn-hf``: lm-eval's Hugging Face model with kNN-LM retrieval mixed into its next-token distribution."""
+"""``knn-hf``: lm-eval's Hugging Face model with kNN-LM or RetoMaton retrieval in its next-token distribution."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import transformers
 from accelerate import find_executable_batch_size
@@ -16,6 +16,8 @@ from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
+from knn_lm_eval.automaton import AutomatonSettings
+from knn_lm_eval.clusters import Clusters
 from knn_lm_eval.datastore import Datastore
 from knn_lm_eval.errors import UserError, report_user_errors
 from knn_lm_eval.fingerprint import check_fingerprint, take_fingerprint
@@ -23,8 +25,9 @@ from knn_lm_eval.index import DEFAULT_INDEX
 from knn_lm_eval.language_model import CausalLM
 from knn_lm_eval.loading import CausalHFLM
 from knn_lm_eval.loglikelihood import RollingLoglikelihood
+from knn_lm_eval.retomaton import RetomatonScorer
 from knn_lm_eval.retrieval import Retriever
-from knn_lm_eval.scoring import Passage, Scorer
+from knn_lm_eval.scoring import Passage, Score, Scorer
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +41,7 @@ CPU_BATCH_TOKENS = 4096
 
 @register_model("knn-hf")
 class KNNHF(CausalHFLM):
-    """A Hugging Face causal LM with kNN-LM retrieval, for every lm-eval task.
+    """A Hugging Face causal LM with kNN-LM or RetoMaton retrieval, for every lm-eval task.
 
     Parameters
     ----------
@@ -55,6 +58,14 @@ class KNNHF(CausalHFLM):
     index : the name of the datastore's index.
     context_len : in rolling log-likelihoods, the tokens of context that each scored token has at least, where
         the text has them; 1 is lm-eval's disjoint windows, half of ``max_length`` the kNN-LM papers' protocol.
+    retomaton : follow pointers instead of searching at every token (Alon et al. 2022).
+    min_knns : with RetoMaton, search where fewer candidates survived (default 1); ``inf`` searches everywhere.
+    max_knns : with RetoMaton, pointers and cluster members considered per token (default 1024).
+    no_pointer : with RetoMaton, follow none: plain kNN-LM, for comparison.
+    clusters : with RetoMaton, the name of the clustering that extends the pointers; None is none.
+    duplicates : with RetoMaton, ``merge`` (default) counts a candidate once, ``keep`` as often as it comes up,
+        as the published code does.
+    carry_state : with RetoMaton and ``context_len`` above 1, windows of one text continue each other's walk.
     **kwargs : all other arguments of ``hf``.
 
     Raises
@@ -78,6 +89,13 @@ class KNNHF(CausalHFLM):
         knn_gpu: bool = False,
         index: str = DEFAULT_INDEX,
         context_len: int = 1,
+        retomaton: bool = False,
+        min_knns: float = 1,
+        max_knns: int = 1024,
+        no_pointer: bool = False,
+        clusters: str | None = None,
+        duplicates: Literal["keep", "merge"] = "merge",
+        carry_state: bool = False,
         **kwargs: Any,
     ) -> None:
         # All that can be wrong without the model is looked at before minutes are spent on loading it.
@@ -94,6 +112,13 @@ class KNNHF(CausalHFLM):
             )
         retriever = Retriever(store, settings["k"], probe, knn_sim_func, recompute_dists, knn_gpu, index)
         sources["probe"] = "given" if probe is not None else "index"
+        automaton = AutomatonSettings(settings["k"], settings["knn_temp"], min_knns, max_knns, duplicates)
+        chosen_clusters = None
+        if retomaton:
+            _check_automaton(automaton)
+            chosen_clusters = None if clusters is None else Clusters.open(store, str(clusters))
+        elif clusters is not None:
+            raise UserError("clusters is for RetoMaton; give retomaton=True as well.")
 
         made_by = store.manifest["model"]
         if pretrained is None:
@@ -110,23 +135,35 @@ class KNNHF(CausalHFLM):
             store.manifest["fingerprint"], take_fingerprint(model, self.tokenizer), made_by["pretrained"], name
         )
         self.retriever = retriever
-        # With lmbda=0 the neighbours would count for nothing: the search is left out.
-        self.scorer = Scorer(
-            model,
-            retriever if settings["lmbda"] > 0 else None,
-            settings["lmbda"],
-            settings["knn_temp"],
-            self.softmax_dtype,
-        )
+        self.scorer: Scorer
+        if retomaton and not no_pointer and settings["lmbda"] > 0:
+            self.scorer = RetomatonScorer(
+                model, retriever, settings["lmbda"], automaton, chosen_clusters, self.softmax_dtype, carry_state
+            )
+        else:
+            # With lmbda=0 the neighbours would count for nothing: the search is left out.
+            searched = retriever if settings["lmbda"] > 0 else None
+            self.scorer = Scorer(model, searched, settings["lmbda"], settings["knn_temp"], self.softmax_dtype)
+        self.carry_state = retomaton and carry_state
         self.settings = {
             **settings,
             "probe": retriever.probe,
             "knn_sim_func": retriever.sim_func,
             "knn_keytype": key_type,
-            "recompute_dists": recompute_dists,
+            "recompute_dists": retriever.recompute_dists,
             "index": index,
             "context_len": context_len,
         }
+        if retomaton:
+            self.settings |= {
+                "retomaton": True,
+                "min_knns": min_knns,
+                "max_knns": max_knns,
+                "no_pointer": no_pointer,
+                "clusters": clusters,
+                "duplicates": duplicates,
+                "carry_state": carry_state,
+            }
         self.setting_sources = sources
         shown = (f"{name}={value} ({sources.get(name, 'store')})" for name, value in self.settings.items())
         logger.info("knn-hf with the datastore %s (%s entries): %s", store.path, f"{len(store):,}", ", ".join(shown))
@@ -162,19 +199,25 @@ class KNNHF(CausalHFLM):
             windows += map(make_disjoint_window, rolling)
             owners += [owner] * (len(windows) - len(owners))
 
-        totals, tokens = [0.0] * len(requests), [0] * len(requests)
-        windows_left = [0] * len(requests)
+        counts = [0] * len(requests)
         for owner in owners:
-            windows_left[owner] += 1
-        for number, (log_prob, _) in self._score(windows, want_greedy=False, disable_tqdm=disable_tqdm):
+            counts[owner] += 1
+        results = [RollingLoglikelihood(0.0, 0, None)] * len(requests)
+        scores: dict[int, list[tuple[int, Score]]] = {}
+        for number, score in self._score(windows, False, disable_tqdm, texts=owners):
             owner = owners[number]
-            totals[owner] += log_prob
-            tokens[owner] += len(windows[number][1])
-            windows_left[owner] -= 1
-            if not windows_left[owner]:
-                result = RollingLoglikelihood(totals[owner], tokens[owner])
-                self.cache_hook.add_partial("loglikelihood_rolling", requests[owner].args, result)
-        return [RollingLoglikelihood(total, count) for total, count in zip(totals, tokens, strict=True)]
+            mine = scores.setdefault(owner, [])
+            mine.append((len(windows[number][1]), score))
+            if len(mine) == counts[owner]:
+                searches = [score.searches for _, score in mine if score.searches is not None]
+                results[owner] = RollingLoglikelihood(
+                    sum(score.log_prob for _, score in mine),
+                    sum(length for length, _ in mine),
+                    sum(searches) if searches else None,
+                )
+                self.cache_hook.add_partial("loglikelihood_rolling", requests[owner].args, results[owner])
+                del scores[owner]
+        return list(results)
 
     def _loglikelihood_tokens(
         self,
@@ -185,10 +228,10 @@ class KNNHF(CausalHFLM):
     ) -> list[tuple[float, bool]]:
         results: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         pairs = [(context, continuation) for _, context, continuation in requests]
-        for number, result in self._score(pairs, want_greedy=True, disable_tqdm=disable_tqdm, batch_size=override_bs):
-            results[number] = result
+        for number, score in self._score(pairs, True, disable_tqdm, override_bs):
+            results[number] = score.log_prob, score.is_greedy
             if requests[number][0] is not None:
-                self.cache_hook.add_partial("loglikelihood", requests[number][0], result)
+                self.cache_hook.add_partial("loglikelihood", requests[number][0], results[number])
         return results
 
     def _score(
@@ -197,30 +240,43 @@ class KNNHF(CausalHFLM):
         want_greedy: bool,
         disable_tqdm: bool = False,
         batch_size: int | None = None,
-    ) -> Iterator[tuple[int, tuple[float, bool]]]:
-        """Score (context, continuation) token lists; yields (request number, result) as batches get done."""
+        texts: list[int] | None = None,
+    ) -> Iterator[tuple[int, Score]]:
+        """Score (context, continuation) token lists; yields (request number, score) as batches get done.
+
+        ``texts`` are the numbers of the texts that the requests are windows of.
+        """
         passages: dict[Any, Passage] = {}
         askers: dict[Any, list[int]] = {}
         for number, (context, continuation) in enumerate(requests):
             text = context + continuation
             # Requests that read the same tokens share the forward pass, as in HFLM.
-            shared = tuple(text[:-1]) if self.logits_cache else number
+            shared = tuple(text[:-1]) if self.logits_cache and not self.carry_state else number
             passage = passages.setdefault(shared, Passage(text[-(self.max_length + 1) : -1]))
+            passage.text = texts[number] if texts else None
             passage.continuations.append(continuation)
             askers.setdefault(shared, []).append(number)
-        # Longest first: similar lengths share a batch, and too large a batch shows at once.
-        order = sorted(passages, key=lambda shared: -len(passages[shared].tokens))
-        with tqdm(total=len(requests), disable=disable_tqdm or self.rank != 0, desc="Scoring with kNN-LM") as bar:
+        order = list(passages)
+        if not self.carry_state:
+            # Longest first: similar lengths share a batch, and too large a batch shows at once.
+            order.sort(key=lambda shared: -len(passages[shared].tokens))
+        batches: list[list[Any]] = []
+        rows = 0
+        with tqdm(total=len(requests), disable=disable_tqdm or self.rank != 0, desc="Scoring with retrieval") as bar:
             start = 0
             while start < len(order):
                 size = batch_size or self._size_of_batch(passages[order[start]])
-                batch = order[start : start + size]
-                for shared, results in zip(
-                    batch, self.scorer.score([passages[shared] for shared in batch], want_greedy), strict=True
-                ):
-                    yield from zip(askers[shared], results, strict=True)
-                    bar.update(len(results))
+                batches.append(order[start : start + size])
+                rows += sum(max(map(len, passages[shared].continuations)) for shared in batches[-1])
                 start += size
+                if rows >= self.scorer.rows_at_once or start >= len(order):
+                    results = self.scorer.score(
+                        [[passages[shared] for shared in batch] for batch in batches], want_greedy
+                    )
+                    for shared, scores in zip((s for batch in batches for s in batch), results, strict=True):
+                        yield from zip(askers[shared], scores, strict=True)
+                        bar.update(len(scores))
+                    batches, rows = [], 0
 
     def _size_of_batch(self, longest: Passage) -> int:
         if self.batch_size != "auto":
@@ -233,7 +289,7 @@ class KNNHF(CausalHFLM):
 
             @find_executable_batch_size(starting_batch_size=self.max_batch_size)
             def try_batch(batch_size: int) -> int:
-                self.scorer.score([probe] * batch_size, want_greedy=True)
+                self.scorer.score([[probe] * batch_size], want_greedy=True)
                 return batch_size
 
             # A size that holds for this length holds for all that follow, which are shorter.
@@ -279,8 +335,18 @@ class KNNHF(CausalHFLM):
         """lm-eval's model information, with the retrieval settings and what retrieval did (``knn``)."""
         store, statistics = self.retriever.datastore, self.retriever.statistics
         seconds = self.scorer.seconds | statistics.seconds
+        walked: dict[str, Any] = {}
+        if isinstance(self.scorer, RetomatonScorer):
+            walks = self.scorer.automaton.statistics
+            # The retriever counts the walks' searches as well, but not the distances of pointers.
+            seconds |= {name: value for name, value in walks.seconds.items() if name != "search"}
+            walked = {
+                "saved_searches": 1 - walks.searches / max(1, walks.steps),
+                "mean_candidates": walks.candidates / max(1, walks.steps),
+            }
         return super().get_model_info() | {
             "knn": {
+                **walked,
                 **self.settings,
                 "setting_sources": self.setting_sources,
                 "datastore": {
@@ -322,3 +388,15 @@ def _check_ranges(settings: dict[str, Any]) -> None:
         raise UserError(f"lmbda={lmbda} is not between 0 and 1.")
     if not 0 < knn_temp < float("inf"):
         raise UserError(f"knn_temp={knn_temp} must be a number above 0.")
+
+
+def _check_automaton(settings: AutomatonSettings) -> None:
+    for name, value in (("min_knns", settings.min_knns), ("max_knns", settings.max_knns)):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise UserError(f"{name}={value!r} is not a number.")
+    if not settings.min_knns >= 0:
+        raise UserError(f"min_knns={settings.min_knns} must be 0 or more (inf searches at every token).")
+    if not (settings.max_knns >= 1 and int(settings.max_knns) == settings.max_knns):
+        raise UserError(f"max_knns={settings.max_knns} must be a whole number of at least 1.")
+    if settings.duplicates not in ("keep", "merge"):
+        raise UserError(f"duplicates={settings.duplicates!r} is unknown; use keep or merge.")

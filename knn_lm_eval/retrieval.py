@@ -75,6 +75,7 @@ class Retriever:
                 f"build one with --sim_func {self.sim_func}, or add recompute_dists=True."
             )
         self.datastore, self.k, self.recompute_dists = datastore, k, recompute_dists
+        self.index_name, self.cpu_index = index, self.index
         ivf = inverted_file(self.index)
         self.probe = None if ivf is None else min(probe or self.metadata.get("probe") or 32, ivf.nlist)
         if self.probe is not None:
@@ -97,21 +98,25 @@ class Retriever:
         entries : int64 ``[n, k]``; -1 in empty slots.
             All on the CPU.
         """
-        statistics, start = self.statistics, time.perf_counter()
-        rows = queries.float().cpu().numpy()
-        distances, entries = search(self.index, rows, self.k)
-        statistics.searches += len(rows)
-        statistics.entries_compared += vectors_compared(self.index, len(rows))
-        statistics.seconds["search"] += time.perf_counter() - start
-        if self.recompute_dists:
-            start = time.perf_counter()
-            distances = exact_distances(self.datastore.keys, rows, entries, self.sim_func)
-            statistics.seconds["distances"] += time.perf_counter() - start
+        distances, entries = self.find(queries.float().cpu().numpy())
         start = time.perf_counter()
         values = self.datastore.values[np.maximum(entries, 0)]
         values[entries < 0] = 0
-        statistics.seconds["values"] += time.perf_counter() - start
+        self.statistics.seconds["values"] += time.perf_counter() - start
         return torch.from_numpy(distances), torch.from_numpy(values), torch.from_numpy(entries)
+
+    def find(self, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """As ``search``, for float32 arrays and without the values."""
+        statistics, start = self.statistics, time.perf_counter()
+        distances, entries = search(self.index, queries, self.k)
+        statistics.searches += len(queries)
+        statistics.entries_compared += vectors_compared(self.index, len(queries))
+        statistics.seconds["search"] += time.perf_counter() - start
+        if self.recompute_dists:
+            start = time.perf_counter()
+            distances = exact_distances(self.datastore.keys, queries, entries, self.sim_func)
+            statistics.seconds["distances"] += time.perf_counter() - start
+        return distances, entries
 
 
 def exact_distances(keys: np.ndarray, queries: np.ndarray, entries: np.ndarray, sim_func: str) -> np.ndarray:

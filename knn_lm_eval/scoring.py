@@ -7,9 +7,10 @@ for the tokens that are asked for.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +24,9 @@ from knn_lm_eval.retrieval import Retriever
 LOGITS_BYTES = 2**25
 NEIGHBOURS_PER_BLOCK = 2**21
 
+# (first row, end row) -> distances [rows, k] and values [rows, k] of these rows' neighbours.
+Neighbours = Callable[[int, int], tuple[Tensor, Tensor]]
+
 
 @dataclass
 class Passage:
@@ -34,10 +38,50 @@ class Passage:
     continuations : what may follow; continuation c is predicted by the last ``len(c)`` positions, so all but
         its last token are the last of ``tokens``. Several share the pass where only the last token differs,
         or where the same text is split elsewhere.
+    text : the number of the text that this is a window of; None for what is no window.
     """
 
     tokens: Sequence[int]
     continuations: list[list[int]] = field(default_factory=list)
+    text: int | None = None
+
+
+class Score(NamedTuple):
+    """A continuation's score.
+
+    Attributes
+    ----------
+    log_prob : the sum of its tokens' log-probabilities (natural logarithm).
+    is_greedy : whether each token is the most probable one; False where nobody asked.
+    searches : full searches made for it; None where every token is searched.
+    """
+
+    log_prob: float
+    is_greedy: bool
+    searches: int | None = None
+
+
+@dataclass
+class Reading:
+    """What the LM's body gave for a batch of passages.
+
+    Attributes
+    ----------
+    queries : ``[rows, dimension]``; a row is a position that some continuation scores.
+    hidden : ``[rows, width]``, what the head takes.
+    asked : per continuation, passage by passage: the row after its last one, and the continuation.
+    sizes : continuations per passage.
+    """
+
+    queries: Tensor
+    hidden: Tensor
+    asked: list[tuple[int, list[int]]]
+    sizes: list[int]
+
+    def pairs(self) -> tuple[Tensor, Tensor]:
+        """The row and the target of each token of each continuation, in the order of ``asked``."""
+        rows = torch.cat([torch.arange(end - len(c), end) for end, c in self.asked])
+        return rows, torch.tensor([token for _, c in self.asked for token in c])
 
 
 class Scorer:
@@ -65,57 +109,76 @@ class Scorer:
         self.tokens_scored = 0
         self.seconds = {"forward": 0.0, "head": 0.0, "mixture": 0.0}
 
-    def score(self, passages: Sequence[Passage], want_greedy: bool) -> list[list[tuple[float, bool]]]:
-        """Score a batch of passages.
+    @property
+    def rows_at_once(self) -> int:
+        """Positions that a call of ``score`` should bring together, in as many batches as that takes."""
+        return 1
+
+    def score(self, batches: Sequence[Sequence[Passage]], want_greedy: bool) -> list[list[Score]]:
+        """Score batches of passages; the LM reads a batch at a time.
 
         Returns
         -------
-        For each passage and each of its continuations: the sum of its tokens' log-probabilities (natural
-        logarithm), and whether each of them is the most probable one (False where ``want_greedy`` is).
+        For each passage, in order, the scores of its continuations.
         """
+        return [scores for batch in batches for scores in self._score_batch(batch, want_greedy)]
+
+    def _score_batch(self, passages: Sequence[Passage], want_greedy: bool) -> list[list[Score]]:
+        reading = self._read(passages)
+        neighbours, block = None, len(reading.hidden)
+        if retriever := self.retriever:
+            block = max(1, NEIGHBOURS_PER_BLOCK // retriever.k)
+
+            def neighbours(start: int, stop: int) -> tuple[Tensor, Tensor]:
+                return retriever.search(reading.queries[start:stop])[:2]
+
+        rows, targets = reading.pairs()
+        log_probs, greedy = self._score_pairs(reading.hidden, rows, targets, neighbours, block, want_greedy)
+        return self._sum_up(reading, log_probs, greedy)
+
+    def _read(self, passages: Sequence[Passage]) -> Reading:
         with self._timed("forward"):
             padded = pad_sequence([torch.tensor(passage.tokens) for passage in passages], batch_first=True)
             keys, hidden = self.model.encode(padded)
             lengths = [max(map(len, passage.continuations)) for passage in passages]
             scored = [slice(len(p.tokens) - n, len(p.tokens)) for p, n in zip(passages, lengths, strict=True)]
-            queries = torch.cat([keys[i, rows] for i, rows in enumerate(scored)])
-            hidden = torch.cat([hidden[i, rows] for i, rows in enumerate(scored)])
-        # Every (row of hidden, target) pair that some continuation asks for, continuation after continuation.
-        ends = torch.tensor(lengths).cumsum(0).tolist()
-        asked = [(end, c) for end, p in zip(ends, passages, strict=True) for c in p.continuations]
-        rows = torch.cat([torch.arange(end - len(c), end) for end, c in asked])
-        targets = torch.tensor([token for _, c in asked for token in c])
-        order = rows.argsort(stable=True)
-        log_probs, greedy = self._score_pairs(queries, hidden, rows[order], targets[order], want_greedy)
-        back = order.argsort()
-        sizes = [len(c) for _, c in asked]
-        results = [
-            (float(log_prob.sum()), bool(is_greedy.all()))
-            for log_prob, is_greedy in zip(log_probs[back].split(sizes), greedy[back].split(sizes), strict=True)
-        ]
-        self.tokens_scored += len(rows)
-        results_left = iter(results)
-        return [[next(results_left) for _ in passage.continuations] for passage in passages]
+            ends = torch.tensor(lengths).cumsum(0).tolist()
+            return Reading(
+                queries=torch.cat([keys[i, rows] for i, rows in enumerate(scored)]),
+                hidden=torch.cat([hidden[i, rows] for i, rows in enumerate(scored)]),
+                asked=[(end, c) for end, p in zip(ends, passages, strict=True) for c in p.continuations],
+                sizes=[len(passage.continuations) for passage in passages],
+            )
 
     @torch.inference_mode()
     def _score_pairs(
-        self, queries: Tensor, hidden: Tensor, rows: Tensor, targets: Tensor, want_greedy: bool
+        self,
+        hidden: Tensor,
+        rows: Tensor,
+        targets: Tensor,
+        neighbours: Neighbours | None,
+        block: int,
+        want_greedy: bool,
     ) -> tuple[Tensor, Tensor]:
-        """log p and "is the greedy token" of each (row of ``hidden``, target) pair; rows ascend."""
-        log_probs, greedy = [], []
+        """log p and "is the greedy token" of each (row of ``hidden``, target) pair.
+
+        ``neighbours`` is asked for ``block`` rows at a time; None is the LM alone.
+        """
         device = hidden.device
-        rows, targets = rows.to(device), targets.to(device)
-        block = max(1, NEIGHBOURS_PER_BLOCK // self.retriever.k) if self.retriever else len(hidden)
+        order = rows.argsort(stable=True)
+        rows, targets = rows[order].to(device), targets[order].to(device)
+        log_probs, greedy = [], []
         # The first chunk is one position, which tells how large the vocabulary is.
-        chunk, start, block_end, weights, values = 1, 0, 0, None, None
+        start, chunk, block_start, block_end = 0, 1, 0, 0
         while start < len(hidden):
-            if self.retriever and start == block_end:
+            if start == block_end:
                 block_start, block_end = start, min(start + block, len(hidden))
-                distances, values, _ = self.retriever.search(queries[block_start:block_end])
-                with self._timed("mixture"):
-                    weights = neighbour_log_weights(distances.to(device), self.knn_temp)
-                    values = values.to(device)
-            stop = min(start + chunk, block_end if self.retriever else len(hidden))
+                if neighbours:
+                    distances, values = neighbours(block_start, block_end)
+                    with self._timed("mixture"):
+                        weights = neighbour_log_weights(distances.to(device), self.knn_temp)
+                        values = values.to(device)
+            stop = min(start + chunk, block_end)
             with self._timed("head"):
                 logits = self.model.logits(hidden[start:stop])
                 lm_log_probs = torch.log_softmax(logits, dim=-1, dtype=self.softmax_dtype)
@@ -124,7 +187,7 @@ class Scorer:
                 at, target = rows[begin:end] - start, targets[begin:end]
                 lm_log_prob = lm_log_probs[at, target]
             with self._timed("mixture"):
-                if weights is None or values is None:
+                if neighbours is None:
                     log_probs.append(lm_log_prob)
                     if want_greedy:
                         greedy.append(lm_log_probs.argmax(dim=-1)[at] == target)
@@ -136,8 +199,23 @@ class Scorer:
                         best = greedy_tokens(lm_log_probs, weights[here], values[here], self.lmbda)
                         greedy.append(best[at] == target)
             start = stop
-        is_greedy = torch.cat(greedy) if want_greedy else torch.zeros(len(rows), dtype=torch.bool)
-        return torch.cat(log_probs).cpu(), is_greedy.cpu()
+        back = order.argsort()
+        is_greedy = torch.cat(greedy).cpu() if want_greedy else torch.zeros(len(rows), dtype=torch.bool)
+        return torch.cat(log_probs).cpu()[back], is_greedy[back]
+
+    def _sum_up(
+        self, reading: Reading, log_probs: Tensor, greedy: Tensor, searches: Sequence[int | None] | None = None
+    ) -> list[list[Score]]:
+        lengths = [len(continuation) for _, continuation in reading.asked]
+        self.tokens_scored += sum(lengths)
+        searches = searches or [None] * len(lengths)
+        scores = (
+            Score(float(log_prob.sum()), bool(is_greedy.all()), count)
+            for log_prob, is_greedy, count in zip(
+                log_probs.split(lengths), greedy.split(lengths), searches, strict=True
+            )
+        )
+        return [[next(scores) for _ in range(size)] for size in reading.sizes]
 
     @contextmanager
     def _timed(self, stage: str) -> Iterator[None]:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import logging
 import math
-import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
@@ -53,7 +53,6 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     report_user_errors()
-    os.environ.setdefault("TQDM_DISABLE", "1")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     for path in filter(None, (arguments.text, arguments.knn_transformers)):
@@ -138,7 +137,7 @@ class Bench:
                         now = {stage: value - before[stage] for stage, value in self.stages().items()}
                         stages.append(now | {"other": seconds[name][-1] - sum(now.values())})
                 took = ", ".join(f"{name} {values[-1]:.2f} s" for name, values in seconds.items())
-                print(f"round {round_number + 1}: {took}", file=sys.stderr, flush=True)
+                print(f"round {round_number + 1}: {took}", file=sys.stderr)
         store = self.lm.retriever.datastore
         return {
             "tokens": self.tokens,
@@ -158,7 +157,7 @@ class Bench:
 
     def measure_memory(self, name: str) -> dict[str, int]:
         """Resident bytes: before ``name`` scores the text, at the peak, and newly read from mapped files."""
-        with self.published() if name == PUBLISHED else _nothing() as score_published:
+        with self.published() if name == PUBLISHED else nullcontext() as score_published:
             score = score_published or (lambda: self.rolling(self.hf if name == HF else self.lm))
             # A few tokens first: weights may be read from disk, and libraries loaded, only when used.
             text, self.text = self.text, first_tokens(self.lm, self.text, 8)
@@ -176,9 +175,10 @@ class Bench:
         from lm_eval.api.instance import Instance
 
         request = Instance(request_type="loglikelihood_rolling", doc={}, arguments=(self.text,), idx=0)
-        start = time.perf_counter()
-        (log_likelihood,) = lm.loglikelihood_rolling([request], disable_tqdm=True)
-        return time.perf_counter() - start, float(log_likelihood)
+        with redirect_stderr(io.StringIO()):  # hf shows a progress bar for each batch, asked or not
+            start = time.perf_counter()
+            (log_likelihood,) = lm.loglikelihood_rolling([request], disable_tqdm=True)
+            return time.perf_counter() - start, float(log_likelihood)
 
     def bare_search(self, batches: list[Any]) -> Outcome:
         """Nothing but faiss, for the same queries in the same batches."""
@@ -286,11 +286,6 @@ def first_tokens(lm: HFLM, text: str, tokens: int | None) -> str:
     if tokens is None or len(ids) <= tokens:
         return text
     return lm.tokenizer.decode(ids[:tokens], skip_special_tokens=True)
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield None
 
 
 def _memory_status() -> dict[str, int]:

@@ -32,9 +32,9 @@ K = 1024
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--folder", type=Path, default=Path("first_run"), help="where to write, about 0.5 GB (default: first_run)"
+        "--folder", type=Path, default=Path("first_run"), help="where to write; 0.5 GB (default: first_run)"
     )
-    parser.add_argument("--max_tokens", type=int, default=60_000, help="tokens in the datastore (default: 60,000)")
+    parser.add_argument("--max_tokens", type=int, default=60_000, help="in the datastore (default: 60,000)")
     parser.add_argument("--limit", type=int, help="score so many documents only (default: all)")
     return parser.parse_args()
 
@@ -43,7 +43,7 @@ def main() -> None:
     arguments = parse_arguments()
     report_user_errors()
     if "," in str(arguments.folder):
-        raise UserError(f"--folder {arguments.folder} has a comma, which separates lm_eval's model arguments.")
+        raise UserError(f"--folder {arguments.folder} has a comma, which separates model arguments.")
     if arguments.max_tokens < K:
         raise UserError(f"--max_tokens {arguments.max_tokens} is less than the {K} neighbours to find.")
     if arguments.limit is not None and arguments.limit < 1:
@@ -62,39 +62,41 @@ def first_run(folder: Path, max_tokens: int, limit: int | None) -> tuple[dict[st
     folder.mkdir(parents=True, exist_ok=True)
     (folder / ".gitignore").write_text("*\n")  # nothing in here is for a repository
     model, text, store = folder / "model", folder / "train.jsonl", folder / f"store-{max_tokens}"
-    finished_index = store / "index.json"
+    index = store / "index.json"  # the last file that build_index writes
     model_args = f"pretrained={model},dtype=bfloat16"
 
-    stage("The model, from GGUF to safetensors", model)
-    if not model.exists():
+    if missing("The model, from GGUF to safetensors", model):
         convert_model(find_gguf(), model)
 
-    stage("The text for the datastore", text)
-    write_training_text(text)
+    if missing("The text for the datastore", text):
+        write_training_text(text)
+    check_training_text(text)
 
-    stage("The datastore", store)
-    if not (store / "manifest.json").exists():
+    if missing("The datastore", store / "manifest.json"):
         dump = ["knn-lm-eval", "dump_datastore", "--model_args", model_args, "--dataset", str(text)]
         dump += ["--documents", "line", "--max_tokens", str(max_tokens), "--output", str(store)]
         run(dump + ["--resume"] * store.exists())
 
-    stage("Its index", finished_index)
-    if not finished_index.exists():
+    if missing("The datastore's index", index):
         build = ["knn-lm-eval", "build_index", "--datastore", str(store)]
         run(build + ["--overwrite"] * (store / "index.faiss").exists())
 
-    scored = "" if limit is None else f"-limit{limit}"
-    scoring_args = f"{model_args},max_length=1024,softmax_dtype=float32"
-    stage("The LM alone")
-    base = evaluate("hf", scoring_args, folder / f"base{scored}.json", limit, model / "config.json")
-    stage("The same LM with kNN-LM")
-    scoring_args += f",datastore={store},k={K},lmbda=0.25,knn_temp=1"
-    knn = evaluate("knn-hf", scoring_args, folder / f"knn-{max_tokens}{scored}.json", limit, finished_index)
+    limited = "" if limit is None else f"-limit{limit}"
+    base_args = f"{model_args},max_length=1024,softmax_dtype=float32"
+    knn_args = f"{base_args},datastore={store},k={K},lmbda=0.25,knn_temp=1"
+    print("\n== The LM alone", flush=True)
+    base = evaluate("hf", base_args, limit, folder / f"base{limited}.json", newer_than=model / "config.json")
+    print("\n== The same LM with kNN-LM", flush=True)
+    knn = evaluate("knn-hf", knn_args, limit, folder / f"knn-{max_tokens}{limited}.json", newer_than=index)
     return base, knn
 
 
-def stage(title: str, product: Path | None = None) -> None:
-    print(f"\n== {title}" + (f": {product} is there" if product and product.exists() else ""), flush=True)
+def missing(title: str, product: Path) -> bool:
+    """Print a stage's title; whether its product, which comes last of all it writes, is still to be made."""
+    print(f"\n== {title}", flush=True)
+    if product.exists():
+        print(f"{product} is there", flush=True)
+    return not product.exists()
 
 
 def run(command: list[str]) -> None:
@@ -107,7 +109,7 @@ def run(command: list[str]) -> None:
         "TRANSFORMERS_VERBOSITY": "error",
     }
     if not shutil.which(command[0], path=environment["PATH"]):
-        raise UserError(f"There is no {command[0]} in {scripts}; install it there: pip install '.[cpu,gguf]'.")
+        raise UserError(f"There is no {command[0]} in {scripts}: pip install '.[cpu,gguf]'")
     print("$ " + shlex.join(command), flush=True)
     start = time.perf_counter()
     status = subprocess.run(command, env=environment).returncode
@@ -116,8 +118,10 @@ def run(command: list[str]) -> None:
     print(f"({time.perf_counter() - start:.0f} s)", flush=True)
 
 
-def evaluate(model: str, model_args: str, output: Path, limit: int | None, newer_than: Path) -> dict[str, Any]:
-    """Run lm_eval, unless there are results that are ``newer_than`` what they rest on; gives the results."""
+def evaluate(
+    model: str, model_args: str, limit: int | None, output: Path, newer_than: Path
+) -> dict[str, Any]:
+    """Run lm_eval, unless it has left results that are newer than what they rest on; gives the results."""
 
     def latest() -> Path | None:
         files = sorted(output.parent.glob(f"{output.stem}_*.json"))  # lm_eval appends the time to the name
@@ -141,44 +145,49 @@ def find_gguf() -> Path:
     try:
         files = importlib.metadata.files(MODEL_PACKAGE) or []
     except importlib.metadata.PackageNotFoundError as error:
-        raise UserError(f"The package {MODEL_PACKAGE}, which brings the model, is missing: {install}") from error
+        raise UserError(f"{MODEL_PACKAGE}, which brings the model, is not installed: {install}") from error
     found = [Path(str(file.locate())) for file in files if file.suffix == ".gguf"]
     if not found or not found[0].is_file():
-        raise UserError(f"The package {MODEL_PACKAGE} has no .gguf file: {install} --force-reinstall")
+        raise UserError(f"{MODEL_PACKAGE} is installed without its .gguf file: {install} --force-reinstall")
     return found[0]
 
 
 def convert_model(gguf: Path, folder: Path) -> None:
-    """Turn a GGUF file into a bfloat16 safetensors folder, which loads in a second rather than half a minute."""
+    """Turn a GGUF file into a folder of bfloat16 safetensors, which loads many times as fast."""
     if importlib.util.find_spec("gguf") is None:
-        raise UserError("The package gguf, which reads the model file, is missing: pip install '.[gguf]'")
+        raise UserError("gguf, which reads the model, is not installed: pip install '.[gguf]'")
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    import transformers
 
-    source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-    model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.bfloat16)
-    # The weights are plain numbers now, so nothing should say that they are quantized.
-    vars(model.config).pop("quantization_config", None)
-    model.hf_quantizer, model.is_quantized = None, False
+    # Newer releases of transformers can keep the weights quantized, which no safetensors file holds.
+    can_stay_packed = hasattr(transformers, "GgufConfig")
+    options = {"quantization_config": transformers.GgufConfig(dequantize=True)} if can_stay_packed else {}
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix="model-") as temporary:
         unfinished = Path(temporary) / "model"
+        source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
+        model = transformers.AutoModelForCausalLM.from_pretrained(**source, **options, dtype=torch.bfloat16)
         model.save_pretrained(unfinished)
-        AutoTokenizer.from_pretrained(**source).save_pretrained(unfinished)
+        transformers.AutoTokenizer.from_pretrained(**source).save_pretrained(unfinished)
         unfinished.rename(folder)
 
 
 def write_training_text(file: Path) -> None:
     """Write the topics that python_docs does not score, one JSON object a line."""
+    unfinished = file.with_suffix(".tmp")
+    unfinished.write_text(training_text(), encoding="utf-8")
+    unfinished.replace(file)
+
+
+def check_training_text(file: Path) -> None:
+    """Make sure that the text is this Python's: another one's may hold what is scored here."""
+    if file.read_text(encoding="utf-8") != training_text():
+        raise UserError(f"{file} is another Python's text: delete {file.parent}, or give another --folder.")
+
+
+def training_text() -> str:
     from knn_lm_eval.tasks.corpora import python_docs_split
 
-    text = "".join(json.dumps({"text": topic}) + "\n" for topic in python_docs_split("train"))
-    if not file.exists():
-        unfinished = file.with_suffix(".tmp")
-        unfinished.write_text(text, encoding="utf-8")
-        unfinished.replace(file)
-    elif file.read_text(encoding="utf-8") != text:
-        # Which topics are held out depends on Python's version: a mixture would score text that it has read.
-        raise UserError(f"{file} is from another Python version; delete {file.parent}, or give another --folder.")
+    return "".join(json.dumps({"text": topic}) + "\n" for topic in python_docs_split("train"))
 
 
 def metric(results: dict[str, Any], name: str) -> float:
@@ -187,19 +196,14 @@ def metric(results: dict[str, Any], name: str) -> float:
 
 def table(base: dict[str, Any], knn: dict[str, Any]) -> str:
     """Both results side by side, as text."""
-    tokens = knn["model_info"]["tokens_scored"]
-    head = ["", "token perplexity", "word perplexity", "bits per byte", "seconds", "tokens/s"]
-    rows = [head]
+    knn_facts = knn["config"]["knn"]
+    tokens, entries = knn_facts["tokens_scored"], knn_facts["datastore"]["entries"]
+    head = "          token perplexity  word perplexity  bits per byte  seconds, with loading"
+    lines = [f"{TASK}: {tokens:,} tokens scored, {entries:,} in the datastore", head, "-" * len(head)]
     for name, results in (("LM alone", base), ("kNN-LM", knn)):
-        seconds = float(results["total_evaluation_time_seconds"])
-        figures = [metric(results, f"{unit}_perplexity") for unit in ("token", "word")]
-        rows.append(
-            [name, *(f"{x:.2f}" for x in figures), f"{metric(results, 'bits_per_byte'):.3f}"]
-            + [f"{seconds:.0f}", f"{tokens / seconds:,.0f}"]
-        )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows]
-    lines.insert(1, "  ".join("-" * width for width in widths))
+        token, word = metric(results, "token_perplexity"), metric(results, "word_perplexity")
+        bits, seconds = metric(results, "bits_per_byte"), float(results["total_evaluation_time_seconds"])
+        lines.append(f"{name:8}{token:18.2f}{word:17.2f}{bits:15.3f}{seconds:23.0f}")
     return "\n".join(lines)
 
 

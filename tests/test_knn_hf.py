@@ -223,7 +223,7 @@ def test_simple_evaluate_by_name_reports_settings_and_work_done(law_data, store,
     assert knn["entries_compared"] == knn["searches"] * len(store)
     assert knn["datastore"]["entries"] == len(store) and knn["datastore"]["keys_sha256"] == store.keys_checksum
     assert knn["seconds"]["forward"] > 0 and knn["seconds"]["search"] > 0
-    json.dumps(results["config"])
+    json.dumps(knn)
 
 
 def test_limit_log_samples_and_caches_give_the_same_numbers(law_data, store, model_folder, tmp_path, monkeypatch) -> None:

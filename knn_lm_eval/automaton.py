@@ -1,0 +1,332 @@
+# mypy: disable-error-code="no-untyped-def"
+"""RetoMaton: neighbours for the next token from the last one's, and a search only where they run out.
+
+Alon et al. 2022, "Neuro-Symbolic Language Modeling with Automaton-augmented Retrieval". Entry i points to entry
+i + 1. After token y is read, the candidates whose value was y survive; their pointers, extended by the members
+of the pointers' clusters, are the next step's candidates. Where fewer than ``min_knns`` survived, the index is
+searched as well.
+
+Many sequences walk in lockstep, so that each step has one batched search and one batched distance computation;
+what is left per sequence is integer work, compiled.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numba
+import numpy as np
+
+# queries [n, dimension] -> (distances float32 [n, k], entries int64 [n, k]); empty slots have entry -1.
+Search = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+# queries [n, dimension], entries int64 [n, m], counts int64 [n] -> distances float32 [n, m].
+PointerDistances = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+
+
+@dataclass(frozen=True)
+class AutomatonSettings:
+    """How RetoMaton walks.
+
+    Attributes
+    ----------
+    k : neighbours that a search returns.
+    knn_temp : the softmax temperature over distances.
+    min_knns : search where fewer candidates survived; infinity searches at every step, 0 never.
+    max_knns : pointers and cluster members that a step considers at most.
+    duplicates : ``keep`` counts an entry as often as it is a candidate (as pointer, as a cluster's member, as a
+        search result), as the published code does; ``merge`` counts it once.
+    """
+
+    k: int = 1024
+    knn_temp: float = 1.0
+    min_knns: float = 1
+    max_knns: int = 1024
+    duplicates: Literal["keep", "merge"] = "merge"
+
+
+@dataclass
+class WalkStatistics:
+    """What the walks did: steps, full searches, candidates considered, seconds."""
+
+    steps: int = 0
+    searches: int = 0
+    candidates: int = 0
+    seconds: dict[str, float] = field(default_factory=lambda: {"search": 0.0, "distances": 0.0, "automaton": 0.0})
+
+
+@dataclass
+class Walk:
+    """A sequence to walk along, and what the walk found.
+
+    Attributes
+    ----------
+    queries : float32 ``[steps, dimension]``.
+    targets : int ``[steps]``: the token read after each step.
+    survivors : int64, nearest first: where an earlier walk of the same text ended; empty at a beginning.
+    log_p_knn : float64 ``[steps]``, log p_kNN of the targets; minus infinity where no candidate has the value.
+    searched : bool ``[steps]``, where a full search was made.
+    neighbours : per step (distances float32, entries int64), where asked for.
+    """
+
+    queries: np.ndarray
+    targets: np.ndarray
+    survivors: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    log_p_knn: np.ndarray = field(default_factory=lambda: np.empty(0))
+    searched: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=bool))
+    neighbours: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
+
+    @property
+    def searches(self) -> int:
+        """Full searches made."""
+        return int(self.searched.sum())
+
+
+class Automaton:
+    """Walks sequences over a datastore.
+
+    Parameters
+    ----------
+    values : int32 ``[count]``.
+    document_starts : int64 ``[documents]``: no pointer leads to a document's first entry.
+    clusters : ``(cluster_of_entry, member_starts, members)`` in CSR form, or None for pointers alone.
+    search, pointer_distances : see the types above; their distances must be of one kind.
+    """
+
+    def __init__(
+        self,
+        values: np.ndarray,
+        document_starts: np.ndarray,
+        clusters: tuple[np.ndarray, np.ndarray, np.ndarray] | None,
+        search: Search,
+        pointer_distances: PointerDistances,
+        settings: AutomatonSettings,
+    ) -> None:
+        self.values, self.document_starts = np.asarray(values), np.asarray(document_starts)
+        none = np.full(0, -1, dtype=np.int32), np.zeros(1, dtype=np.int64), np.empty(0, dtype=np.int32)
+        self.clusters = tuple(np.asarray(array) for array in clusters or none)
+        self.search, self.pointer_distances, self.settings = search, pointer_distances, settings
+        self.statistics = WalkStatistics()
+
+    def walk(self, walks: Sequence[Walk], keep_neighbours: bool = False) -> None:
+        """Walk all sequences to their ends, side by side; fills in what ``Walk`` says."""
+        settings, statistics = self.settings, self.statistics
+        order = sorted(walks, key=lambda walk: -len(walk.queries))
+        lengths = np.array([len(walk.queries) for walk in order])
+        steps = int(lengths[0]) if len(order) else 0
+        width = settings.k + settings.max_knns
+        entries = np.empty((len(order), width), dtype=np.int64)
+        distances = np.empty((len(order), width), dtype=np.float32)
+        survivors = np.empty((len(order), width), dtype=np.int64)
+        survivor_counts = np.zeros(len(order), dtype=np.int64)
+        for i, walk in enumerate(order):
+            survivor_counts[i] = len(walk.survivors)
+            survivors[i, : len(walk.survivors)] = walk.survivors
+            walk.log_p_knn = np.empty(len(walk.queries))
+            walk.searched = np.zeros(len(walk.queries), dtype=bool)
+        # Where every step searches, all searches are one batch.
+        searched = self._search_everywhere(order) if settings.min_knns > width else None
+
+        for step in range(steps):
+            active = int((lengths > step).sum())
+            queries = np.stack([walk.queries[step] for walk in order[:active]])
+            targets = np.array([walk.targets[step] for walk in order[:active]], dtype=np.int64)
+            start = time.perf_counter()
+            pointers, pointer_counts = _follow(
+                survivors[:active], survivor_counts[:active], *self.clusters, settings.max_knns, settings.duplicates == "merge"
+            )
+            needy = np.flatnonzero(survivor_counts[:active] < settings.min_knns)
+            statistics.seconds["automaton"] += time.perf_counter() - start
+
+            found_distances = np.empty((active, 0), dtype=np.float32)
+            found_entries = np.empty((active, 0), dtype=np.int64)
+            if len(needy):
+                start = time.perf_counter()
+                found_distances = np.empty((active, settings.k), dtype=np.float32)
+                found_entries = np.full((active, settings.k), -1, dtype=np.int64)
+                if searched is None:
+                    found_distances[needy], found_entries[needy] = self.search(queries[needy])
+                else:
+                    for i in needy:
+                        found_distances[i], found_entries[i] = searched[0][i][step], searched[1][i][step]
+                for i in needy:
+                    order[i].searched[step] = True
+                statistics.searches += len(needy)
+                statistics.seconds["search"] += time.perf_counter() - start
+
+            start = time.perf_counter()
+            pointer_distances = np.empty(pointers.shape, dtype=np.float32)
+            if len(pointing := np.flatnonzero(pointer_counts)):
+                longest = pointer_counts.max()
+                pointer_distances[pointing, :longest] = self.pointer_distances(
+                    queries[pointing], pointers[pointing, :longest], pointer_counts[pointing]
+                )
+            statistics.seconds["distances"] += time.perf_counter() - start
+
+            start = time.perf_counter()
+            counts = _gather(
+                found_distances,
+                found_entries,
+                pointer_distances,
+                pointers,
+                pointer_counts,
+                settings.duplicates == "merge",
+                distances,
+                entries,
+            )
+            log_p = _advance(
+                distances[:active],
+                entries[:active],
+                counts,
+                self.values,
+                self.document_starts,
+                targets,
+                settings.knn_temp,
+                survivors,
+                survivor_counts,
+            )
+            for i, walk in enumerate(order[:active]):
+                walk.log_p_knn[step] = log_p[i]
+                if keep_neighbours:
+                    walk.neighbours.append((distances[i, : counts[i]].copy(), entries[i, : counts[i]].copy()))
+                if step == lengths[i] - 1:
+                    walk.survivors = survivors[i, : survivor_counts[i]].copy()
+            statistics.steps += active
+            statistics.candidates += int(counts.sum())
+            statistics.seconds["automaton"] += time.perf_counter() - start
+
+    def _search_everywhere(self, walks: Sequence[Walk]) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        start = time.perf_counter()
+        splits = np.cumsum([len(walk.queries) for walk in walks])[:-1]
+        distances, entries = self.search(np.concatenate([walk.queries for walk in walks]))
+        self.statistics.seconds["search"] += time.perf_counter() - start
+        return np.split(distances, splits), np.split(entries, splits)
+
+
+
+
+@numba.njit(cache=True)
+def _add(table, entry):
+    """Add an entry to an open-addressing hash set; False where it was there already."""
+    slot = (entry * 0x9E3779B1) & (len(table) - 1)
+    while table[slot] != -1:
+        if table[slot] == entry:
+            return False
+        slot = (slot + 1) & (len(table) - 1)
+    table[slot] = entry
+    return True
+
+
+@numba.njit(cache=True)
+def _hash_set(capacity):
+    size = 8
+    while size < 2 * capacity:
+        size *= 2
+    return np.full(size, -1, dtype=np.int64)
+
+
+@numba.njit(parallel=True, cache=True)
+def _follow(survivors, survivor_counts, cluster_of_entry, member_starts, members, max_knns, merge):
+    """The survivors' pointers, then the other members of the pointers' clusters, ``max_knns`` at most.
+
+    The cluster with most pointers in it comes first, of equal ones that with the smaller number; within a
+    cluster entries are in text order.
+    """
+    n = len(survivors)
+    pointers = np.empty((n, max_knns), dtype=np.int64)
+    counts = np.zeros(n, dtype=np.int64)
+    for i in numba.prange(n):
+        count = min(survivor_counts[i], max_knns)
+        for j in range(count):
+            pointers[i, j] = survivors[i, j] + 1
+        if 0 < count < max_knns and len(cluster_of_entry):
+            seen = _hash_set(max_knns if merge else 1)
+            if merge:
+                for j in range(count):
+                    _add(seen, pointers[i, j])
+            clusters = np.empty(count, dtype=np.int64)
+            for j in range(count):
+                clusters[j] = cluster_of_entry[pointers[i, j]]
+            clusters.sort()
+            # Runs of equal clusters; their order packs (most pointers first, then the smaller number) into one int.
+            run_starts = np.empty(count, dtype=np.int64)
+            runs = 0
+            for j in range(count):
+                if clusters[j] >= 0 and (j == 0 or clusters[j] != clusters[j - 1]):
+                    run_starts[runs] = j
+                    runs += 1
+            rank = np.empty(runs, dtype=np.int64)
+            for r in range(runs):
+                end = run_starts[r + 1] if r + 1 < runs else count
+                rank[r] = -(end - run_starts[r]) * 2**40 + r
+            rank.sort()
+            for r in range(runs):
+                cluster = clusters[run_starts[rank[r] & (2**40 - 1)]]
+                for m in range(member_starts[cluster], member_starts[cluster + 1]):
+                    if count == max_knns:
+                        break
+                    if not merge or _add(seen, members[m]):
+                        pointers[i, count] = members[m]
+                        count += 1
+        counts[i] = count
+    return pointers, counts
+
+
+@numba.njit(parallel=True, cache=True)
+def _gather(
+    found_distances, found_entries, pointer_distances, pointers, pointer_counts, merge, distances, entries
+):
+    """The step's candidates: what the search found, then the pointers."""
+    n = len(pointers)
+    counts = np.zeros(n, dtype=np.int64)
+    for i in numba.prange(n):
+        seen = _hash_set(found_entries.shape[1] + pointer_counts[i] if merge else 1)
+        count = 0
+        for j in range(found_entries.shape[1]):
+            if found_entries[i, j] >= 0 and (not merge or _add(seen, found_entries[i, j])):
+                entries[i, count], distances[i, count] = found_entries[i, j], found_distances[i, j]
+                count += 1
+        for j in range(pointer_counts[i]):
+            if not merge or _add(seen, pointers[i, j]):
+                entries[i, count], distances[i, count] = pointers[i, j], pointer_distances[i, j]
+                count += 1
+        counts[i] = count
+    return counts
+
+
+@numba.njit(parallel=True, cache=True)
+def _advance(distances, entries, counts, values, document_starts, targets, temperature, survivors, survivor_counts):
+    """log p_kNN of the targets, and the survivors: candidates with the target as value and a successor."""
+    n = len(distances)
+    log_p = np.full(n, -math.inf)
+    for i in numba.prange(n):
+        count = counts[i]
+        survivor_counts[i] = 0
+        if count == 0:
+            continue
+        nearest = distances[i, :count].min()
+        total, mass = 0.0, 0.0
+        survived = np.empty(count, dtype=np.int64)
+        number = 0
+        for j in range(count):
+            weight = math.exp((nearest - distances[i, j]) / temperature)
+            total += weight
+            entry = entries[i, j]
+            if values[entry] == targets[i]:
+                mass += weight
+                at = np.searchsorted(document_starts, entry + 1)
+                begins_document = at < len(document_starts) and document_starts[at] == entry + 1
+                if entry + 1 < len(values) and not begins_document:
+                    survived[number] = j
+                    number += 1
+        if mass > 0:
+            log_p[i] = math.log(mass / total)
+        survived = survived[:number]
+        order = np.argsort(distances[i][survived], kind="mergesort")
+        for j in range(number):
+            survivors[i, j] = entries[i, survived[order[j]]]
+        survivor_counts[i] = number
+    return log_p

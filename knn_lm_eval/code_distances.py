@@ -1,0 +1,157 @@
+"""Distances from a query to given entries, by the index's own codes: what RetoMaton's pointers need.
+
+faiss computes such distances only inside a search. Here the codes are laid out once in text order, in files
+beside the index, so that a pointer's distance is one table lookup per code byte:
+
+    |q - x|^2  is approximated by  base(q, list of x) + offset_x + scale_x * sum_j table_q[j, code_x[j]]
+
+For a product quantizer of residuals (Jegou et al. 2011), x is decoded as c + r, base is |q|^2 - 2 <q, c>, the
+table holds <q, r> per sub-quantizer and codeword, offset is |c + r|^2 and scale is -2: the distance to the
+decoded vector, as the search computes it. For RaBitQ (Gao & Long 2024), base is |q - c|^2 and <q - c, x - c> is
+estimated from the signs s of x - c as m <s, q - c> with m = |x - c|^2 / |x - c|_1: the table holds the sums of
+8 query components with the signs of one code byte. The search quantizes the query to 8 bits besides; that
+is the one difference.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import faiss
+import numba
+import numpy as np
+from tqdm import tqdm
+
+from knn_lm_eval.datastore import Datastore
+from knn_lm_eval.files import check_free_space, disk_errors_in, read_json, replace_file, write_json
+from knn_lm_eval.index import IndexFiles
+
+CHUNK = 2**16
+ARRAYS = {"lists": np.int32, "offsets": np.float32, "scales": np.float32, "codes": np.uint8}
+
+
+@dataclass(frozen=True)
+class CodeDistances:
+    """The codes of an index in text order, memory-mapped, and the tables to read them with.
+
+    Attributes
+    ----------
+    centroids : float32 ``[lists, dimension]`` of the coarse quantizer.
+    codebooks : float32 ``[code bytes, 256, dimension / code bytes]``: what each code byte stands for.
+    is_rabitq : whether ``base`` is the distance to the centroid (see the module's text).
+    lists, offsets, scales, codes : per entry.
+    """
+
+    centroids: np.ndarray
+    codebooks: np.ndarray
+    is_rabitq: bool
+    lists: np.ndarray
+    offsets: np.ndarray
+    scales: np.ndarray
+    codes: np.ndarray
+
+    @classmethod
+    def open(cls, datastore: Datastore, index: faiss.Index, name: str) -> CodeDistances | None:
+        """Open the code files of the index ``name``, making them first if need be.
+
+        Returns None for an index that this cannot serve (others than IVF with PQ of 8 bits by residual or with
+        RaBitQ, by L2): its pointers need exact distances.
+        """
+        if index.metric_type != faiss.METRIC_L2:
+            return None
+        if isinstance(index, faiss.IndexIVFPQ) and index.pq.nbits == 8 and index.by_residual:
+            is_rabitq = False
+            codebooks = faiss.vector_to_array(index.pq.centroids).reshape(index.pq.M, 256, index.pq.dsub)
+        elif isinstance(index, (faiss.IndexIVFRaBitQ, faiss.IndexIVFRaBitQFastScan)) and index.d % 8 == 0:
+            is_rabitq = True
+            signs = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little") * 2.0 - 1
+            codebooks = np.broadcast_to(signs.astype(np.float32), (index.d // 8, 256, 8)).copy()
+        else:
+            return None
+        centroids = index.quantizer.reconstruct_n(0, index.nlist)
+        folder = IndexFiles(datastore.path, name).index.with_suffix(".codes")
+        identity = {"keys_sha256": datastore.keys_checksum, "index_bytes": IndexFiles(datastore.path, name).index.stat().st_size}
+        if not (folder / "codes.json").exists() or read_json(folder / "codes.json") != identity:
+            with disk_errors_in(folder):
+                _write(folder, datastore, index, centroids, codebooks, is_rabitq)
+                write_json(folder / "codes.json", identity)
+        arrays = {array: np.load(folder / f"{array}.npy", mmap_mode="r") for array in ARRAYS}
+        return cls(centroids, codebooks, is_rabitq, **{array: np.asarray(a) for array, a in arrays.items()})
+
+    def __call__(self, queries: np.ndarray, entries: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        """Approximate squared L2 distances.
+
+        Parameters
+        ----------
+        queries : float32 ``[n, dimension]``.
+        entries : int64 ``[n, m]``; the first ``counts[i]`` of row i count.
+        counts : int64 ``[n]``.
+
+        Returns
+        -------
+        float32 ``[n, m]``; undefined beyond the counts.
+        """
+        width = self.codebooks.shape[2]
+        parts = queries.reshape(len(queries), -1, width).transpose(1, 0, 2)
+        tables = np.matmul(parts, self.codebooks.transpose(0, 2, 1)).transpose(1, 0, 2)
+        base = (queries**2).sum(1)[:, None] - 2 * (queries @ self.centroids.T)
+        if self.is_rabitq:
+            base += (self.centroids**2).sum(1)
+        distances = np.empty(entries.shape, dtype=np.float32)
+        _look_up(
+            np.ascontiguousarray(tables), base, entries, counts, self.lists, self.offsets, self.scales, self.codes, distances
+        )
+        return distances
+
+
+@numba.njit(parallel=True, cache=True, fastmath=True)
+def _look_up(tables, base, entries, counts, lists, offsets, scales, codes, distances):  # type: ignore[no-untyped-def]
+    for i in numba.prange(len(entries)):
+        for j in range(counts[i]):
+            entry = entries[i, j]
+            total = np.float32(0.0)
+            for m in range(codes.shape[1]):
+                total += tables[i, m, codes[entry, m]]
+            distances[i, j] = base[i, lists[entry]] + offsets[entry] + scales[entry] * total
+
+
+def _write(
+    folder: Path, datastore: Datastore, index: faiss.IndexIVF, centroids: np.ndarray, codebooks: np.ndarray, is_rabitq: bool
+) -> None:
+    count, code_bytes = len(datastore), codebooks.shape[0]
+    folder.mkdir(exist_ok=True)
+    check_free_space(folder, count * (12 + code_bytes), "the codes in text order")
+    shapes = {"codes": (count, code_bytes)}
+    arrays = {
+        name: np.lib.format.open_memmap(folder / f"{name}.npy.tmp", "w+", dtype, shapes.get(name, (count,)))
+        for name, dtype in ARRAYS.items()
+    }
+    inverted = index.invlists
+    for number in range(index.nlist):
+        size = inverted.list_size(number)
+        if size:
+            ids = faiss.rev_swig_ptr(inverted.get_ids(number), size)
+            arrays["lists"][ids] = number
+            if not is_rabitq:
+                codes = faiss.rev_swig_ptr(inverted.get_codes(number), size * index.code_size)
+                arrays["codes"][ids] = codes.reshape(size, -1)
+    for start in tqdm(range(0, count, CHUNK), desc="Laying out codes in text order", unit=" chunks"):
+        rows = slice(start, start + CHUNK)
+        centroid = centroids[arrays["lists"][rows]]
+        if is_rabitq:
+            residual = datastore.keys[rows].astype(np.float32) - centroid
+            positive = residual > 0
+            arrays["codes"][rows] = np.packbits(positive, axis=1, bitorder="little")
+            squared, absolute = (residual**2).sum(1), np.abs(residual).sum(1)
+            multiplier = squared / np.maximum(absolute, np.finfo(np.float32).tiny)
+            arrays["scales"][rows] = -2 * multiplier
+            arrays["offsets"][rows] = squared + 2 * multiplier * np.where(positive, centroid, -centroid).sum(1)
+        else:
+            codes = arrays["codes"][rows]
+            decoded = codebooks[np.arange(code_bytes), codes].reshape(len(codes), -1) + centroid
+            arrays["scales"][rows] = -2
+            arrays["offsets"][rows] = (decoded**2).sum(1)
+    for name, array in arrays.items():
+        array.flush()
+        replace_file(folder / f"{name}.npy.tmp", folder / f"{name}.npy")

@@ -1,0 +1,158 @@
+"""Scoring under RetoMaton: the LM reads, the automaton walks all continuations side by side, then the mixture."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from knn_lm_eval.automaton import Automaton, AutomatonSettings, PointerDistances, Walk
+from knn_lm_eval.clusters import Clusters
+from knn_lm_eval.code_distances import CodeDistances
+from knn_lm_eval.language_model import CausalLM
+from knn_lm_eval.mixture import mix
+from knn_lm_eval.retrieval import Retriever, exact_distances
+from knn_lm_eval.scoring import Passage, Reading, Score, Scorer
+
+logger = logging.getLogger(__name__)
+
+# Memory for queries and hidden states that wait for the walk, and for neighbours kept where is_greedy is asked.
+WAITING_BYTES = 2**27
+
+
+class RetomatonScorer(Scorer):
+    """Scores passages with RetoMaton instead of a search per token.
+
+    Parameters
+    ----------
+    model, retriever, lmbda, softmax_dtype : as for ``Scorer``.
+    settings : how the automaton walks; its ``k`` is the retriever's.
+    clusters : None for pointers alone.
+    carry_state : let the windows of one text continue each other's walk, instead of beginning anew.
+    """
+
+    def __init__(
+        self,
+        model: CausalLM,
+        retriever: Retriever,
+        lmbda: float,
+        settings: AutomatonSettings,
+        clusters: Clusters | None,
+        softmax_dtype: torch.dtype | None = None,
+        carry_state: bool = False,
+    ) -> None:
+        super().__init__(model, retriever, lmbda, settings.knn_temp, softmax_dtype)
+        store = retriever.datastore
+        csr = None if clusters is None else (clusters.cluster_of_entry, clusters.member_starts, clusters.members)
+        self.automaton = Automaton(
+            store.values, store.document_starts, csr, retriever.find, _pointer_distances(retriever), settings
+        )
+        self.values = np.asarray(store.values)
+        self.carry_state = carry_state
+        self._survivors: dict[int, np.ndarray] = {}
+
+    @property
+    def rows_at_once(self) -> int:
+        """As many as wait in little memory, for the walks to have company."""
+        width = self.model.inner.get_input_embeddings().weight.shape[1]
+        return max(1, WAITING_BYTES // (8 * max(width, self.automaton.settings.k)))
+
+    def score(self, batches: Sequence[Sequence[Passage]], want_greedy: bool) -> list[list[Score]]:
+        """As ``Scorer.score``; the automaton walks all batches together."""
+        if want_greedy:
+            return [scores for batch in batches for scores in self._score_with_neighbours(batch)]
+        readings, lm_log_probs, walks = [], [], []
+        for batch in batches:
+            reading = self._read(batch)
+            rows, targets = reading.pairs()
+            lm_log_probs.append(self._score_pairs(reading.hidden, rows, targets, None, len(reading.hidden), False)[0])
+            queries = reading.queries.float().cpu().numpy()
+            walks += [Walk(queries[end - len(c) : end], np.array(c)) for end, c in reading.asked]
+            readings.append(reading)
+        self._walk(walks, [passage.text for batch in batches for passage in batch for _ in passage.continuations])
+        scores, waiting = [], iter(walks)
+        for reading, lm_log_prob in zip(readings, lm_log_probs, strict=True):
+            mine = [next(waiting) for _ in reading.asked]
+            log_p_knn = torch.from_numpy(np.concatenate([walk.log_p_knn for walk in mine]))
+            log_probs = mix(lm_log_prob.double(), log_p_knn, self.lmbda)
+            nobody_asked = torch.zeros(len(log_probs), dtype=torch.bool)
+            scores += self._sum_up(reading, log_probs, nobody_asked, [walk.searches for walk in mine])
+        return scores
+
+    def _walk(self, walks: list[Walk], texts: list[int | None]) -> None:
+        """Walk each on its own; with ``carry_state``, those of one text as one."""
+        if not self.carry_state:
+            self.automaton.walk(walks)
+            return
+        parts: dict[int | None, list[Walk]] = {}
+        for walk, text in zip(walks, texts, strict=True):
+            parts.setdefault(text, []).append(walk)
+        joined = []
+        for text, mine in parts.items():
+            whole = Walk(np.concatenate([w.queries for w in mine]), np.concatenate([w.targets for w in mine]))
+            if text in self._survivors:
+                whole.survivors = self._survivors.pop(text)
+            joined.append(whole)
+        self.automaton.walk(joined)
+        # Only the last text can go on in the next call.
+        self._survivors = {text: joined[-1].survivors for text in parts if text == texts[-1] and text is not None}
+        for whole, mine in zip(joined, parts.values(), strict=True):
+            ends = np.cumsum([len(walk.queries) for walk in mine])
+            for walk, log_p_knn, searched in zip(
+                mine, np.split(whole.log_p_knn, ends[:-1]), np.split(whole.searched, ends[:-1]), strict=True
+            ):
+                walk.log_p_knn, walk.searched = log_p_knn, searched
+
+    def _score_with_neighbours(self, passages: Sequence[Passage]) -> list[list[Score]]:
+        """Scores with is_greedy, for which each step's neighbours must be kept."""
+        reading = self._read(passages)
+        queries = reading.queries.float().cpu().numpy()
+        # Continuations of one length at one place differ in their last token only: they share a walk.
+        walks: dict[tuple[int, int], Walk] = {}
+        for end, continuation in reading.asked:
+            place = end, len(continuation)
+            walks.setdefault(place, Walk(queries[end - len(continuation) : end], np.array(continuation)))
+        self.automaton.walk(list(walks.values()), keep_neighbours=True)
+        first_step = dict(zip(walks, np.cumsum([0, *(length for _, length in walks)])[:-1].tolist(), strict=True))
+        hidden = reading.hidden[torch.cat([torch.arange(end - length, end) for end, length in walks])]
+        steps = [neighbours for walk in walks.values() for neighbours in walk.neighbours]
+
+        def neighbours(start: int, stop: int) -> tuple[Tensor, Tensor]:
+            here = steps[start:stop]
+            width = max(1, *(len(distances) for distances, _ in here)) if here else 1
+            distances = np.full((len(here), width), np.inf, dtype=np.float32)
+            values = np.zeros((len(here), width), dtype=np.int32)
+            for i, (step_distances, entries) in enumerate(here):
+                distances[i, : len(entries)] = step_distances
+                values[i, : len(entries)] = self.values[entries]
+            return torch.from_numpy(distances), torch.from_numpy(values)
+
+        rows = torch.cat([torch.arange(len(c)) + first_step[end, len(c)] for end, c in reading.asked])
+        targets = reading.pairs()[1]
+        block = max(1, WAITING_BYTES // (16 * (self.automaton.settings.k + self.automaton.settings.max_knns)))
+        log_probs, greedy = self._score_pairs(hidden, rows, targets, neighbours, block, True)
+        return self._sum_up(reading, log_probs, greedy, [walks[end, len(c)].searches for end, c in reading.asked])
+
+
+def _pointer_distances(retriever: Retriever) -> PointerDistances:
+    """Distances of pointers of the same kind as the search's."""
+    if not retriever.recompute_dists:
+        codes = CodeDistances.open(retriever.datastore, retriever.cpu_index, retriever.index_name)
+        if codes is not None:
+            return codes
+        if retriever.metadata["factory"] != "Flat":
+            logger.info(
+                "RetoMaton has no distances by the codes of %s: exact ones are used for searches and pointers "
+                "(recompute_dists=True).",
+                retriever.metadata["factory"],
+            )
+            retriever.recompute_dists = True
+
+    def exact(queries: np.ndarray, entries: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        entries = np.where(np.arange(entries.shape[1]) < counts[:, None], entries, -1)
+        return exact_distances(retriever.datastore.keys, queries, entries, retriever.sim_func)
+
+    return exact
