@@ -67,6 +67,8 @@ class Walk:
     queries : float32 ``[steps, dimension]``.
     targets : int ``[steps]``: the token read after each step.
     survivors : int64, nearest first: where an earlier walk of the same text ended; empty at a beginning.
+    found : what a search gives at each step, (distances ``[steps, k]``, entries ``[steps, k]``), where that is
+        known beforehand; None searches as need arises.
     log_p_knn : float64 ``[steps]``, log p_kNN of the targets; minus infinity where no candidate has the value.
     searched : bool ``[steps]``, where a full search was made.
     neighbours : per step (distances float32, entries int64), where asked for.
@@ -75,6 +77,7 @@ class Walk:
     queries: np.ndarray
     targets: np.ndarray
     survivors: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    found: tuple[np.ndarray, np.ndarray] | None = None
     log_p_knn: np.ndarray = field(default_factory=lambda: np.empty(0))
     searched: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=bool))
     neighbours: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
@@ -127,8 +130,8 @@ class Automaton:
             survivors[i, : len(walk.survivors)] = walk.survivors
             walk.log_p_knn = np.empty(len(walk.queries))
             walk.searched = np.zeros(len(walk.queries), dtype=bool)
-        # Where every step searches, all searches are one batch.
-        searched = self._search_everywhere(order) if settings.min_knns > width else None
+        if settings.min_knns > width:
+            self._search_everywhere(order)
 
         for step in range(steps):
             active = int((lengths > step).sum())
@@ -136,7 +139,11 @@ class Automaton:
             targets = np.array([walk.targets[step] for walk in order[:active]], dtype=np.int64)
             start = time.perf_counter()
             pointers, pointer_counts = _follow(
-                survivors[:active], survivor_counts[:active], *self.clusters, settings.max_knns, settings.duplicates == "merge"
+                survivors[:active],
+                survivor_counts[:active],
+                *self.clusters,
+                settings.max_knns,
+                settings.duplicates == "merge",
             )
             needy = np.flatnonzero(survivor_counts[:active] < settings.min_knns)
             statistics.seconds["automaton"] += time.perf_counter() - start
@@ -147,20 +154,20 @@ class Automaton:
                 start = time.perf_counter()
                 found_distances = np.empty((active, settings.k), dtype=np.float32)
                 found_entries = np.full((active, settings.k), -1, dtype=np.int64)
-                if searched is None:
-                    found_distances[needy], found_entries[needy] = self.search(queries[needy])
-                else:
-                    for i in needy:
-                        found_distances[i], found_entries[i] = searched[0][i][step], searched[1][i][step]
-                for i in needy:
+                unknown = [int(i) for i in needy if order[i].found is None]
+                if unknown:
+                    found_distances[unknown], found_entries[unknown] = self.search(queries[unknown])
+                for i in needy.tolist():
                     order[i].searched[step] = True
+                    if (found := order[i].found) is not None:
+                        found_distances[i], found_entries[i] = found[0][step], found[1][step]
                 statistics.searches += len(needy)
                 statistics.seconds["search"] += time.perf_counter() - start
 
             start = time.perf_counter()
             pointer_distances = np.empty(pointers.shape, dtype=np.float32)
             if len(pointing := np.flatnonzero(pointer_counts)):
-                longest = pointer_counts.max()
+                longest = int(pointer_counts.max())
                 pointer_distances[pointing, :longest] = self.pointer_distances(
                     queries[pointing], pointers[pointing, :longest], pointer_counts[pointing]
                 )
@@ -198,14 +205,16 @@ class Automaton:
             statistics.candidates += int(counts.sum())
             statistics.seconds["automaton"] += time.perf_counter() - start
 
-    def _search_everywhere(self, walks: Sequence[Walk]) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    def _search_everywhere(self, walks: Sequence[Walk]) -> None:
+        """Where every step searches, all searches are one batch."""
+        if not (unknown := [walk for walk in walks if walk.found is None]):
+            return
         start = time.perf_counter()
-        splits = np.cumsum([len(walk.queries) for walk in walks])[:-1]
-        distances, entries = self.search(np.concatenate([walk.queries for walk in walks]))
+        distances, entries = self.search(np.concatenate([walk.queries for walk in unknown]))
+        splits = np.cumsum([len(walk.queries) for walk in unknown])[:-1]
+        for walk, *found in zip(unknown, np.split(distances, splits), np.split(entries, splits), strict=True):
+            walk.found = found[0], found[1]
         self.statistics.seconds["search"] += time.perf_counter() - start
-        return np.split(distances, splits), np.split(entries, splits)
-
-
 
 
 @numba.njit(cache=True)
@@ -276,9 +285,7 @@ def _follow(survivors, survivor_counts, cluster_of_entry, member_starts, members
 
 
 @numba.njit(parallel=True, cache=True)
-def _gather(
-    found_distances, found_entries, pointer_distances, pointers, pointer_counts, merge, distances, entries
-):
+def _gather(found_distances, found_entries, pointer_distances, pointers, pointer_counts, merge, distances, entries):
     """The step's candidates: what the search found, then the pointers."""
     n = len(pointers)
     counts = np.zeros(n, dtype=np.int64)

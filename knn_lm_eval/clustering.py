@@ -42,8 +42,7 @@ from knn_lm_eval.files import (
     write_json,
     write_npy_header,
 )
-from knn_lm_eval.index import DEFAULT_INDEX, open_index, search, set_probe
-from knn_lm_eval.indexing import faiss_gpus
+from knn_lm_eval.index import DEFAULT_INDEX, faiss_gpus, open_index, search, set_probe
 from knn_lm_eval.safe_pickle import SparseMatrix, load_sparse_matrix
 
 logger = logging.getLogger(__name__)
@@ -65,8 +64,8 @@ def cluster_kmeans(
     resume: bool = False,
     overwrite: bool = False,
 ) -> Clusters:
-    """Cluster the entries by k-means of their keys (Alon et al. 2022, section 3.2); an entry belongs to the
-    nearest centroid (exact squared L2).
+    """Cluster the entries by k-means of their keys (Alon et al. 2022); an entry belongs to the nearest
+    centroid (exact squared L2).
 
     Takes all GPUs that faiss sees. The time goes with ``num_clusters * (iterations * sample + count)``.
 
@@ -92,11 +91,11 @@ def cluster_kmeans(
         raise UserError(f"num_clusters={num_clusters} must be between 1 and the store's {count:,} entries.")
     sample = min(SAMPLE_PER_CLUSTER * num_clusters if sample is None else sample, count)
     if sample < num_clusters:
-        raise UserError(
-            f"sample={sample} is too small: k-means needs at least one key per cluster ({num_clusters:,})."
-        )
+        raise UserError(f"sample={sample} is too small: k-means needs at least one key per cluster ({num_clusters:,}).")
     if iterations < 1:
         raise UserError(f"iterations={iterations} must be at least 1.")
+    if not 0 <= seed < 2**31:
+        raise UserError(f"seed={seed} must be between 0 and 2,147,483,647.")
     settings = {
         "method": "kmeans",
         "num_clusters": num_clusters,
@@ -125,23 +124,25 @@ def cluster_greedy_merge(
     name: str = "greedy_merge",
     k: int = 9,
     index: str = DEFAULT_INDEX,
+    probe: int | None = None,
     resume: bool = False,
     overwrite: bool = False,
 ) -> Clusters:
-    """Cluster the entries by greedy merging (He et al. 2021, section 4.2): near neighbours of the same value.
+    """Cluster the entries by greedy merging (He et al. 2021): near neighbours of the same value.
 
     Entries are taken in text order. One that no other has absorbed yet absorbs those of its ``k`` nearest
     neighbours that have its value and have neither been absorbed nor absorbed others. As in the published
     script, ``k`` does not count the entry itself: its first ``k + 1`` search results are looked at, itself
     passed over. (The script goes through the entries in random order.) An entry and what it absorbed are a
-    cluster; clusters are numbered in the text order of the entries that absorbed, so all members of one have
-    the same value, and no cluster has more than ``k + 2``.
+    cluster: its members have the same value, and are ``k + 2`` at most. Clusters are numbered in the order of
+    the entries that were not absorbed.
 
     Parameters
     ----------
     name : the clustering's name.
     k : neighbours looked at.
-    index : the name of the index to search, with the ``probe`` that was found good enough for it.
+    index : the name of the index to search.
+    probe : inverted lists visited per search; None takes what the index was found to need.
     resume : go on with an interrupted clustering of that name.
     overwrite : replace a finished clustering of that name.
 
@@ -153,8 +154,10 @@ def cluster_greedy_merge(
     """
     if not 1 <= k < len(datastore):
         raise UserError(f"k={k} must be at least 1 and less than the store's {len(datastore):,} entries.")
+    if probe is not None and probe < 1:
+        raise UserError(f"probe={probe} must be at least 1.")
     faiss_index, metadata = open_index(datastore, index)
-    probe = metadata.get("probe")
+    probe = probe or metadata.get("probe")
     if probe is not None:
         set_probe(faiss_index, probe)
     settings = {
@@ -177,9 +180,7 @@ def cluster_greedy_merge(
         return work.finish(cluster_of_entry, _number_clusters(absorber, cluster_of_entry))
 
 
-def import_members(
-    datastore: Datastore, name: str, pickle_file: str | Path, overwrite: bool = False
-) -> Clusters:
+def import_members(datastore: Datastore, name: str, pickle_file: str | Path, overwrite: bool = False) -> Clusters:
     """Take over the clusters of a published ``members*.pkl``: a pickled scipy matrix ``[clusters, entries]``
     whose elements other than 0 say which entry is in which cluster.
 
@@ -236,9 +237,7 @@ def summarize(clusters: Clusters, values: np.ndarray) -> dict[str, float]:
     filled = sizes[sizes > 0]
     if not len(filled):
         return {"empty": len(sizes)}
-    common = _most_common_values(
-        np.asarray(values), np.asarray(clusters.member_starts), np.asarray(clusters.members)
-    )
+    common = _most_common_values(np.asarray(values), np.asarray(clusters.member_starts), np.asarray(clusters.members))
     return {
         "mean": round(float(filled.mean()), 2),
         "median": float(np.median(filled)),
@@ -260,9 +259,7 @@ class _Work:
         self.settings = {**settings, "keys_sha256": datastore.keys_checksum}
         self.saved = time.monotonic()
         if (self.folder / METADATA).exists() and not overwrite:
-            raise UserError(
-                f"The clusters {self.folder} exist already; choose another --name or give --overwrite."
-            )
+            raise UserError(f"The clusters {self.folder} exist already; choose another --name or give --overwrite.")
 
     def begin(self) -> None:
         """Make the folder ready; saved states stay only where they are to be resumed."""
@@ -334,9 +331,7 @@ class _Work:
             path.unlink(missing_ok=True)
 
 
-def _train(
-    datastore: Datastore, work: _Work, num_clusters: int, sample: int, iterations: int, seed: int
-) -> np.ndarray:
+def _train(datastore: Datastore, work: _Work, num_clusters: int, sample: int, iterations: int, seed: int) -> np.ndarray:
     """The centroids, float32 ``[num_clusters, dimension]``, one iteration at a time."""
     state = work.load("centroids")
     centroids, done = state.get("centroids"), int(state.get("iterations", 0))

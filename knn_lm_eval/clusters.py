@@ -10,7 +10,7 @@ The clustering called NAME of a datastore is the folder ``clusters/NAME`` inside
 - ``clusters.json``: what made it, the keys it was made from, sizes. Written last: a folder without one is not
   finished.
 
-RetoMaton (Alon et al. 2022, section 3.2) takes the members of a cluster for one state of its automaton.
+RetoMaton (Alon et al. 2022) takes the members of a cluster for one state of its automaton.
 """
 
 from __future__ import annotations
@@ -64,22 +64,18 @@ class Clusters:
         path = clusters_folder(datastore, _only_name(datastore) if name is None else name)
         if not (path / METADATA).is_file():
             if (path / PROGRESS).is_file():
-                raise UserError(
-                    f"The clusters {path} are not finished; go on with cluster_datastore --resume."
-                )
+                raise UserError(f"The clusters {path} are not finished; go on with cluster_datastore --resume.")
             names = cluster_names(datastore)
             have = f"it has {', '.join(names)}" if names else "make some with cluster_datastore"
             raise UserError(f"The datastore {datastore.path} has no clusters called {path.name!r}: {have}.")
         metadata = read_json(path / METADATA)
         if metadata.get("format") != FORMAT or metadata.get("format_version") != FORMAT_VERSION:
             raise UserError(
-                f"{path / METADATA} is not of format {FORMAT!r}, version {FORMAT_VERSION}; cluster the "
-                f"datastore again."
+                f"{path / METADATA} is not of format {FORMAT!r}, version {FORMAT_VERSION}; cluster the datastore again."
             )
         if metadata.get("keys_sha256") != datastore.keys_checksum:
             raise UserError(
-                f"The clusters {path} were made for other keys than those in {datastore.path}; cluster it "
-                f"again."
+                f"The clusters {path} were made for other keys than those in {datastore.path}; cluster it again."
             )
         try:
             sizes = {name: int(metadata["files"][f"{name}.npy"]) for name in ARRAYS}
@@ -95,10 +91,7 @@ class Clusters:
             "member_starts": np.int64,
             "members": entry_dtype(len(datastore)),
         }
-        arrays = {
-            name: _open_array(path / f"{name}.npy", sizes[name], dtypes[name], shapes[name])
-            for name in ARRAYS
-        }
+        arrays = {name: _open_array(path / f"{name}.npy", sizes[name], dtypes[name], shapes[name]) for name in ARRAYS}
         if arrays["member_starts"][0] != 0 or arrays["member_starts"][-1] != len(arrays["members"]):
             raise UserError(f"{path / 'member_starts.npy'} is damaged; cluster the datastore again.")
         return cls(path=path, metadata=metadata, **arrays)
@@ -110,7 +103,7 @@ class Clusters:
 
 def clusters_folder(datastore: Datastore, name: str) -> Path:
     """Where the clustering ``name`` lies; raises UserError where the name is no plain folder name."""
-    if not name or Path(name).name != name:
+    if not name or Path(name).name != name or name == "..":
         raise UserError(f"{name!r} cannot name clusters: it should be a plain folder name.")
     return datastore.path / "clusters" / name
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import faiss
 import numba
@@ -71,7 +72,10 @@ class CodeDistances:
             return None
         centroids = index.quantizer.reconstruct_n(0, index.nlist)
         folder = IndexFiles(datastore.path, name).index.with_suffix(".codes")
-        identity = {"keys_sha256": datastore.keys_checksum, "index_bytes": IndexFiles(datastore.path, name).index.stat().st_size}
+        identity = {
+            "keys_sha256": datastore.keys_checksum,
+            "index_bytes": IndexFiles(datastore.path, name).index.stat().st_size,
+        }
         if not (folder / "codes.json").exists() or read_json(folder / "codes.json") != identity:
             with disk_errors_in(folder):
                 _write(folder, datastore, index, centroids, codebooks, is_rabitq)
@@ -100,7 +104,15 @@ class CodeDistances:
             base += (self.centroids**2).sum(1)
         distances = np.empty(entries.shape, dtype=np.float32)
         _look_up(
-            np.ascontiguousarray(tables), base, entries, counts, self.lists, self.offsets, self.scales, self.codes, distances
+            np.ascontiguousarray(tables),
+            base,
+            entries,
+            counts,
+            self.lists,
+            self.offsets,
+            self.scales,
+            self.codes,
+            distances,
         )
         return distances
 
@@ -117,7 +129,12 @@ def _look_up(tables, base, entries, counts, lists, offsets, scales, codes, dista
 
 
 def _write(
-    folder: Path, datastore: Datastore, index: faiss.IndexIVF, centroids: np.ndarray, codebooks: np.ndarray, is_rabitq: bool
+    folder: Path,
+    datastore: Datastore,
+    index: faiss.IndexIVF,
+    centroids: np.ndarray,
+    codebooks: np.ndarray,
+    is_rabitq: bool,
 ) -> None:
     count, code_bytes = len(datastore), codebooks.shape[0]
     folder.mkdir(exist_ok=True)
@@ -127,7 +144,7 @@ def _write(
         name: np.lib.format.open_memmap(folder / f"{name}.npy.tmp", "w+", dtype, shapes.get(name, (count,)))
         for name, dtype in ARRAYS.items()
     }
-    inverted = index.invlists
+    inverted: Any = index.invlists
     for number in range(index.nlist):
         size = inverted.list_size(number)
         if size:

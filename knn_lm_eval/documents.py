@@ -36,7 +36,8 @@ def cut_into_documents(lines: Iterable[str], mode: str) -> Iterator[Piece]:
             if line.strip():
                 yield True, line.rstrip("\r\n")
         return
-    begins, block, size = True, [], 0
+    begins, size = True, 0
+    block: list[str] = []
     for line in lines:
         is_blank = mode == "blank-line" and not line.strip()
         if is_blank or (mode == "wikitext" and ARTICLE_HEADING.fullmatch(line.strip())):

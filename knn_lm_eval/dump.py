@@ -187,7 +187,7 @@ def _start(output: Path, settings: dict[str, Any], fingerprint: dict[str, Any], 
     if not (output / PROGRESS).exists():
         if (output / "keys.npy").exists() or (output / "values.npy").exists():
             raise UserError(f"{output} holds arrays that this program did not make; choose another folder.")
-        progress = {"settings": settings, "fingerprint": fingerprint, "entries_done": None}
+        progress: dict[str, Any] = {"settings": settings, "fingerprint": fingerprint, "entries_done": None}
         write_json(output / PROGRESS, progress)
         return progress
     if not resume:

@@ -52,7 +52,9 @@ def check_fingerprint(stored: dict[str, Any], current: dict[str, Any], made_by: 
     UserError
         Where the tokenizers differ, the dimensions differ, or the keys are too far apart.
     """
-    advice = f"the datastore was made with {made_by}, this model is {used_by}; use the store's own model or dump another"
+    advice = (
+        f"the datastore was made with {made_by}, this model is {used_by}; use the store's own model or dump another"
+    )
     if len(stored["key"]) != len(current["key"]):
         raise UserError(
             f"The datastore's keys have {len(stored['key'])} numbers and this model's {len(current['key'])}: {advice}."

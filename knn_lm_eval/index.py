@@ -99,22 +99,32 @@ def set_probe(index: faiss.Index, probe: int) -> None:
         ivf.nprobe = min(probe, ivf.nlist)
 
 
+def faiss_gpus() -> int:
+    """The number of GPUs that faiss sees; 0 for a faiss without GPU support."""
+    return getattr(faiss, "get_num_gpus", lambda: 0)()
+
+
 def to_gpus(index: faiss.Index) -> faiss.Index:
     """Put ``index`` on all visible GPUs in float16: a copy on each, or in shards where a copy does not fit.
 
-    With no GPU, or a faiss without GPU support, says so once and returns ``index`` as it is.
+    With no GPU, or for an index type that faiss has for the CPU only, says so once and returns ``index`` as it is.
     """
-    if getattr(faiss, "get_num_gpus", lambda: 0)() == 0:
+    if not faiss_gpus():
         logger.warning("knn_gpu=True, but faiss sees no GPU (faiss-gpu needed): searching on the CPU.")
         return index
     options = faiss.GpuMultipleClonerOptions()
     options.useFloat16 = True
-    try:
-        return faiss.index_cpu_to_all_gpus(index, options)
-    except RuntimeError as error:
-        logger.info("The index does not fit one GPU (%s): sharding it over all.", _reason(error))
-        options.shard = True
-        return faiss.index_cpu_to_all_gpus(index, options)
+    for options.shard in (False, True):
+        try:
+            return faiss.index_cpu_to_all_gpus(index, options)
+        except RuntimeError as error:
+            reason = _reason(error)
+    logger.warning(
+        "knn_gpu=True, but faiss cannot put %s on GPUs (%s): searching on the CPU.",
+        type(index).__name__,
+        reason,
+    )
+    return index
 
 
 def search(index: faiss.Index, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -130,7 +140,7 @@ def search(index: faiss.Index, queries: np.ndarray, k: int) -> tuple[np.ndarray,
         infinity in empty slots.
     entries : int64 ``[n, k]``; -1 in empty slots.
     """
-    faiss.cvar.indexIVF_stats.reset()
+    faiss.cvar.indexIVF_stats.reset()  # type: ignore[attr-defined]
     scores, entries = index.search(queries, k)
     distances = -scores if index.metric_type == faiss.METRIC_INNER_PRODUCT else scores
     distances[entries < 0] = np.inf
@@ -139,7 +149,7 @@ def search(index: faiss.Index, queries: np.ndarray, k: int) -> tuple[np.ndarray,
 
 def vectors_compared(index: faiss.Index, queries: int) -> int:
     """How many vectors the last ``search``, of so many queries, computed distances to."""
-    return queries * index.ntotal if inverted_file(index) is None else faiss.cvar.indexIVF_stats.ndis
+    return queries * index.ntotal if inverted_file(index) is None else faiss.cvar.indexIVF_stats.ndis  # type: ignore[attr-defined]
 
 
 def _reason(error: RuntimeError) -> str:

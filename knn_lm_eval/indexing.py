@@ -22,7 +22,7 @@ from tqdm import tqdm
 from knn_lm_eval.datastore import Datastore
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.files import check_free_space, disk_errors_in, read_json, replace_file, write_json
-from knn_lm_eval.index import DEFAULT_INDEX, METRICS, IndexFiles, inverted_file, search, set_probe
+from knn_lm_eval.index import DEFAULT_INDEX, METRICS, IndexFiles, faiss_gpus, inverted_file, search, set_probe
 from knn_lm_eval.mixture import knn_log_prob, neighbour_log_weights
 
 logger = logging.getLogger(__name__)
@@ -32,8 +32,9 @@ ADD_CHUNK = 2**16  # keys read and added at a time
 CHECKPOINT_SECONDS = 300
 VECTORS_PER_LIST = 64  # training sample; faiss asks for 39 to 256 per inverted list
 PROBES = (1, 2, 4, 8, 16, 32, 64, 128)
-# The probe recommended is the smallest whose p_kNN error is within this factor of the largest probe's.
-ENOUGH = 1.05
+# The probe recommended is the smallest whose p_kNN error exceeds the largest probe's by at most this share of
+# that error, or of the mean p_kNN.
+ENOUGH_OF_ERROR, ENOUGH_OF_P_KNN = 0.05, 0.01
 
 
 def choose_factory(count: int) -> str:
@@ -110,7 +111,9 @@ def build_index(
             "faiss": faiss.__version__,
         }
         if quality_queries:
-            metadata |= measure_quality(datastore, index, sim_func, min(k, len(datastore)), knn_temp, quality_queries, seed)
+            metadata |= measure_quality(
+                datastore, index, sim_func, min(k, len(datastore)), knn_temp, quality_queries, seed
+            )
         _write(index, checkpoint)
         metadata["bytes"] = checkpoint.stat().st_size
         # The metadata goes last: whoever finds both finds a finished index.
@@ -140,7 +143,12 @@ def _resume(checkpoint: Path, settings: dict[str, Any]) -> tuple[faiss.Index | N
 
 
 def _train(
-    datastore: Datastore, factory: str, sim_func: str, train_sample: int | None, seed: int, seconds: dict[str, float]
+    datastore: Datastore,
+    factory: str,
+    sim_func: str,
+    train_sample: int | None,
+    seed: int,
+    seconds: dict[str, float],
 ) -> faiss.Index:
     try:
         index = faiss.index_factory(datastore.dimension, factory, METRICS[sim_func])
@@ -171,7 +179,11 @@ def _train(
 
 
 def _add(
-    datastore: Datastore, index: faiss.Index, checkpoint: Path, settings: dict[str, Any], seconds: dict[str, float]
+    datastore: Datastore,
+    index: faiss.Index,
+    checkpoint: Path,
+    settings: dict[str, Any],
+    seconds: dict[str, float],
 ) -> None:
     """Add the keys that are not in the index yet, in order."""
     ivf, assigner = inverted_file(index), None
@@ -181,7 +193,7 @@ def _add(
     with tqdm(total=len(datastore), initial=index.ntotal, desc="Adding keys", unit=" keys", unit_scale=True) as bar:
         while index.ntotal < len(datastore):
             keys = _finite(datastore.keys[index.ntotal : index.ntotal + ADD_CHUNK])
-            if assigner is None:
+            if assigner is None or ivf is None:
                 index.add(keys)
             else:
                 lists = assigner.search(keys, 1)[1][:, 0].copy()
@@ -203,11 +215,6 @@ def _write(index: faiss.Index, path: Path) -> None:
         temporary.unlink(missing_ok=True)
         raise UserError(f"Cannot write the index to {path.parent}: {str(error).strip().splitlines()[-1]}") from error
     replace_file(temporary, path)
-
-
-def faiss_gpus() -> int:
-    """The number of GPUs that faiss sees; 0 for a faiss without GPU support."""
-    return getattr(faiss, "get_num_gpus", lambda: 0)()
 
 
 def _finite(keys: np.ndarray) -> np.ndarray:
@@ -267,5 +274,6 @@ def measure_quality(
             }
         )
     best = rows[-1]["p_knn_error"]
-    probe = next(row["probe"] for row in rows if row["p_knn_error"] <= ENOUGH * best)
+    enough = best + max(ENOUGH_OF_ERROR * best, ENOUGH_OF_P_KNN * rows[-1]["p_knn"])
+    probe = next(row["probe"] for row in rows if row["p_knn_error"] <= enough)
     return {"probe": probe, "quality_k": k, "quality_knn_temp": knn_temp, "quality": rows}

@@ -101,7 +101,7 @@ class KNNHF(CausalHFLM):
         # All that can be wrong without the model is looked at before minutes are spent on loading it.
         store = _open_datastore(datastore)
         given = {"k": k, "lmbda": lmbda, "knn_temp": knn_temp}
-        settings = DEFAULTS | {name: value for name, value in given.items() if value is not None}
+        settings: dict[str, Any] = DEFAULTS | {name: value for name, value in given.items() if value is not None}
         sources = {name: "default" if value is None else "given" for name, value in given.items()}
         _check_ranges(settings)
         key_type = store.manifest["key_type"]
@@ -132,13 +132,22 @@ class KNNHF(CausalHFLM):
         model = CausalLM(self.model, key_type)
         name = pretrained if isinstance(pretrained, str) else f"a given {type(model.inner).__name__}"
         check_fingerprint(
-            store.manifest["fingerprint"], take_fingerprint(model, self.tokenizer), made_by["pretrained"], name
+            store.manifest["fingerprint"],
+            take_fingerprint(model, self.tokenizer),
+            made_by["pretrained"],
+            name,
         )
         self.retriever = retriever
         self.scorer: Scorer
         if retomaton and not no_pointer and settings["lmbda"] > 0:
             self.scorer = RetomatonScorer(
-                model, retriever, settings["lmbda"], automaton, chosen_clusters, self.softmax_dtype, carry_state
+                model,
+                retriever,
+                settings["lmbda"],
+                automaton,
+                chosen_clusters,
+                self.softmax_dtype,
+                carry_state,
             )
         else:
             # With lmbda=0 the neighbours would count for nothing: the search is left out.

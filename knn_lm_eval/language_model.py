@@ -44,14 +44,16 @@ class CausalLM:
         if key_type not in KEY_TYPES:
             raise UserError(f"knn_keytype={key_type!r} is unknown; use one of {', '.join(KEY_TYPES)}.")
         self.model = model
-        self.inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-        self.body = self.inner.base_model
+        # Typed loosely: torch's modules hide what transformers' models have.
+        inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+        self.inner = inner
+        self.body: nn.Module = inner.base_model
         self.key_type = key_type
         self.key_module_name, self._key_module = _find_key_module(self.inner, self.body, key_type)
         self._no_cache = {"use_cache": False} if hasattr(self.inner.config, "use_cache") else {}
         self._body_output_type: type | None = None
         # Some models (OPT) call a decoder inside their base model instead of the base model.
-        bodies = dict.fromkeys((self.inner.base_model, self.inner.get_decoder()))
+        bodies = dict.fromkeys((inner.base_model, inner.get_decoder()))
         self.has_separate_head = any(self._head_can_be_separated_from(body) for body in bodies)
         if not self.has_separate_head:
             logger.warning(
@@ -169,7 +171,7 @@ def _capture(module: nn.Module, key_type: str, captured: dict[str, Tensor]) -> I
 def _replaced_forward(module: nn.Module, output: Any) -> Iterator[None]:
     """Inside, calling ``module`` returns ``output`` and computes nothing."""
     replaced = module.__dict__.get("forward")
-    module.forward = lambda *args, **kwargs: output  # type: ignore[method-assign]
+    module.forward = lambda *args, **kwargs: output
     try:
         yield
     finally:
@@ -187,7 +189,7 @@ def _with_last_hidden_state(output_type: type, hidden: Tensor) -> Any:
     return (hidden,) if output_type is tuple else output_type(last_hidden_state=hidden)
 
 
-def _find_key_module(inner: nn.Module, body: nn.Module, key_type: str) -> tuple[str, nn.Module]:
+def _find_key_module(inner: Any, body: nn.Module, key_type: str) -> tuple[str, nn.Module]:
     """The name and the module whose input or output is the key: in the last layer of the longest layer list."""
     lists = [(name, m) for name, m in body.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
     depth = getattr(inner.config.get_text_config(decoder=True), "num_hidden_layers", None)

@@ -25,7 +25,7 @@ class CausalHFLM(HFLM):
                 raise
             raise UserError(f"Unknown model argument {unknown[1]!r}.") from error
 
-    def _get_config(self, pretrained: str, **kwargs: Any) -> None:  # type: ignore[override]
+    def _get_config(self, pretrained: str, **kwargs: Any) -> None:
         try:
             super()._get_config(pretrained, **kwargs)
         except (OSError, ValueError) as error:

@@ -15,7 +15,7 @@ from knn_lm_eval.code_distances import CodeDistances
 from knn_lm_eval.language_model import CausalLM
 from knn_lm_eval.mixture import mix
 from knn_lm_eval.retrieval import Retriever, exact_distances
-from knn_lm_eval.scoring import Passage, Reading, Score, Scorer
+from knn_lm_eval.scoring import Passage, Score, Scorer
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ class RetomatonScorer(Scorer):
         store = retriever.datastore
         csr = None if clusters is None else (clusters.cluster_of_entry, clusters.member_starts, clusters.members)
         self.automaton = Automaton(
-            store.values, store.document_starts, csr, retriever.find, _pointer_distances(retriever), settings
+            store.values, store.document_starts, csr, retriever.find, pointer_distances(retriever), settings
         )
         self.values = np.asarray(store.values)
         self.carry_state = carry_state
@@ -137,7 +137,7 @@ class RetomatonScorer(Scorer):
         return self._sum_up(reading, log_probs, greedy, [walks[end, len(c)].searches for end, c in reading.asked])
 
 
-def _pointer_distances(retriever: Retriever) -> PointerDistances:
+def pointer_distances(retriever: Retriever) -> PointerDistances:
     """Distances of pointers of the same kind as the search's."""
     if not retriever.recompute_dists:
         codes = CodeDistances.open(retriever.datastore, retriever.cpu_index, retriever.index_name)

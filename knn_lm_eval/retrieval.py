@@ -11,7 +11,15 @@ from torch import Tensor
 
 from knn_lm_eval.datastore import Datastore
 from knn_lm_eval.errors import UserError
-from knn_lm_eval.index import DEFAULT_INDEX, inverted_file, open_index, search, set_probe, to_gpus, vectors_compared
+from knn_lm_eval.index import (
+    DEFAULT_INDEX,
+    inverted_file,
+    open_index,
+    search,
+    set_probe,
+    to_gpus,
+    vectors_compared,
+)
 
 # Keys gathered at a time for exact distances: bounds the memory that recompute_dists takes.
 GATHER_BYTES = 2**26
@@ -139,7 +147,9 @@ def exact_distances(keys: np.ndarray, queries: np.ndarray, entries: np.ndarray, 
     for start in range(0, len(queries), block):
         rows = slice(start, start + block)
         unique, slots = np.unique(np.maximum(entries[rows], 0), return_inverse=True)
-        vectors = torch.from_numpy(keys[unique].astype(np.float32))[torch.from_numpy(slots.reshape(entries[rows].shape))]
+        vectors = torch.from_numpy(keys[unique].astype(np.float32))[
+            torch.from_numpy(slots.reshape(entries[rows].shape))
+        ]
         query = torch.from_numpy(queries[rows])[:, None]
         result = -(query * vectors).sum(-1) if sim_func == "dot" else (query - vectors).square_().sum(-1)
         distances[rows] = result.numpy()

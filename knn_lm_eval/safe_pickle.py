@@ -59,11 +59,9 @@ def load_sparse_matrix(path: str | Path) -> SparseMatrix:
     except OSError as error:
         raise UserError(f"Cannot read {path}: {error.strerror or error}.") from error
     except Exception as error:  # damage can look like anything
-        raise UserError(f"{path} is damaged or not a pickle ({type(error).__name__}: {error}).") from error
+        raise UserError(f"{path} is damaged or not a pickle ({error!r}).") from error
     if not isinstance(matrix, _Sparse):
-        raise UserError(
-            f"{path} holds no scipy CSR or CSC matrix but {type(matrix).__name__.strip('_').lower()}."
-        )
+        raise UserError(f"{path} holds no scipy CSR or CSC matrix but {type(matrix).__name__.strip('_').lower()}.")
     return _checked(path, matrix)
 
 
@@ -75,9 +73,7 @@ class _StandIn:
     """What a name in the pickle stands for; pickle's BUILD finds a harmless ``__setstate__`` in each."""
 
     def __setstate__(self, state: Any) -> None:
-        raise _RefusedError(
-            f"wants to set the state of a {type(self).__name__.strip('_').lower()}, which has none"
-        )
+        raise _RefusedError(f"wants to set the state of a {type(self).__name__.strip('_').lower()}, which has none")
 
 
 class _Bytes(_StandIn):
@@ -160,6 +156,7 @@ _NUMBERS = ("b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f
 _ALLOWED: dict[tuple[str, str], type] = {
     ("_codecs", "encode"): _Bytes,
     ("builtins", "bytes"): _Bytes,
+    ("__builtin__", "bytes"): _Bytes,
     ("numpy", "dtype"): _Dtype,
     ("numpy", "ndarray"): _Array,
     **{(f"numpy.{core}.multiarray", "_reconstruct"): _Reconstruct for core in ("core", "_core")},
@@ -174,10 +171,13 @@ _ALLOWED: dict[tuple[str, str], type] = {
 }
 
 
-class _Unpickler(pickle.Unpickler):
+class _Unpickler(pickle._Unpickler):
+    """The standard one in Python: the one in C may allocate any amount of memory for a damaged file."""
+
     def find_class(self, module: str, name: str) -> type:
         if (stand_in := _ALLOWED.get((module, name))) is None:
-            raise _RefusedError(f"wants to load {module}.{name}")
+            wanted = f"{module}.{name}".encode("unicode_escape").decode("ascii")  # may hold anything
+            raise _RefusedError(f"wants to load {wanted:.80}")
         return stand_in
 
     def persistent_load(self, pid: Any) -> Any:

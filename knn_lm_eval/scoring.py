@@ -204,7 +204,11 @@ class Scorer:
         return torch.cat(log_probs).cpu()[back], is_greedy[back]
 
     def _sum_up(
-        self, reading: Reading, log_probs: Tensor, greedy: Tensor, searches: Sequence[int | None] | None = None
+        self,
+        reading: Reading,
+        log_probs: Tensor,
+        greedy: Tensor,
+        searches: Sequence[int | None] | None = None,
     ) -> list[list[Score]]:
         lengths = [len(continuation) for _, continuation in reading.asked]
         self.tokens_scored += sum(lengths)

@@ -22,7 +22,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--name", default="index", help="the index's name, to have several (default: index)")
     parser.add_argument("--train_sample", type=int, help="keys to train on (default: 64 per inverted list)")
     parser.add_argument(
-        "--quality_queries", type=int, default=512, help="held-out queries to measure the index with (default: 512)"
+        "--quality_queries",
+        type=int,
+        default=512,
+        help="held-out queries to measure the index with (default: 512)",
     )
     parser.add_argument("--k", type=int, default=1024, help="neighbours for the measurement (default: 1024)")
     parser.add_argument("--knn_temp", type=float, default=1.0, help="temperature for the measurement (default: 1)")
@@ -43,7 +46,9 @@ def main() -> None:
 
     settings = vars(arguments)
     metadata = build_index(Datastore.open(settings.pop("datastore")), **settings)
-    print(f"{metadata['factory']}: {metadata['count']:,} entries, {metadata['bytes'] / metadata['count']:.0f} bytes each")
+    print(
+        f"{metadata['factory']}: {metadata['count']:,} entries, {metadata['bytes'] / metadata['count']:.0f} bytes each"
+    )
     if metadata.get("quality"):
         print(f"against exact search, k = {metadata['quality_k']}, temperature {metadata['quality_knn_temp']}:")
         print("  probe  recall  error of p_kNN  (mean p_kNN)  us/query")

@@ -11,7 +11,7 @@ from knn_lm_eval.errors import UserError, report_user_errors
 # Which arguments go with which method; the functions know the defaults.
 OPTIONS = {
     "kmeans": ("num_clusters", "sample", "iterations", "seed", "resume"),
-    "greedy_merge": ("k", "index", "resume"),
+    "greedy_merge": ("k", "index", "probe", "resume"),
     "import": (),
 }
 
@@ -25,22 +25,19 @@ def parse_arguments() -> argparse.Namespace:
         choices=["kmeans", "greedy_merge"],
         help="k-means of the keys, or merging near neighbours of the same value",
     )
-    way.add_argument(
-        "--members", type=Path, help="take over a published members*.pkl (a pickled scipy sparse matrix)"
-    )
+    way.add_argument("--members", type=Path, help="take over a published members*.pkl (a pickled scipy sparse matrix)")
     parser.add_argument("--name", help="the clusters' name, to have several (default: the method's)")
     parser.add_argument("--num_clusters", type=int, help="k-means: how many (default: 1/100 of the entries)")
     parser.add_argument(
         "--sample", type=int, help="k-means: keys to train on, held in memory (default: 64 per cluster)"
     )
     parser.add_argument("--iterations", type=int, help="k-means: how many (default: 20)")
-    parser.add_argument(
-        "--seed", type=int, help="k-means: of the sample and the first centroids (default: 1)"
-    )
-    parser.add_argument(
-        "--k", type=int, help="greedy_merge: neighbours that an entry may absorb (default: 9)"
-    )
+    parser.add_argument("--seed", type=int, help="k-means: of the sample and the first centroids (default: 1)")
+    parser.add_argument("--k", type=int, help="greedy_merge: neighbours that an entry may absorb (default: 9)")
     parser.add_argument("--index", help="greedy_merge: the index to search for them (default: index)")
+    parser.add_argument(
+        "--probe", type=int, help="greedy_merge: inverted lists visited per search (default: the index's)"
+    )
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted clustering")
     parser.add_argument("--overwrite", action="store_true", help="replace the clusters of that name")
     return parser.parse_args()

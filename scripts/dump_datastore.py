@@ -12,12 +12,15 @@ from knn_lm_eval.errors import UserError, report_user_errors
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--model_args", required=True, help="as for lm_eval --model hf: pretrained=NAME,dtype=float16,peft=..."
+        "--model_args",
+        required=True,
+        help="as for lm_eval --model hf: pretrained=NAME,dtype=float16,peft=...",
     )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--text", type=Path, help="a UTF-8 text file")
     source.add_argument(
-        "--dataset", help="a `datasets` data set: hub id, local folder, or a .jsonl, .parquet, .csv or .txt file"
+        "--dataset",
+        help="a `datasets` data set: hub id, local folder, or a .jsonl, .parquet, .csv or .txt file",
     )
     parser.add_argument("--config", help="the data set's configuration (its `name`)")
     parser.add_argument("--split", default="train", help="the data set's split (default: train)")
@@ -32,11 +35,16 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--output", type=Path, required=True, help="the folder to write")
     parser.add_argument(
-        "--knn_keytype", default="last_ffn_input", choices=["last_ffn_input", "last_ffn_output"], help="which keys"
+        "--knn_keytype",
+        default="last_ffn_input",
+        choices=["last_ffn_input", "last_ffn_output"],
+        help="which keys",
     )
     parser.add_argument("--max_length", type=int, help="tokens per window (default: the model's limit, at most 1024)")
     parser.add_argument(
-        "--stride", type=int, help="tokens that each window adds (default: max_length, no overlapping windows)"
+        "--stride",
+        type=int,
+        help="tokens that each window adds (default: max_length, no overlapping windows)",
     )
     parser.add_argument("--batch_size", type=int, default=4, help="windows of max_length per batch (default: 4)")
     parser.add_argument("--max_tokens", type=int, help="stop after so many tokens")

@@ -118,9 +118,7 @@ def run(command: list[str]) -> None:
     print(f"({time.perf_counter() - start:.0f} s)", flush=True)
 
 
-def evaluate(
-    model: str, model_args: str, limit: int | None, output: Path, newer_than: Path
-) -> dict[str, Any]:
+def evaluate(model: str, model_args: str, limit: int | None, output: Path, newer_than: Path) -> dict[str, Any]:
     """Run lm_eval, unless it has left results that are newer than what they rest on; gives the results."""
 
     def latest() -> Path | None:

@@ -112,9 +112,7 @@ def _wikitext_files(folder: Path, split: str) -> list[Path]:
         named = sorted(
             file
             for file in folder.glob(level)
-            if SPLIT_IN_FILE_NAME[split].search(file.stem)
-            and not file.name.startswith(".")
-            and file.is_file()
+            if SPLIT_IN_FILE_NAME[split].search(file.stem) and not file.name.startswith(".") and file.is_file()
         )
         for suffix in WIKITEXT_SUFFIXES:
             files = [file for file in named if file.suffix == suffix]
@@ -173,9 +171,7 @@ def law(split: str, data_dir: object = None, **_metadata: Any) -> dict[str, data
 
 
 def python_docs(**_metadata: Any) -> dict[str, datasets.Dataset]:
-    return {
-        split: datasets.Dataset.from_dict({"text": python_docs_split(split)}) for split in ("train", "test")
-    }
+    return {split: datasets.Dataset.from_dict({"text": python_docs_split(split)}) for split in ("train", "test")}
 
 
 def python_docs_split(split: str) -> list[str]:

@@ -10,8 +10,9 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may wait for a network
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests run side by side; threads would only get in each other's way
 
-import torch
 from pydoc_data.topics import topics
+
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 

@@ -9,7 +9,13 @@ import torch
 
 
 def knn_distribution(
-    query: np.ndarray, keys: np.ndarray, values: np.ndarray, k: int, temperature: float, vocabulary: int, dot: bool
+    query: np.ndarray,
+    keys: np.ndarray,
+    values: np.ndarray,
+    k: int,
+    temperature: float,
+    vocabulary: int,
+    dot: bool,
 ) -> np.ndarray:
     """p_kNN over the vocabulary, by brute force (equation 2 of Khandelwal et al. 2020)."""
     query, keys = query.astype(np.float64), keys.astype(np.float64)

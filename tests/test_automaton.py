@@ -46,19 +46,20 @@ class Store:
         return distances
 
 
-def slow_walk(store: Store, queries: np.ndarray, targets: list[int], how: AutomatonSettings) -> tuple[list[float], int]:
-    """Algorithm 1 of Alon et al. 2022, one step and one candidate at a time."""
+def slow_walk(
+    store: Store, queries: np.ndarray, targets: list[int], how: AutomatonSettings
+) -> tuple[list[dict[int, float]], int]:
+    """Algorithm 1 of Alon et al. 2022, one step and one candidate at a time: p_kNN of each step, and searches."""
     survivors: list[int] = []
-    log_p, searches = [], 0
+    p_knn: list[dict[int, float]] = []
+    searches = 0
     for query, target in zip(queries, targets, strict=True):
         pointers = [entry + 1 for entry in survivors][: how.max_knns]
         if store.clusters is not None and 0 < len(pointers) < how.max_knns:
             pointed_to = Counter(int(store.cluster_of_entry[entry]) for entry in pointers)
             for cluster in sorted(pointed_to, key=lambda c: (-pointed_to[c], c)):
-                for entry in range(len(store.values)):
-                    if cluster != -1 and store.cluster_of_entry[entry] == cluster:
-                        if how.duplicates == "merge" and entry in pointers:
-                            continue
+                for entry in np.flatnonzero(store.cluster_of_entry == cluster).tolist() if cluster != -1 else []:
+                    if how.duplicates == "keep" or entry not in pointers:
                         pointers.append(entry)
             pointers = pointers[: how.max_knns]
         candidates = []
@@ -68,10 +69,12 @@ def slow_walk(store: Store, queries: np.ndarray, targets: list[int], how: Automa
         for entry in pointers:
             if how.duplicates == "keep" or entry not in candidates:
                 candidates.append(entry)
-        distance = {entry: float(((store.keys[entry] - query) ** 2).sum()) for entry in candidates}
+        distance = {e: float(((store.keys[e].astype(float) - query) ** 2).sum()) for e in candidates}
         total = sum(math.exp(-distance[entry] / how.knn_temp) for entry in candidates)
-        mass = sum(math.exp(-distance[e] / how.knn_temp) for e in candidates if store.values[e] == target)
-        log_p.append(math.log(mass / total) if mass else -INFINITY)
+        p_knn.append({})
+        for entry in candidates:
+            value = int(store.values[entry])
+            p_knn[-1][value] = p_knn[-1].get(value, 0.0) + math.exp(-distance[entry] / how.knn_temp) / total
         survivors = [
             entry
             for entry in sorted(candidates, key=lambda e: distance[e])
@@ -79,7 +82,7 @@ def slow_walk(store: Store, queries: np.ndarray, targets: list[int], how: Automa
             and entry + 1 < len(store.values)
             and entry + 1 not in store.document_starts
         ]
-    return log_p, searches
+    return p_knn, searches
 
 
 @settings(max_examples=200, deadline=None)
@@ -120,7 +123,8 @@ def test_lockstep_walks_equal_the_slow_walk(
     total_searches = 0
     for walk in walks:
         expected, searches = slow_walk(store, walk.queries, walk.targets.tolist(), how)
-        assert walk.log_p_knn.tolist() == pytest.approx(expected, abs=1e-5)
+        p = [step.get(int(target), 0.0) for step, target in zip(expected, walk.targets, strict=True)]
+        assert np.exp(walk.log_p_knn).tolist() == pytest.approx(p, rel=1e-5)
         assert walk.searches == searches
         total_searches += searches
     assert automaton.statistics.searches == total_searches
@@ -136,7 +140,12 @@ def test_a_walk_in_two_parts_equals_one_walk(min_knns: float, duplicates: str) -
 
     def walk(*walks: Walk) -> Automaton:
         automaton = Automaton(
-            store.values, store.document_starts, store.clusters, lambda q: store.search(q, 8), store.pointer_distances, how
+            store.values,
+            store.document_starts,
+            store.clusters,
+            lambda q: store.search(q, 8),
+            store.pointer_distances,
+            how,
         )
         automaton.walk(walks)
         return automaton

@@ -20,6 +20,7 @@ import pytest
 import scipy.sparse as sp
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.spatial.distance import cdist
 
 from knn_lm_eval import clustering
 from knn_lm_eval.clustering import cluster_greedy_merge, cluster_kmeans, import_members, members_by_cluster
@@ -73,16 +74,12 @@ def assert_consistent(clusters: Clusters) -> None:
 
 
 @settings(deadline=None)  # the first call compiles
-@given(
-    st.integers(1, 8).flatmap(lambda n: st.tuples(st.just(n), st.lists(st.integers(-1, n - 1), max_size=40)))
-)
+@given(st.integers(1, 8).flatmap(lambda n: st.tuples(st.just(n), st.lists(st.integers(-1, n - 1), max_size=40))))
 def test_members_are_the_inverse_of_the_entries_clusters(case: tuple[int, list[int]]) -> None:
     num_clusters, cluster_of_entry = case
     starts, members = members_by_cluster(np.array(cluster_of_entry, dtype=np.int32), num_clusters)
     assert starts.dtype == np.int64 and members.dtype == np.int32 and starts[0] == 0
-    expected = [
-        [i for i, c in enumerate(cluster_of_entry) if c == cluster] for cluster in range(num_clusters)
-    ]
+    expected = [[i for i, c in enumerate(cluster_of_entry) if c == cluster] for cluster in range(num_clusters)]
     assert [part.tolist() for part in np.split(members, starts[1:-1])] == expected
     assert starts[-1] == len(members)
 
@@ -158,8 +155,7 @@ def test_kmeans_assigns_each_entry_to_its_nearest_centroid(
     assert len(clusters) == (num_clusters or COUNT // 100) == len(centroids[0])
     assert_consistent(clusters)
     assert len(clusters.members) == COUNT
-    keys = datastore.keys.astype(np.float64)
-    distances = ((keys[:, None] - centroids[0][None].astype(np.float64)) ** 2).sum(-1)
+    distances = cdist(datastore.keys.astype(np.float64), centroids[0].astype(np.float64), "sqeuclidean")
     chosen = distances[np.arange(COUNT), clusters.cluster_of_entry]
     np.testing.assert_allclose(chosen, distances.min(axis=1), rtol=1e-5, atol=1e-4)
 
@@ -216,9 +212,7 @@ def test_a_killed_clustering_resumes_to_the_same_bytes(
     run = {"kmeans": cluster_kmeans, "greedy_merge": cluster_greedy_merge}[method]
     folder = datastore.path / "clusters" / method
     for state, counter, wanted in kill_at:
-        process = subprocess.Popen(
-            [sys.executable, "-c", RUN, str(datastore.path), method], stderr=subprocess.DEVNULL
-        )
+        process = subprocess.Popen([sys.executable, "-c", RUN, str(datastore.path), method], stderr=subprocess.DEVNULL)
         part = folder / f"{state}.npz.part"
         while process.poll() is None:
             if part.exists() and np.load(part)[counter] >= wanted:
@@ -227,9 +221,7 @@ def test_a_killed_clustering_resumes_to_the_same_bytes(
             time.sleep(0.001)
         assert process.returncode == -signal.SIGKILL
         (folder / f"{state}.npz.part.tmp").write_bytes(b"torn")
-        with pytest.raises(
-            UserError, match=f"{method} are not finished; go on with cluster_datastore --resume"
-        ):
+        with pytest.raises(UserError, match=f"{method} are not finished; go on with cluster_datastore --resume"):
             Clusters.open(datastore, method)
     done = int(np.load(folder / "entries.npz.part")["done"])
     assert 900 <= done < COUNT
@@ -315,10 +307,12 @@ def scramble(path: Path) -> None:
         (partial(cluster_kmeans, num_clusters=COUNT + 1), "must be between 1 and the store's 3,000 entries"),
         (partial(cluster_kmeans, sample=5), "sample=5 is too small"),
         (partial(cluster_kmeans, iterations=0), "iterations=0 must be at least 1"),
+        (partial(cluster_kmeans, seed=-1), "seed=-1 must be between 0 and"),
         (partial(cluster_kmeans, name="../x"), "'../x' cannot name clusters"),
         (partial(cluster_kmeans, name=".."), "'..' cannot name clusters"),
         (partial(cluster_greedy_merge, k=0), "k=0 must be at least 1"),
         (partial(cluster_greedy_merge, k=COUNT), "less than the store's 3,000 entries"),
+        (partial(cluster_greedy_merge, probe=0), "probe=0 must be at least 1"),
         (partial(cluster_greedy_merge, index="other"), "no index called 'other': it has index"),
         (
             partial(import_members, name="m", pickle_file="missing.pkl"),
@@ -334,7 +328,7 @@ def test_user_mistakes_are_one_sentence(datastore: Datastore, run, sentence: str
 
 
 def test_a_sample_beyond_the_memory_is_refused(datastore: Datastore, monkeypatch) -> None:
-    sizes = {"SC_PHYS_PAGES": 1, "SC_PAGE_SIZE": 2**17}
+    sizes = {"SC_PHYS_PAGES": 1, "SC_PAGE_SIZE": 2**16}
     monkeypatch.setattr(os, "sysconf", sizes.__getitem__)
     with pytest.raises(UserError, match=r"choose --sample (\d+) or less") as error:
         cluster_kmeans(datastore, num_clusters=20)
@@ -373,9 +367,7 @@ def random_matrix(seed: int, columns: int = COUNT) -> tuple[sp.csr_matrix, np.nd
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
 @pytest.mark.parametrize("kind", [sp.csr_matrix, sp.csc_matrix, sp.csr_array, sp.csc_array])
-def test_members_pickled_by_scipy_are_imported(
-    datastore: Datastore, tmp_path: Path, protocol: int, kind
-) -> None:
+def test_members_pickled_by_scipy_are_imported(datastore: Datastore, tmp_path: Path, protocol: int, kind) -> None:
     matrix, expected = random_matrix(protocol)
     (tmp_path / "members.pkl").write_bytes(pickle.dumps(kind(matrix), protocol))
     clusters = import_members(datastore, "theirs", tmp_path / "members.pkl")
@@ -391,16 +383,14 @@ def test_members_of_older_scipy_and_numpy_are_imported(datastore: Datastore, tmp
         content = content.replace(new, old)
     assert b"_csr\n" not in content and b"_core" not in content
     (tmp_path / "members.pkl").write_bytes(content)
-    assert (
-        import_members(datastore, "theirs", tmp_path / "members.pkl").cluster_of_entry.tolist()
-        == expected.tolist()
-    )
+    assert import_members(datastore, "theirs", tmp_path / "members.pkl").cluster_of_entry.tolist() == expected.tolist()
 
 
 def test_members_of_any_numbers_are_imported(datastore: Datastore, tmp_path: Path) -> None:
     matrix, expected = random_matrix(3)
     for dtype in (bool, np.int8, np.uint16, np.float32, ">i4"):
-        changed = matrix.astype(dtype)
+        changed = matrix.copy()
+        changed.data = changed.data.astype(dtype)
         changed.indices, changed.indptr = changed.indices.astype(np.int64), changed.indptr.astype(">i8")
         changed._shape = tuple(np.int64(size) for size in changed.shape)
         changed.data[0] = 0  # no element at all, as numpy.nonzero has it
@@ -410,9 +400,7 @@ def test_members_of_any_numbers_are_imported(datastore: Datastore, tmp_path: Pat
         assert clusters.cluster_of_entry.tolist() == expected.tolist()
 
 
-def test_a_matrix_that_ends_early_leaves_the_rest_in_no_cluster(
-    datastore: Datastore, tmp_path: Path, caplog
-) -> None:
+def test_a_matrix_that_ends_early_leaves_the_rest_in_no_cluster(datastore: Datastore, tmp_path: Path, caplog) -> None:
     matrix, expected = random_matrix(4, columns=COUNT - 10)
     (tmp_path / "members.pkl").write_bytes(pickle.dumps(matrix))
     clusters = import_members(datastore, "theirs", tmp_path / "members.pkl")
@@ -429,12 +417,10 @@ def test_a_matrix_that_ends_early_leaves_the_rest_in_no_cluster(
         (sp.coo_matrix(([1], ([0], [5]))), "wants to load scipy.sparse._coo.coo_matrix"),
         (np.arange(3), "holds no scipy CSR or CSC matrix but array"),
         ({0: [1, 2]}, "holds no scipy CSR or CSC matrix but dict"),
-        (np.array([[1, 2]]), "damaged or not a pickle"),
+        (np.array([[1, 2]]), "is damaged or not a pickle"),
     ],
 )
-def test_other_contents_are_refused(
-    datastore: Datastore, tmp_path: Path, matrix: object, sentence: str
-) -> None:
+def test_other_contents_are_refused(datastore: Datastore, tmp_path: Path, matrix: object, sentence: str) -> None:
     (tmp_path / "members.pkl").write_bytes(pickle.dumps(matrix))
     with pytest.raises(UserError, match=rf"members.pkl {sentence}"):
         import_members(datastore, "theirs", tmp_path / "members.pkl")
@@ -472,11 +458,12 @@ def test_broken_matrices_are_refused(tmp_path: Path, matrix: sp.csr_matrix) -> N
 
 
 def test_truncated_pickles_are_refused(tmp_path: Path) -> None:
-    for protocol in (2, 4, 5):
-        content = pickle.dumps(random_matrix(6, columns=60)[0], protocol)
+    for protocol in (2, 5):
+        content = pickle.dumps(random_matrix(6, columns=20)[0], protocol)
         for length in range(len(content)):
             (tmp_path / "members.pkl").write_bytes(content[:length])
-            with pytest.raises(UserError, match="damaged or not a pickle"):
+            # Protocol 2 ends names by their line's end: of a cut one the rest may be refused as a name.
+            with pytest.raises(UserError, match="damaged or not a pickle|wants to load"):
                 load_sparse_matrix(tmp_path / "members.pkl")
 
 
@@ -508,14 +495,14 @@ def name(module: bytes, attribute: bytes) -> bytes:
 TOUCH = "import pathlib; pathlib.Path('touched').touch()"
 HOSTILE = {
     "os.system": (Calls(os.system, "touch touched"), f"{os.system.__module__}.system"),
-    "eval": (Calls(eval, f"exec({TOUCH!r})"), "builtins.eval"),
-    "exec": (Calls(exec, TOUCH), "builtins.exec"),
-    "getattr": (Calls(getattr, sp, "csr_matrix"), "builtins.getattr"),
-    "a call inside a call": (Calls(getattr, Calls(__import__, "os"), "system"), "builtins.getattr"),
+    "eval": (Calls(eval, f"exec({TOUCH!r})"), "eval"),
+    "exec": (Calls(exec, TOUCH), "exec"),
+    "getattr": (Calls(getattr, sp.csr_matrix, "__init__"), "getattr"),
+    "a call inside a call": (Calls(getattr, Calls(__import__, "os"), "system"), "getattr"),
     "partial": (Calls(partial, os.system), "functools.partial"),
     "numpy.load": (Calls(np.load, "file.npy"), "numpy.load"),
     "numpy's functions": (Calls(np.frompyfunc, eval, 1, 1), "numpy.frompyfunc"),
-    "Popen": (Calls(subprocess.Popen, ["touch", "touched"]), "subprocess.Popen"),
+    "Popen": (Calls(subprocess.Popen, ["touch", "touched"]), "Popen"),
     "a matrix with a call for data": (
         broken(data=Calls(os.system, "touch touched")),
         f"{os.system.__module__}.system",
@@ -528,6 +515,7 @@ HOSTILE = {
     "a structured array": (np.zeros(1, dtype=[("a", "O")]), "an array of dtype 'V8'"),
     "a memory-mapped array": (np.zeros(2).view(np.memmap), "numpy.memmap"),
     "a dotted name": (pickle_of(name(b"numpy", b"ndarray.tofile")), "numpy.ndarray.tofile"),
+    "a name that paints the terminal": (pickle_of(name(b"\x1b[2J\n", b"x")), "load \\x1b[2J\\n.x,"),
     "a dotted way out": (pickle_of(name(b"numpy", b"dtype.__class__")), "numpy.dtype.__class__"),
     "the unpickler's own helper": (pickle_of(name(b"copyreg", b"_reconstructor")), "copyreg._reconstructor"),
     "an object from outside": (pickle_of(b"\x8c\x01x", b"Q"), "an object from outside the file"),
@@ -536,15 +524,11 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("what", HOSTILE)
-def test_hostile_pickles_are_refused_by_name_and_do_nothing(
-    datastore: Datastore, tmp_path, monkeypatch, what
-) -> None:
+def test_hostile_pickles_are_refused_by_name_and_do_nothing(datastore: Datastore, tmp_path, monkeypatch, what) -> None:
     monkeypatch.chdir(tmp_path)
     content, named = HOSTILE[what]
     for protocol in [None] if isinstance(content, bytes) else [2, 3, 4, 5]:
-        Path("members.pkl").write_bytes(
-            content if isinstance(content, bytes) else pickle.dumps(content, protocol)
-        )
+        Path("members.pkl").write_bytes(content if isinstance(content, bytes) else pickle.dumps(content, protocol))
         with pytest.raises(UserError) as error:
             import_members(datastore, "theirs", "members.pkl")
         assert str(error.value).startswith("members.pkl wants to ") and named in str(error.value)
@@ -582,9 +566,7 @@ def test_tricks_with_allowed_names_lead_nowhere(tmp_path: Path, opcodes: tuple[b
     (tmp_path / "members.pkl").write_bytes(pickle_of(*opcodes))
     with pytest.raises(UserError, match="members.pkl (is damaged|wants to)"):
         load_sparse_matrix(tmp_path / "members.pkl")
-    assert before == {
-        key: dict(vars(value)) for key, value in vars(safe_pickle).items() if isinstance(value, type)
-    }
+    assert before == {key: dict(vars(value)) for key, value in vars(safe_pickle).items() if isinstance(value, type)}
 
 
 @settings(max_examples=200, deadline=None)
@@ -593,8 +575,6 @@ def test_a_changed_byte_gives_a_matrix_or_a_sentence(tmp_path_factory, at: int, 
     content = bytearray(pickle.dumps(random_matrix(7, columns=60)[0], 4))
     at %= len(content)
     content[at] ^= change
-    if content[at] == ord("r"):  # LONG_BINPUT makes the unpickler allocate as much memory as the file says
-        return
     file = tmp_path_factory.getbasetemp() / "changed.pkl"
     file.write_bytes(content)
     try:
@@ -614,19 +594,13 @@ def run_script(monkeypatch, capsys, *arguments: object) -> str:
     return capsys.readouterr().out
 
 
-def test_the_script_clusters_and_summarizes(
-    datastore: Datastore, tmp_path: Path, monkeypatch, capsys
-) -> None:
+def test_the_script_clusters_and_summarizes(datastore: Datastore, tmp_path: Path, monkeypatch, capsys) -> None:
     run = partial(run_script, monkeypatch, capsys, "--datastore", datastore.path)
     out = run("--method", "kmeans", "--num_clusters", 40, "--sample", 2000, "--iterations", 3, "--seed", 4)
     assert f"{datastore.path / 'clusters' / 'kmeans'}: 40 clusters of 3,000 entries" in out
-    assert (
-        "sizes: mean 75.0, median" in out and "of the entries have their cluster's most common value" in out
-    )
+    assert "sizes: mean 75.0, median" in out and "of the entries have their cluster's most common value" in out
     out = run("--method", "greedy_merge", "--k", 4, "--index", "index", "--name", "merged")
-    assert (
-        "clusters/merged: " in out and "100.0% of the entries have their cluster's most common value" in out
-    )
+    assert "clusters/merged: " in out and "100.0% of the entries have their cluster's most common value" in out
     (tmp_path / "members.pkl").write_bytes(pickle.dumps(random_matrix(1)[0]))
     assert "clusters/import: 50 clusters of " in run("--members", tmp_path / "members.pkl")
     with pytest.raises(UserError, match="import exist already"):

@@ -62,7 +62,12 @@ def test_windows_hold_each_entry_once_and_are_lm_evals_rolling_windows(document_
 def test_keys_and_values_are_those_of_the_model(tmp_path: Path, lm: CausalHFLM, stride: int | None) -> None:
     text = TRAIN_TEXT[:1500] + "\n\nAnother, shorter document.\n"
     store = dump_datastore(
-        lm, cut_into_documents(lines(text), "line"), tmp_path / "s", max_length=40, stride=stride, batch_size=2
+        lm,
+        cut_into_documents(lines(text), "line"),
+        tmp_path / "s",
+        max_length=40,
+        stride=stride,
+        batch_size=2,
     )
     assert store.keys.dtype == np.float16 and store.values.dtype == np.int32
     entry = 0
@@ -88,7 +93,12 @@ def test_manifest_says_how_the_store_was_made(store: Datastore, model_folder: Pa
     manifest = store.manifest
     assert manifest["model"]["args"] == {"pretrained": str(model_folder)}
     assert manifest["key_type"] == "last_ffn_input" and manifest["key_module"] == "layers.1.mlp"
-    assert manifest["windows"] == {"max_length": MAX_LENGTH, "stride": MAX_LENGTH, "batch_size": 4, "prefix_token_id": 0}
+    assert manifest["windows"] == {
+        "max_length": MAX_LENGTH,
+        "stride": MAX_LENGTH,
+        "batch_size": 4,
+        "prefix_token_id": 0,
+    }
     assert len(manifest["fingerprint"]["key"]) == manifest["dimension"] == 32
     assert set(manifest["files"]) == set(FILES)
 
@@ -103,7 +113,14 @@ DUMP = [sys.executable, str(scripts_dir() / "dump_datastore.py")]
 
 
 def dump_command(model_folder: Path, train_file: Path, output: Path, *more: str) -> list[str]:
-    arguments = ["--model_args", f"pretrained={model_folder}", "--text", str(train_file), "--output", str(output)]
+    arguments = [
+        "--model_args",
+        f"pretrained={model_folder}",
+        "--text",
+        str(train_file),
+        "--output",
+        str(output),
+    ]
     return [*DUMP, *arguments, "--batch_size", "1", "--max_length", "16", *more]
 
 
@@ -114,7 +131,9 @@ def test_a_killed_dump_resumes_to_the_same_bytes(tmp_path: Path, model_folder: P
     resume: list[str] = []
     for wanted in (500, 2000):
         process = subprocess.Popen(
-            dump_command(model_folder, train_file, killed, *resume), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+            dump_command(model_folder, train_file, killed, *resume),
+            stderr=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
         )
         while process.poll() is None:
             progress = killed / "progress.json"
@@ -136,7 +155,9 @@ def test_a_killed_dump_resumes_to_the_same_bytes(tmp_path: Path, model_folder: P
     subprocess.run(dump_command(model_folder, train_file, killed, "--resume"), check=True, capture_output=True)
     for name in FILES:
         assert (whole / name).read_bytes() == (killed / name).read_bytes(), name
-    assert not list(killed.glob("*.part")) and not list(killed.glob("*.tmp")) and not (killed / "progress.json").exists()
+    assert (
+        not list(killed.glob("*.part")) and not list(killed.glob("*.tmp")) and not (killed / "progress.json").exists()
+    )
     Datastore.open(killed)
 
 
@@ -250,7 +271,10 @@ def test_hub_wikitext_rows_give_the_raw_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--model_args", "pretrained=NOWHERE", "--text", "TRAIN"], "Cannot load the model pretrained=NOWHERE"),
+        (
+            ["--model_args", "pretrained=NOWHERE", "--text", "TRAIN"],
+            "Cannot load the model pretrained=NOWHERE",
+        ),
         (["--model_args", "dtype=float32", "--text", "TRAIN"], "names no model"),
         (["--model_args", "pretrained=MODEL", "--text", "missing.txt"], "There is no text file missing.txt"),
         (["--model_args", "pretrained=T5", "--text", "TRAIN"], "encoder-decoder"),

@@ -32,7 +32,8 @@ def make_store(folder: Path, count: int = 3000, dimension: int = 16, seed: int =
     files = {f.name: {"bytes": f.stat().st_size, "sha256": sha256(f)} for f in folder.glob("*.npy")}
     shape = {"count": count, "dimension": dimension}
     write_json(
-        folder / "manifest.json", {"format": FORMAT, "format_version": FORMAT_VERSION, **shape, "files": files}
+        folder / "manifest.json",
+        {"format": FORMAT, "format_version": FORMAT_VERSION, **shape, "files": files},
     )
     return Datastore.open(folder)
 
@@ -115,8 +116,10 @@ def test_quality_figures_are_recall_and_error_of_p_knn(pristine: Datastore) -> N
             errors.append(abs(ps[0] - ps[1]))
         assert row["recall"] == pytest.approx(np.mean(recalls), abs=2e-3)
         assert row["p_knn_error"] == pytest.approx(np.mean(errors), abs=2e-3)
-    errors_by_probe = {row["probe"]: row["p_knn_error"] for row in quality["quality"]}
-    assert errors_by_probe[quality["probe"]] <= 1.05 * errors_by_probe[16]
+    rows = {row["probe"]: row for row in quality["quality"]}
+    slack = max(0.05 * rows[16]["p_knn_error"], 0.01 * rows[16]["p_knn"])
+    enough = [probe for probe in rows if rows[probe]["p_knn_error"] <= rows[16]["p_knn_error"] + slack]
+    assert quality["probe"] == min(enough)
 
 
 def test_probe_given_beats_the_recommended_one(pristine: Datastore) -> None:

@@ -83,7 +83,8 @@ def oracle_scores(
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"lmbda": 0.9, "knn_temp": 3.0}, {"lmbda": 1.0, "knn_temp": 20.0}, {"k": 1}, {"k": "all"}]
+    "settings",
+    [{}, {"lmbda": 0.9, "knn_temp": 3.0}, {"lmbda": 1.0, "knn_temp": 20.0}, {"k": 1}, {"k": "all"}],
 )
 @pytest.mark.parametrize("context_len", [1, MAX_LENGTH // 2])
 def test_rolling_log_likelihood_equals_the_oracle(make, store: Datastore, settings: dict, context_len: int) -> None:
@@ -104,7 +105,7 @@ def test_continuation_and_greedy_equal_the_oracle(make) -> None:
     lm = make(lmbda=0.6, knn_temp=2.0)
     encoded = [lm._encode_pair(*p) if p[0] else ([lm.prefix_token_id], lm.tok_encode(p[1])) for p in PAIRS]
     greedy_continuations = []
-    for context, continuation in encoded[:2]:  # what the mixture would really say, so that is_greedy is seen True
+    for context, _ in encoded[:2]:  # what the mixture would really say, so that is_greedy is seen True
         distributions = knn_lm_distributions(
             lm.model,
             lm.model.model.layers[-1].mlp,
@@ -182,7 +183,9 @@ def test_small_blocks_do_not_change_results(make, monkeypatch) -> None:
     assert [g for _, g in actual] == [g for _, g in expected]
 
 
-def test_the_model_is_taken_from_the_store_when_none_is_given(store: Datastore, model_folder: Path, monkeypatch) -> None:
+def test_the_model_is_taken_from_the_store_when_none_is_given(
+    store: Datastore, model_folder: Path, monkeypatch
+) -> None:
     assert KNNHF(datastore=store.path, k=5).pretrained == str(model_folder)
     monkeypatch.setenv("KNN_LM_EVAL_DATASTORE", str(store.path))
     assert KNNHF(k=5).retriever.datastore.path == store.path
@@ -226,7 +229,9 @@ def test_simple_evaluate_by_name_reports_settings_and_work_done(law_data, store,
     json.dumps(knn)
 
 
-def test_limit_log_samples_and_caches_give_the_same_numbers(law_data, store, model_folder, tmp_path, monkeypatch) -> None:
+def test_limit_log_samples_and_caches_give_the_same_numbers(
+    law_data, store, model_folder, tmp_path, monkeypatch
+) -> None:
     monkeypatch.setattr("lm_eval.caching.cache.PATH", str(tmp_path / "requests"))
     arguments = {"model_args": {"pretrained": str(model_folder), "datastore": str(store.path), "k": 50}}
     plain = run_law(law_data, **arguments, limit=3)
@@ -296,7 +301,9 @@ def test_a_store_needs_no_model_to_be_found_wanting(store: Datastore) -> None:
     refuses("Cannot load the model pretrained=no-such-model", k=5)
 
 
-def test_another_models_store_is_refused_with_both_names(store: Datastore, model_folder: Path, tokenizer, tmp_path) -> None:
+def test_another_models_store_is_refused_with_both_names(
+    store: Datastore, model_folder: Path, tokenizer, tmp_path
+) -> None:
     def refuses(model: torch.nn.Module, sentence: str, tokenizer=tokenizer) -> None:
         model.save_pretrained(tmp_path / "other")
         tokenizer.save_pretrained(tmp_path / "other")
@@ -337,8 +344,23 @@ def test_generation_is_refused_rather_than_done_without_retrieval(make) -> None:
 )
 def test_the_command_line_ends_with_one_sentence(store, tmp_path, model_args: str, sentence: str) -> None:
     (tmp_path / "test.en").write_text("x\n")
-    command = [sys.executable, "-m", "lm_eval", "--model", "knn-hf", "--tasks", "law", "--metadata", f"data_dir={tmp_path}"]
-    command += ["--include_path", str(tasks_dir()), "--model_args", model_args.replace("STORE", str(store.path))]
+    command = [
+        sys.executable,
+        "-m",
+        "lm_eval",
+        "--model",
+        "knn-hf",
+        "--tasks",
+        "law",
+        "--metadata",
+        f"data_dir={tmp_path}",
+    ]
+    command += [
+        "--include_path",
+        str(tasks_dir()),
+        "--model_args",
+        model_args.replace("STORE", str(store.path)),
+    ]
     environment = {k: v for k, v in os.environ.items() if k != "KNN_LM_EVAL_DATASTORE"} | {"HF_HUB_OFFLINE": "1"}
     run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert run.returncode == 1

@@ -26,7 +26,12 @@ CONFIGS = {
     "gpt2": (t.GPT2Config(**GPT2), "h.1.mlp"),
     "opt": (
         t.OPTConfig(
-            vocab_size=100, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=16
+            vocab_size=100,
+            hidden_size=32,
+            ffn_dim=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            word_embed_proj_dim=16,
         ),
         "decoder.layers.1.fc1",
     ),
@@ -60,7 +65,9 @@ def test_keys_and_logits_are_the_models_own(name: str) -> None:
     assert lm.has_separate_head
     ids = torch.randint(1, 100, (2, 9))
     received: list[torch.Tensor] = []
-    handle = model.base_model.get_submodule(key_module).register_forward_pre_hook(lambda m, args: received.append(args[0]))
+    handle = model.base_model.get_submodule(key_module).register_forward_pre_hook(
+        lambda m, args: received.append(args[0])
+    )
     keys, hidden = lm.encode(ids)
     handle.remove()
     with torch.no_grad():

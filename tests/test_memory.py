@@ -41,4 +41,5 @@ def test_peak_memory_is_bounded(tmp_path: Path, tokenizer: PreTrainedTokenizerFa
     process = subprocess.run([*bench, *arguments], capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
     memory = json.loads(process.stdout)
+    print(memory)
     assert memory["peak"] - memory["loaded"] < LIMIT

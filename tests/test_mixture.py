@@ -22,9 +22,7 @@ def neighbourhoods(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, float, floa
     distances = draw(
         st.lists(st.lists(st.integers(0, 40), min_size=k, max_size=k), min_size=n, max_size=n).map(np.array)
     )
-    values = draw(
-        st.lists(st.lists(st.integers(0, VOCABULARY - 1), min_size=k, max_size=k), min_size=n, max_size=n)
-    )
+    values = draw(st.lists(st.lists(st.integers(0, VOCABULARY - 1), min_size=k, max_size=k), min_size=n, max_size=n))
     offset = draw(st.sampled_from([0.0, 5e4]))  # large norms: all neighbours are far, in absolute terms
     temperature = draw(st.sampled_from([0.5, 1.0, 13.0])) * scale
     return distances * scale + offset, np.array(values), temperature, draw(st.sampled_from([0.1, 0.25, 0.9]))

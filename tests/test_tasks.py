@@ -183,9 +183,7 @@ def test_parquet_shards_are_joined_in_order(tmp_path) -> None:
     assert texts("wikitext103", data_dir=str(tmp_path)) == [RAW]
 
 
-def test_the_environment_variable_gives_the_folder_and_metadata_comes_first(
-    data, tmp_path, monkeypatch
-) -> None:
+def test_the_environment_variable_gives_the_folder_and_metadata_comes_first(data, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv(corpora.DATA_VARIABLE, str(data))
     assert texts("wikitext103") == [RAW]
     other = write(tmp_path / "other" / "test.raw", "other\n")
@@ -488,8 +486,7 @@ def test_saved_searches_weigh_documents_by_tokens() -> None:
 def test_counts_survive_the_cache_of_responses(data, tmp_path) -> None:
     lm = CannedLM(True, searches_of_4=3)
     runs = [
-        values(evaluate("law", lm, {"data_dir": str(data)}, use_cache=str(tmp_path / "cache")), "law")
-        for _ in range(2)
+        values(evaluate("law", lm, {"data_dir": str(data)}, use_cache=str(tmp_path / "cache")), "law") for _ in range(2)
     ]
     assert len(lm.texts) == 3  # the second run asked nothing
     assert runs[0] == runs[1]
@@ -537,9 +534,7 @@ def test_loading_and_running_warns_of_nothing(data, caplog) -> None:
 
 def test_limit_samples_log_and_write_out(data, caplog) -> None:
     with caplog.at_level(logging.INFO):
-        results = evaluate(
-            "law", CannedLM(True, 1), {"data_dir": str(data)}, limit=2, log_samples=True, write_out=True
-        )
+        results = evaluate("law", CannedLM(True, 1), {"data_dir": str(data)}, limit=2, log_samples=True, write_out=True)
     assert results["n-samples"]["law"] == {"original": 3, "effective": 2}
     assert "Article 1" in caplog.text
     sample = json.loads(json.dumps(results["samples"]["law"]))[1]
@@ -615,9 +610,7 @@ def run_python(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, env=environment())
 
 
-REPORT = (
-    "from knn_lm_eval.errors import *; from knn_lm_eval.errors import report_user_errors as r; r(); r()\n"
-)
+REPORT = "from knn_lm_eval.errors import *; from knn_lm_eval.errors import report_user_errors as r; r(); r()\n"
 
 
 def test_user_errors_end_the_program_with_their_message_alone() -> None:
