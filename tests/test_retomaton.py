@@ -146,10 +146,10 @@ def test_pointer_distances_are_those_of_the_search(tmp_path: Path, factory: str)
     counts = np.full(5, 100)
     if "PQ" in factory:  # both are the distance to the decoded vector
         np.testing.assert_allclose(codes(queries, entries, counts), distances, rtol=1e-4, atol=1e-3)
-    else:  # the search rounds the query to 8 bits besides
-        error = codes(queries, entries, counts) - distances
-        assert np.abs(error).mean() < 0.005 * distances.mean()
-        assert abs(error.mean()) < 0.002 * distances.mean()
+    else:  # the search rounds the query to 8 bits besides, which is little beside the estimate's own error
+        exact = ((store.keys[entries].astype(np.float32) - queries[:, None]) ** 2).sum(-1)
+        rounding, estimate = codes(queries, entries, counts) - distances, distances - exact
+        assert np.abs(rounding).mean() < 0.2 * np.abs(estimate).mean()
     # Opened again, the files are read; after the index changed, they are made anew.
     again = CodeDistances.open(store, index, "index")
     assert (again(queries, entries, counts) == codes(queries, entries, counts)).all()
