@@ -98,7 +98,9 @@ class RetomatonScorer(Scorer):
             joined.append(whole)
         self.automaton.walk(joined)
         # Only the last text can go on in the next call.
-        self._survivors = {text: joined[-1].survivors_at_end for text in parts if text == texts[-1] and text is not None}
+        self._survivors = {
+            text: joined[-1].survivors_at_end for text in parts if text == texts[-1] and text is not None
+        }
         for whole, mine in zip(joined, parts.values(), strict=True):
             ends = np.cumsum([len(walk.queries) for walk in mine])
             for walk, log_p_knn, searched in zip(

@@ -21,6 +21,7 @@ from unittest.mock import patch
 from knn_lm_eval.errors import UserError, report_user_errors
 
 if TYPE_CHECKING:
+    import numpy as np
     from lm_eval.models.huggingface import HFLM
 
 # Arguments of hf that change what it computes; the others only say how the model is loaded.
@@ -109,14 +110,16 @@ class Bench:
 
     def measure_time(self) -> dict[str, Any]:
         """Seconds, log-likelihoods and stages, after a warm-up each, the systems taking turns."""
-        batches: list[Any] = []
-        search = self.lm.retriever.search
+        from knn_lm_eval import retrieval
 
-        def recording_search(queries: Any) -> Any:
-            batches.append(queries.float().cpu().numpy().copy())
-            return search(queries)
+        batches: list[np.ndarray] = []
+        search = retrieval.search
 
-        with patch.object(self.lm.retriever, "search", recording_search):
+        def recording_search(index: Any, queries: np.ndarray, k: int) -> Any:
+            batches.append(queries.copy())
+            return search(index, queries, k)
+
+        with patch.object(retrieval, "search", recording_search):
             self.rolling(self.lm)
         with self.published() as score_published:
             systems: dict[str, Callable[[], Outcome]] = {
@@ -180,7 +183,7 @@ class Bench:
             (log_likelihood,) = lm.loglikelihood_rolling([request], disable_tqdm=True)
             return time.perf_counter() - start, float(log_likelihood)
 
-    def bare_search(self, batches: list[Any]) -> Outcome:
+    def bare_search(self, batches: list[np.ndarray]) -> Outcome:
         """Nothing but faiss, for the same queries in the same batches."""
         index, k = self.lm.retriever.index, self.lm.retriever.k
         start = time.perf_counter()
@@ -190,7 +193,11 @@ class Bench:
 
     def stages(self) -> Stages:
         """Seconds that knn-hf has spent so far, by stage."""
-        return self.lm.scorer.seconds | self.lm.retriever.statistics.seconds
+        seconds = self.lm.scorer.seconds | self.lm.retriever.statistics.seconds
+        if automaton := getattr(self.lm.scorer, "automaton", None):
+            # The retriever counts the automaton's searches as well.
+            seconds |= {name: value for name, value in automaton.statistics.seconds.items() if name != "search"}
+        return seconds
 
     @contextmanager
     def published(self) -> Iterator[Callable[[], Outcome] | None]:
@@ -217,6 +224,8 @@ class Bench:
             return f"{type(model.inner).__name__} has no head of the name lm_head"
         if retriever.sim_func != "l2" or model.inner.dtype != torch.float32 or not self.lm.scorer.lmbda:
             return "it needs knn_sim_func=l2, dtype=float32 and lmbda above 0"
+        if self.lm.settings.get("retomaton"):
+            return "only its kNN-LM is compared, not its RetoMaton"
         longest = getattr(model.inner.config, "max_position_embeddings", math.inf)
         if longest <= self.lm.max_length:
             return f"it reads the last target too, which needs --max_length below {longest}"

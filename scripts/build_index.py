@@ -59,7 +59,9 @@ def main() -> None:
                 f"  {row['p_knn']:12.5f}  {row['microseconds']:8.0f}"
             )
         if metadata["probe"]:
-            print(f"* used by default (probe={metadata['probe']}): more probes bring p_kNN hardly nearer to exact search")
+            print(
+                f"* used by default (probe={metadata['probe']}): more probes bring p_kNN hardly nearer to exact search"
+            )
 
 
 if __name__ == "__main__":
