@@ -120,7 +120,7 @@ class Bench:
             return search(index, queries, k)
 
         with patch.object(retrieval, "search", recording_search):
-            self.rolling(self.lm)
+            log_likelihoods = {OURS: self.rolling(self.lm)[1]}
         with self.published() as score_published:
             systems: dict[str, Callable[[], Outcome]] = {
                 HF: lambda: self.rolling(self.hf),
@@ -129,7 +129,7 @@ class Bench:
             }
             if score_published:
                 systems[PUBLISHED] = score_published
-            log_likelihoods = {name: score()[1] for name, score in systems.items()}
+            log_likelihoods |= {name: score()[1] for name, score in systems.items() if name != OURS}
             seconds: dict[str, list[float]] = {name: [] for name in systems}
             stages: list[Stages] = []
             for round_number in range(self.arguments.repeats):

@@ -25,9 +25,8 @@ LIMIT = 500e6  # bytes on top of model, index and values
 def test_peak_memory_is_bounded(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     """One batch whose logits would take 17 GB, in a process of its own."""
     model, store, text = tmp_path / "model", tmp_path / "store", tmp_path / "text.txt"
-    make_llama(
-        vocab_size=VOCABULARY, hidden_size=64, max_position_embeddings=MAX_LENGTH, tie_word_embeddings=True
-    ).save_pretrained(model)
+    changes = {"vocab_size": VOCABULARY, "max_position_embeddings": MAX_LENGTH, "tie_word_embeddings": True}
+    make_llama(**changes).save_pretrained(model)
     tokenizer.save_pretrained(model)
     documents = cut_into_documents(TRAIN_TEXT.splitlines(keepends=True), "file")
     lm = CausalHFLM(str(model), device="cpu")
@@ -41,5 +40,4 @@ def test_peak_memory_is_bounded(tmp_path: Path, tokenizer: PreTrainedTokenizerFa
     process = subprocess.run([*bench, *arguments], capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
     memory = json.loads(process.stdout)
-    print(memory)
     assert memory["peak"] - memory["loaded"] < LIMIT

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from knn_lm_eval.tasks.corpora import python_docs_split
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
@@ -23,6 +22,7 @@ from knn_lm_eval.clusters import Clusters
 from knn_lm_eval.dump import dump_datastore
 from knn_lm_eval.indexing import build_index
 from knn_lm_eval.loading import CausalHFLM
+from knn_lm_eval.tasks.corpora import python_docs_split
 
 # Squared distances between SmolLM2's keys are differences of numbers of some hundreds, which float32 search gets
 # right to about 1e-4: the exponent of a neighbour's weight at temperature 1.
