@@ -129,7 +129,7 @@ def dump_datastore(
     output = Path(output)
     max_length = max_length or min(lm.max_length, 1024)
     windows = WindowSettings(max_length, stride or max_length, batch_size)
-    model = CausalLM(lm.model, key_type)
+    model = CausalLM(lm.model, key_type, lm.mixed_precision_dtype)
     settings = {
         "key_type": key_type,
         "windows": {**vars(windows), "prefix_token_id": lm.prefix_token_id},

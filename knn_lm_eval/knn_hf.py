@@ -129,7 +129,7 @@ class KNNHF(CausalHFLM):
             raise UserError(f"context_len={context_len} must be between 1 and max_length={self.max_length}.")
         self.context_len = context_len
 
-        model = CausalLM(self.model, key_type)
+        model = CausalLM(self.model, key_type, self.mixed_precision_dtype)
         name = pretrained if isinstance(pretrained, str) else f"a given {type(model.inner).__name__}"
         check_fingerprint(
             store.manifest["fingerprint"],

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ class CausalLM:
     model : a transformers causal LM, or a PEFT model around one, in evaluation mode.
     key_type : ``last_ffn_input`` (the input of the last layer's feed-forward block) or ``last_ffn_output``
         (the output of the last layer).
+    autocast_dtype : run body and head under torch.autocast with this dtype; None does not.
 
     Raises
     ------
@@ -40,7 +42,9 @@ class CausalLM:
         Where the model has no layer that can be recognised as the last one, or no feed-forward block in it.
     """
 
-    def __init__(self, model: nn.Module, key_type: str = "last_ffn_input") -> None:
+    def __init__(
+        self, model: nn.Module, key_type: str = "last_ffn_input", autocast_dtype: torch.dtype | None = None
+    ) -> None:
         if key_type not in KEY_TYPES:
             raise UserError(f"knn_keytype={key_type!r} is unknown; use one of {', '.join(KEY_TYPES)}.")
         self.model = model
@@ -48,7 +52,7 @@ class CausalLM:
         inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
         self.inner = inner
         self.body: nn.Module = inner.base_model
-        self.key_type = key_type
+        self.key_type, self._autocast_dtype = key_type, autocast_dtype
         self.key_module_name, self._key_module = _find_key_module(self.inner, self.body, key_type)
         self._no_cache = {"use_cache": False} if hasattr(self.inner.config, "use_cache") else {}
         self._body_output_type: type | None = None
@@ -67,7 +71,7 @@ class CausalLM:
         """Where input ids go."""
         return self.inner.get_input_embeddings().weight.device
 
-    @property
+    @cached_property
     def vocabulary_size(self) -> int:
         """The number of logits per position."""
         return self.logits(self.encode(torch.zeros(1, 1, dtype=torch.long))[1][0]).shape[-1]
@@ -94,6 +98,7 @@ class CausalLM:
             return _with_last_hidden_state(type(output), captured["hidden"][:, -1:])
 
         with ExitStack() as stack:
+            stack.enter_context(self._autocast())
             stack.enter_context(_capture(self._key_module, self.key_type, captured))
             if self.has_separate_head:
                 stack.callback(self.body.register_forward_hook(keep_hidden).remove)
@@ -120,9 +125,13 @@ class CausalLM:
             return hidden
         assert self._body_output_type is not None, "encode comes first"
         output = _with_last_hidden_state(self._body_output_type, hidden[None])
-        with _replaced_forward(self.body, output):
+        with self._autocast(), _replaced_forward(self.body, output):
             dummy = torch.zeros(1, len(hidden), dtype=torch.long, device=self.device)
             return self.inner(dummy, **self._no_cache).logits[0]
+
+    def _autocast(self) -> torch.autocast:
+        enabled = self._autocast_dtype is not None
+        return torch.autocast(self.device.type, dtype=self._autocast_dtype, enabled=enabled)
 
     def _head_can_be_separated_from(self, body: nn.Module) -> bool:
         """Whether the logits are a function of the last hidden state of ``body``, position by position."""
@@ -131,7 +140,7 @@ class CausalLM:
         self.body = body
         ids = torch.arange(1, 6)[None] % self.inner.get_input_embeddings().weight.shape[0]
         some = torch.tensor([3, 1, 4])
-        with torch.inference_mode():
+        with torch.inference_mode(), self._autocast():
             expected = self.inner(ids.to(self.device), **self._no_cache).logits[0].float()
             self.has_separate_head = True
             try:

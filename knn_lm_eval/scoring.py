@@ -6,6 +6,7 @@ for the tokens that are asked for.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,7 +21,8 @@ from knn_lm_eval.language_model import CausalLM
 from knn_lm_eval.mixture import greedy_tokens, knn_log_prob, mix, neighbour_log_weights
 from knn_lm_eval.retrieval import Retriever
 
-# Memory for logits, and for neighbours (16 bytes each); small enough to stay near the processor's caches.
+# Memory for logits, and for neighbours (16 bytes each). More than 32 MiB at a time glibc would hand back to the
+# system whenever it is freed, and clearing the pages anew takes longer than the softmax.
 LOGITS_BYTES = 2**25
 NEIGHBOURS_PER_BLOCK = 2**21
 
@@ -106,6 +108,7 @@ class Scorer:
     ) -> None:
         self.model, self.retriever = model, retriever
         self.lmbda, self.knn_temp, self.softmax_dtype = lmbda, knn_temp, softmax_dtype
+        self._table: Tensor | None = None
         self.tokens_scored = 0
         self.seconds = {"forward": 0.0, "head": 0.0, "mixture": 0.0}
 
@@ -166,42 +169,75 @@ class Scorer:
         """
         device = hidden.device
         order = rows.argsort(stable=True)
-        rows, targets = rows[order].to(device), targets[order].to(device)
-        log_probs, greedy = [], []
-        # The first chunk is one position, which tells how large the vocabulary is.
-        start, chunk, block_start, block_end = 0, 1, 0, 0
-        while start < len(hidden):
-            if start == block_end:
-                block_start, block_end = start, min(start + block, len(hidden))
-                if neighbours:
-                    distances, values = neighbours(block_start, block_end)
-                    with self._timed("mixture"):
-                        weights = neighbour_log_weights(distances.to(device), self.knn_temp)
-                        values = values.to(device)
-            stop = min(start + chunk, block_end)
-            with self._timed("head"):
-                logits = self.model.logits(hidden[start:stop])
-                lm_log_probs = torch.log_softmax(logits, dim=-1, dtype=self.softmax_dtype)
-                chunk = max(1, LOGITS_BYTES // (logits.shape[-1] * logits.element_size()))
-                begin, end = torch.searchsorted(rows, torch.tensor([start, stop], device=device)).tolist()
-                at, target = rows[begin:end] - start, targets[begin:end]
-                lm_log_prob = lm_log_probs[at, target]
-            with self._timed("mixture"):
-                if neighbours is None:
-                    log_probs.append(lm_log_prob)
-                    if want_greedy:
-                        greedy.append(lm_log_probs.argmax(dim=-1)[at] == target)
-                else:
-                    here = slice(start - block_start, stop - block_start)
-                    knn = knn_log_prob(weights[here][at], values[here][at], target)
-                    log_probs.append(mix(lm_log_prob.float(), knn, self.lmbda))
-                    if want_greedy:
-                        best = greedy_tokens(lm_log_probs, weights[here], values[here], self.lmbda)
-                        greedy.append(best[at] == target)
-            start = stop
+        rows, targets = rows[order], targets[order].to(device)
+        chunk = max(1, LOGITS_BYTES // (4 * self.model.vocabulary_size))
+        # Results have their place beforehand. Small tensors that were made between two tables of logits and
+        # lived on would break up the heap, which would then grow by a table again and again.
+        lm_log_probs, knn_log_probs = None, torch.empty(len(rows), device=device)
+        greedy = torch.zeros(len(rows), dtype=torch.bool, device=device)
+        for block_start in range(0, len(hidden), block):
+            block_end = min(block_start + block, len(hidden))
+            weights, values = None, None
+            if neighbours:
+                distances, values = neighbours(block_start, block_end)
+                with self._timed("mixture"):
+                    weights, values = neighbour_log_weights(distances.to(device), self.knn_temp), values.to(device)
+                    del distances
+                    begin, end = torch.searchsorted(rows, torch.tensor([block_start, block_end])).tolist()
+                    for pairs in range(begin, end, block):
+                        here = slice(pairs, min(pairs + block, end))
+                        at = (rows[here] - block_start).to(device)
+                        knn_log_probs[here] = knn_log_prob(weights[at], values[at], targets[here])
+            # Chunks of one size, so that none is left with a few rows, for which the head is slow.
+            step = math.ceil((block_end - block_start) / math.ceil((block_end - block_start) / chunk))
+            for start in range(block_start, block_end, step):
+                stop = min(start + step, block_end)
+                begin, end = torch.searchsorted(rows, torch.tensor([start, stop])).tolist()
+                at = (rows[begin:end] - start).to(device)
+                lm_log_prob, best = self._run_head(
+                    hidden[start:stop],
+                    at,
+                    targets[begin:end],
+                    None if weights is None else weights[start - block_start : stop - block_start],
+                    None if values is None else values[start - block_start : stop - block_start],
+                    want_greedy,
+                )
+                if lm_log_probs is None:
+                    lm_log_probs = lm_log_prob.new_empty(len(rows))
+                lm_log_probs[begin:end] = lm_log_prob
+                if best is not None:
+                    greedy[begin:end] = best[at] == targets[begin:end]
+        assert lm_log_probs is not None
+        log_probs = mix(lm_log_probs.float(), knn_log_probs, self.lmbda) if neighbours else lm_log_probs
         back = order.argsort()
-        is_greedy = torch.cat(greedy).cpu() if want_greedy else torch.zeros(len(rows), dtype=torch.bool)
-        return torch.cat(log_probs).cpu()[back], is_greedy[back]
+        return log_probs.cpu()[back], greedy.cpu()[back]
+
+    def _run_head(
+        self,
+        hidden: Tensor,
+        at: Tensor,
+        targets: Tensor,
+        weights: Tensor | None,
+        values: Tensor | None,
+        want_greedy: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """log p_LM of the pairs (row ``at`` of ``hidden``, target), and where asked the greedy token of each row.
+
+        The only place with tables over the vocabulary: the logits, and one for their softmax that is used again.
+        """
+        with self._timed("head"):
+            logits = self.model.logits(hidden)
+            dtype = self.softmax_dtype or logits.dtype
+            if self._table is None or len(self._table) < len(logits):
+                self._table = torch.empty(logits.shape, dtype=dtype, device=logits.device)
+            table = torch.log_softmax(logits, dim=-1, dtype=dtype, out=self._table[: len(logits)])
+            log_prob = table[at, targets]
+        if not want_greedy:
+            return log_prob, None
+        with self._timed("mixture"):
+            if weights is None or values is None:
+                return log_prob, table.argmax(dim=-1)
+            return log_prob, greedy_tokens(table, weights, values, self.lmbda)
 
     def _sum_up(
         self,

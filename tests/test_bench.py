@@ -1,0 +1,63 @@
+"""The script that times knn-hf beside hf and a bare search."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import EVAL_TEXT
+from lm_eval.api.instance import Instance
+
+from knn_lm_eval.datastore import Datastore
+from knn_lm_eval.loading import CausalHFLM
+from knn_lm_eval.paths import scripts_dir
+
+
+def bench(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, scripts_dir() / "bench.py", *arguments]
+    return subprocess.run([str(part) for part in command], capture_output=True, text=True)
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    file = tmp_path / "text.txt"
+    file.write_text(EVAL_TEXT, encoding="utf-8")
+    return file
+
+
+def test_figures(store: Datastore, lm: CausalHFLM, text: Path, tmp_path: Path) -> None:
+    file = tmp_path / "figures.json"
+    process = bench(
+        *("--model_args", f"datastore={store.path},k=20,lmbda=0.5"),
+        *("--text", text, "--repeats", 2, "--batch_size", 3, "--threads", 1, "--no_memory", "--json", file),
+    )
+    assert process.returncode == 0, process.stderr
+    figures = json.loads(file.read_text())
+    tokens = len(lm.tok_encode(EVAL_TEXT))
+    assert figures["tokens"] == figures["queries"] == tokens
+    assert set(figures["seconds"]) == {"hf", "bare search", "knn-hf"}
+    for stages, seconds in zip(figures["stages"], figures["seconds"]["knn-hf"], strict=True):
+        assert sum(stages.values()) == pytest.approx(seconds)
+    request = Instance("loglikelihood_rolling", {}, (EVAL_TEXT,), 0)
+    (log_likelihood,) = lm.loglikelihood_rolling([request], disable_tqdm=True)
+    assert figures["perplexity"]["hf"] == pytest.approx(math.exp(-log_likelihood / tokens), rel=1e-5)
+    assert figures["perplexity"]["knn-hf"] != pytest.approx(figures["perplexity"]["hf"], rel=1e-3)
+    assert "knn-hf / (hf + bare search)" in process.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--text", "nowhere.txt"], "There is no nowhere.txt."),
+        (["--repeats", 0], "--repeats 0 must be at least 1."),
+        (["--knn_transformers", "nowhere"], "There is no nowhere."),
+    ],
+)
+def test_bad_input(store: Datastore, text: Path, arguments: list[object], message: str) -> None:
+    process = bench("--model_args", f"datastore={store.path},k=20", "--text", text, *arguments)
+    assert process.returncode == 1
+    assert process.stderr.strip() == f"error: {message}"
