@@ -149,7 +149,7 @@ def test_pointer_distances_are_those_of_the_search(tmp_path: Path, factory: str)
     else:  # the search rounds the query to 8 bits besides, which is little beside the estimate's own error
         exact = ((store.keys[entries].astype(np.float32) - queries[:, None]) ** 2).sum(-1)
         rounding, estimate = codes(queries, entries, counts) - distances, distances - exact
-        assert np.abs(rounding).mean() < 0.2 * np.abs(estimate).mean()
+        assert np.abs(rounding).mean() < 0.3 * np.abs(estimate).mean()
     # Opened again, the files are read; after the index changed, they are made anew.
     again = CodeDistances.open(store, index, "index")
     assert (again(queries, entries, counts) == codes(queries, entries, counts)).all()
