@@ -36,7 +36,7 @@ from knn_lm_eval.language_model import CausalLM
 from knn_lm_eval.loading import CausalHFLM
 
 # Batches per chunk: a chunk is what an interruption can lose, and what is sorted by length to save padding.
-BATCHES_PER_CHUNK = 16
+BATCHES_PER_CHUNK = 4
 TOKENIZER_BATCH_CHARACTERS = 2**20
 KEY_DTYPE, VALUE_DTYPE = np.float16, np.int32
 
