@@ -219,6 +219,7 @@ class Automaton:
         self.statistics.seconds["search"] += time.perf_counter() - start
 
 
+# None of these is parallel: a step of few sequences takes less time than waking threads would.
 @numba.njit(cache=True)
 def _add(table, entry):
     """Add an entry to an open-addressing hash set; False where it was there already."""
@@ -239,7 +240,7 @@ def _hash_set(capacity):
     return np.full(size, -1, dtype=np.int64)
 
 
-@numba.njit(parallel=True, cache=True)
+@numba.njit(cache=True)
 def _follow(survivors, survivor_counts, cluster_of_entry, member_starts, members, max_knns, merge):
     """The survivors' pointers, then the other members of the pointers' clusters, ``max_knns`` at most.
 
@@ -249,7 +250,7 @@ def _follow(survivors, survivor_counts, cluster_of_entry, member_starts, members
     n = len(survivors)
     pointers = np.empty((n, max_knns), dtype=np.int64)
     counts = np.zeros(n, dtype=np.int64)
-    for i in numba.prange(n):
+    for i in range(n):
         count = min(survivor_counts[i], max_knns)
         for j in range(count):
             pointers[i, j] = survivors[i, j] + 1
@@ -286,12 +287,12 @@ def _follow(survivors, survivor_counts, cluster_of_entry, member_starts, members
     return pointers, counts
 
 
-@numba.njit(parallel=True, cache=True)
+@numba.njit(cache=True)
 def _gather(found_distances, found_entries, pointer_distances, pointers, pointer_counts, merge, distances, entries):
     """The step's candidates: what the search found, then the pointers."""
     n = len(pointers)
     counts = np.zeros(n, dtype=np.int64)
-    for i in numba.prange(n):
+    for i in range(n):
         seen = _hash_set(found_entries.shape[1] + pointer_counts[i] if merge else 1)
         count = 0
         for j in range(found_entries.shape[1]):
@@ -306,12 +307,12 @@ def _gather(found_distances, found_entries, pointer_distances, pointers, pointer
     return counts
 
 
-@numba.njit(parallel=True, cache=True)
+@numba.njit(cache=True)
 def _advance(distances, entries, counts, values, document_starts, targets, temperature, survivors, survivor_counts):
     """log p_kNN of the targets, and the survivors: candidates with the target as value and a successor."""
     n = len(distances)
     log_p = np.full(n, -math.inf)
-    for i in numba.prange(n):
+    for i in range(n):
         count = counts[i]
         survivor_counts[i] = 0
         if count == 0:

@@ -39,7 +39,7 @@ class CodeDistances:
     Attributes
     ----------
     centroids : float32 ``[lists, dimension]`` of the coarse quantizer.
-    codebooks : float32 ``[code bytes, 256, dimension / code bytes]``: what each code byte stands for.
+    codebooks : float32 ``[code bytes, dimension / code bytes, 256]``: what each code byte stands for.
     is_rabitq : whether ``base`` is the distance to the centroid (see the module's text).
     lists, offsets, scales, codes : per entry.
     """
@@ -81,7 +81,8 @@ class CodeDistances:
                 _write(folder, datastore, index, centroids, codebooks, is_rabitq)
                 write_json(folder / "codes.json", identity)
         arrays = {array: np.load(folder / f"{array}.npy", mmap_mode="r") for array in ARRAYS}
-        return cls(centroids, codebooks, is_rabitq, **{array: np.asarray(a) for array, a in arrays.items()})
+        tables = np.ascontiguousarray(codebooks.transpose(0, 2, 1))
+        return cls(centroids, tables, is_rabitq, **{array: np.asarray(a) for array, a in arrays.items()})
 
     def __call__(self, queries: np.ndarray, entries: np.ndarray, counts: np.ndarray) -> np.ndarray:
         """Approximate squared L2 distances.
@@ -96,16 +97,12 @@ class CodeDistances:
         -------
         float32 ``[n, m]``; undefined beyond the counts.
         """
-        width = self.codebooks.shape[2]
-        parts = queries.reshape(len(queries), -1, width).transpose(1, 0, 2)
-        tables = np.matmul(parts, self.codebooks.transpose(0, 2, 1)).transpose(1, 0, 2)
-        base = (queries**2).sum(1)[:, None] - 2 * (queries @ self.centroids.T)
-        if self.is_rabitq:
-            base += (self.centroids**2).sum(1)
         distances = np.empty(entries.shape, dtype=np.float32)
         _look_up(
-            np.ascontiguousarray(tables),
-            base,
+            queries,
+            self.centroids,
+            self.codebooks,
+            self.is_rabitq,
             entries,
             counts,
             self.lists,
@@ -117,15 +114,39 @@ class CodeDistances:
         return distances
 
 
-@numba.njit(parallel=True, cache=True, fastmath=True)
-def _look_up(tables, base, entries, counts, lists, offsets, scales, codes, distances):  # type: ignore[no-untyped-def]
-    for i in numba.prange(len(entries)):
+# Not parallel: a step of few sequences is a fraction of a millisecond, less than waking threads takes.
+@numba.njit(cache=True, fastmath=True)
+def _look_up(  # type: ignore[no-untyped-def]
+    queries, centroids, codebooks, is_rabitq, entries, counts, lists, offsets, scales, codes, distances
+):
+    code_bytes, width, _ = codebooks.shape
+    table = np.empty((code_bytes, 256), dtype=np.float32)
+    base = np.empty(len(centroids), dtype=np.float32)
+    for i in range(len(queries)):
+        query = queries[i]
+        for m in range(code_bytes):
+            table[m] = query[m * width] * codebooks[m, 0]
+            for w in range(1, width):
+                for c in range(256):
+                    table[m, c] += query[m * width + w] * codebooks[m, w, c]
+        squared = np.float32(0.0)
+        for d in range(len(query)):
+            squared += query[d] * query[d]
+        known = np.zeros(len(centroids), dtype=np.bool_)
         for j in range(counts[i]):
             entry = entries[i, j]
+            number = lists[entry]
+            if not known[number]:
+                known[number] = True
+                dot, norm = np.float32(0.0), np.float32(0.0)
+                for d in range(len(query)):
+                    dot += query[d] * centroids[number, d]
+                    norm += centroids[number, d] * centroids[number, d]
+                base[number] = squared - 2 * dot + (norm if is_rabitq else np.float32(0.0))
             total = np.float32(0.0)
-            for m in range(codes.shape[1]):
-                total += tables[i, m, codes[entry, m]]
-            distances[i, j] = base[i, lists[entry]] + offsets[entry] + scales[entry] * total
+            for m in range(code_bytes):
+                total += table[m, codes[entry, m]]
+            distances[i, j] = base[number] + offsets[entry] + scales[entry] * total
 
 
 def _write(
