@@ -1,4 +1,7 @@
-"""Time and memory of knn-hf beside lm-eval's hf, a bare faiss search and knn-transformers, in one run."""
+"""Time and memory of knn-hf beside lm-eval's hf, a bare faiss search and knn-transformers, in one run.
+
+With retomaton=True, RetoMaton is timed beside kNN-LM, here and in the published code.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, redirect_stderr
+from collections.abc import Callable
+from contextlib import redirect_stderr
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
@@ -27,11 +32,22 @@ if TYPE_CHECKING:
 # Arguments of hf that change what it computes; the others only say how the model is loaded.
 SHARED_ARGUMENTS = ("add_bos_token", "prefix_token_id", "softmax_dtype", "mixed_precision_dtype")
 HF, SEARCH, OURS, PUBLISHED = "hf", "bare search", "knn-hf", "knn-transformers"
+OUR_RETOMATON, PUBLISHED_RETOMATON = f"{OURS} RetoMaton", f"{PUBLISHED} RetoMaton"
 MIB = 2**20
+# The stages of ours that are the LM's own, or lm-eval's.
+NOT_RETRIEVAL = ("forward", "head", "other")
 
-# Seconds, and the text's log-likelihood where the system gives one.
-Outcome = tuple[float, float | None]
 Stages = dict[str, float]
+
+
+@dataclass
+class Outcome:
+    """What one system gave: seconds; the text's log-likelihood, saved searches and stages where it has such."""
+
+    seconds: float
+    log_likelihood: float | None = None
+    saved_searches: float | None = None
+    stages: Stages | None = None
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -43,6 +59,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--max_length", type=int, help="tokens per window (default: at most 1024)")
     parser.add_argument("--repeats", type=int, default=3, help="timed rounds after a warm-up (default: 3)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: what torch and faiss choose)")
+    parser.add_argument(
+        "--cpu_time",
+        action="store_true",
+        help="count CPU seconds on one thread, not the clock's: for a machine on which other programs run",
+    )
     parser.add_argument("--knn_transformers", type=Path, help="run the wrapper of this checkout, too")
     parser.add_argument("--no_memory", action="store_true", help="leave out the peak memory")
     parser.add_argument("--json", type=Path, help="write all figures to this file")
@@ -63,11 +84,17 @@ def main() -> None:
         if (value := getattr(arguments, name)) is not None and value < 1:
             raise UserError(f"--{name} {value} must be at least 1.")
 
+    if arguments.cpu_time:
+        # One thread, since a thread that waits for another may count as busy.
+        arguments.threads = 1
+        time.perf_counter = time.process_time
+
     bench = Bench(arguments)
-    if arguments.memory_of:
-        print(json.dumps(bench.measure_memory(arguments.memory_of)))
-        return
-    report = bench.measure_time()
+    with tempfile.TemporaryDirectory() as folder:
+        if arguments.memory_of:
+            print(json.dumps(bench.measure_memory(arguments.memory_of, Path(folder))))
+            return
+        report = bench.measure_time(Path(folder))
     if not arguments.no_memory:
         report["memory"] = {name: _memory_of(name) for name in report["seconds"] if name != SEARCH}
     print_report(report)
@@ -85,6 +112,7 @@ class Bench:
         from lm_eval.utils import simple_parse_args_string
 
         from knn_lm_eval.knn_hf import KNNHF
+        from knn_lm_eval.scoring import Scorer
 
         if arguments.threads:
             torch.set_num_threads(arguments.threads)
@@ -103,12 +131,17 @@ class Bench:
             max_length=self.lm.max_length,
             **{name: model_args[name] for name in SHARED_ARGUMENTS if name in model_args},
         )
+        scorer = self.lm.scorer
+        self.scorers = {OURS: scorer}
+        if hasattr(scorer, "automaton"):
+            knn_lm = Scorer(scorer.model, scorer.retriever, scorer.lmbda, scorer.knn_temp, scorer.softmax_dtype)
+            self.scorers = {OURS: knn_lm, OUR_RETOMATON: scorer}
         self.text = first_tokens(self.lm, arguments.text.read_text(encoding="utf-8"), arguments.tokens)
         self.tokens = len(self.lm.tok_encode(self.text))
         if not self.tokens:
             raise UserError(f"{arguments.text} is empty: there is nothing to score.")
 
-    def measure_time(self) -> dict[str, Any]:
+    def measure_time(self, folder: Path) -> dict[str, Any]:
         """Seconds, log-likelihoods and stages, after a warm-up each, the systems taking turns."""
         from knn_lm_eval import retrieval
 
@@ -119,59 +152,72 @@ class Bench:
             batches.append(queries.copy())
             return search(index, queries, k)
 
+        systems = self.systems(folder)
         with patch.object(retrieval, "search", recording_search):
-            log_likelihoods = {OURS: self.rolling(self.lm)[1]}
-        with self.published() as score_published:
-            systems: dict[str, Callable[[], Outcome]] = {
-                HF: lambda: self.rolling(self.hf),
-                SEARCH: lambda: self.bare_search(batches),
-                OURS: lambda: self.rolling(self.lm),
-            }
-            if score_published:
-                systems[PUBLISHED] = score_published
-            log_likelihoods |= {name: score()[1] for name, score in systems.items() if name != OURS}
-            seconds: dict[str, list[float]] = {name: [] for name in systems}
-            stages: list[Stages] = []
-            for round_number in range(self.arguments.repeats):
-                for name, score in systems.items():
-                    before = self.stages()
-                    seconds[name].append(score()[0])
-                    if name == OURS:
-                        now = {stage: value - before[stage] for stage, value in self.stages().items()}
-                        stages.append(now | {"other": seconds[name][-1] - sum(now.values())})
-                took = ", ".join(f"{name} {values[-1]:.2f} s" for name, values in seconds.items())
-                print(f"round {round_number + 1}: {took}", file=sys.stderr)
+            systems[OURS]()
+        systems = {HF: systems.pop(HF), SEARCH: partial(self.bare_search, batches), **systems}
+        first = {name: score() for name, score in systems.items()}
+        rounds: dict[str, list[Outcome]] = {name: [] for name in systems}
+        for number in range(self.arguments.repeats):
+            for name, score in systems.items():
+                rounds[name].append(score())
+            took = ", ".join(f"{name} {outcomes[-1].seconds:.2f} s" for name, outcomes in rounds.items())
+            print(f"round {number + 1}: {took}", file=sys.stderr)
         store = self.lm.retriever.datastore
         return {
             "tokens": self.tokens,
             "queries": sum(map(len, batches)),
             "windows": self.lm.max_length,
             "batch_size": self.arguments.batch_size,
+            "cpu_time": self.arguments.cpu_time,
             "entries": len(store),
             "index": self.lm.retriever.metadata["factory"],
             "settings": self.lm.settings,
-            "seconds": seconds,
-            "stages": stages,
+            "seconds": {name: [outcome.seconds for outcome in outcomes] for name, outcomes in rounds.items()},
+            "stages": {name: [outcome.stages for outcome in rounds[name]] for name in self.scorers},
             "perplexity": {
-                name: None if value is None else math.exp(-value / self.tokens)
-                for name, value in log_likelihoods.items()
+                name: None if outcome.log_likelihood is None else math.exp(-outcome.log_likelihood / self.tokens)
+                for name, outcome in first.items()
             },
+            "saved_searches": {name: outcome.saved_searches for name, outcome in first.items()},
         }
 
-    def measure_memory(self, name: str) -> dict[str, int]:
+    def measure_memory(self, name: str, folder: Path) -> dict[str, int]:
         """Resident bytes: before ``name`` scores the text, at the peak, and newly read from mapped files."""
-        with self.published() if name == PUBLISHED else nullcontext() as score_published:
-            score = score_published or (lambda: self.rolling(self.hf if name == HF else self.lm))
-            # A few tokens first: weights may be read from disk, and libraries loaded, only when used.
-            text, self.text = self.text, first_tokens(self.lm, self.text, 8)
-            score()
-            self.text = text
-            before = _memory_status()
-            Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark back
-            score()
-            after = _memory_status()
+        score = self.systems(folder)[name]
+        # A few tokens first: weights may be read from disk, and libraries loaded, only when used.
+        text, self.text = self.text, first_tokens(self.lm, self.text, 8)
+        score()
+        self.text = text
+        before = _memory_status()
+        Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark back
+        score()
+        after = _memory_status()
         mapped = after["RssFile"] - before["RssFile"]
         return {"loaded": before["VmRSS"], "peak": after["VmHWM"], "newly mapped": mapped}
+
+    def systems(self, folder: Path) -> dict[str, Callable[[], Outcome]]:
+        """What is compared, but for the bare search; ``folder`` is for the published code's files."""
+        systems: dict[str, Callable[[], Outcome]] = {HF: lambda: self.rolling(self.hf)}
+        systems |= {name: partial(self.ours, name) for name in self.scorers}
+        if self.arguments.knn_transformers is None:
+            return systems
+
+        from knn_lm_eval.published_code import PublishedCode, ScoreText, why_not
+
+        if reason := why_not(self.lm):
+            print(f"{PUBLISHED} is left out: {reason}.", file=sys.stderr)
+            return systems
+
+        def published(score: ScoreText) -> Outcome:
+            return Outcome(*score(self.text))
+
+        code = PublishedCode(self.lm, self.arguments.knn_transformers, folder)
+        systems[PUBLISHED] = partial(published, code.knn_lm(self.arguments.batch_size))
+        if OUR_RETOMATON in systems:
+            how = (self.lm.settings[name] for name in ("min_knns", "max_knns", "clusters"))
+            systems[PUBLISHED_RETOMATON] = partial(published, code.retomaton(*how))
+        return systems
 
     def rolling(self, lm: HFLM) -> Outcome:
         """Score the text as lm-eval's perplexity tasks do."""
@@ -181,7 +227,18 @@ class Bench:
         with redirect_stderr(io.StringIO()):  # hf shows a progress bar for each batch, asked or not
             start = time.perf_counter()
             (log_likelihood,) = lm.loglikelihood_rolling([request], disable_tqdm=True)
-            return time.perf_counter() - start, float(log_likelihood)
+            seconds = time.perf_counter() - start
+        searches = getattr(log_likelihood, "num_searches", None)
+        return Outcome(seconds, float(log_likelihood), None if searches is None else 1 - searches / self.tokens)
+
+    def ours(self, name: str) -> Outcome:
+        """One of our scorers, with its seconds by stage."""
+        self.lm.scorer = self.scorers[name]
+        before = self.stages()
+        outcome = self.rolling(self.lm)
+        outcome.stages = {stage: value - before[stage] for stage, value in self.stages().items()}
+        outcome.stages["other"] = outcome.seconds - sum(outcome.stages.values())
+        return outcome
 
     def bare_search(self, batches: list[np.ndarray]) -> Outcome:
         """Nothing but faiss, for the same queries in the same batches."""
@@ -189,104 +246,15 @@ class Bench:
         start = time.perf_counter()
         for queries in batches:
             index.search(queries, k)
-        return time.perf_counter() - start, None
+        return Outcome(time.perf_counter() - start)
 
     def stages(self) -> Stages:
-        """Seconds that knn-hf has spent so far, by stage."""
+        """Seconds that the scorer in use has spent so far, by stage."""
         seconds = self.lm.scorer.seconds | self.lm.retriever.statistics.seconds
         if automaton := getattr(self.lm.scorer, "automaton", None):
             # The retriever counts the automaton's searches as well.
             seconds |= {name: value for name, value in automaton.statistics.seconds.items() if name != "search"}
         return seconds
-
-    @contextmanager
-    def published(self) -> Iterator[Callable[[], Outcome] | None]:
-        """knn-transformers' wrapper around the same model, index and values; None where it can't run."""
-        if self.arguments.knn_transformers is None:
-            yield None
-        elif reason := self.why_not_published():
-            print(f"{PUBLISHED} is left out: {reason}.", file=sys.stderr)
-            yield None
-        else:
-            sys.path.insert(0, str(self.arguments.knn_transformers.resolve()))
-            with tempfile.TemporaryDirectory() as folder:
-                yield self.published_system(folder)
-
-    def why_not_published(self) -> str | None:
-        """What keeps knn-transformers from running with these settings, if anything does."""
-        import faiss
-        import torch
-
-        retriever, model = self.lm.retriever, self.lm.scorer.model
-        if not isinstance(faiss.downcast_index(retriever.index), faiss.IndexIVF):
-            return f"it needs an index with inverted lists, which {retriever.metadata['factory']} has not"
-        if not hasattr(model.inner, "lm_head"):
-            return f"{type(model.inner).__name__} has no head of the name lm_head"
-        if retriever.sim_func != "l2" or model.inner.dtype != torch.float32 or not self.lm.scorer.lmbda:
-            return "it needs knn_sim_func=l2, dtype=float32 and lmbda above 0"
-        if self.lm.settings.get("retomaton"):
-            return "only its kNN-LM is compared, not its RetoMaton"
-        longest = getattr(model.inner.config, "max_position_embeddings", math.inf)
-        if longest <= self.lm.max_length:
-            return f"it reads the last target too, which needs --max_length below {longest}"
-        return None
-
-    def published_system(self, folder: str) -> Callable[[], Outcome]:
-        """Lay the store out as knn-transformers has it, and make a function that scores the text with it."""
-        import torch
-        from knnlm import DIST, KEY_TYPE, KNNWrapper, get_dstore_path, get_index_path, logger
-        from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-        from torch.nn.utils.rnn import pad_sequence
-
-        logger.setLevel(logging.WARNING)
-        lm, store, settings = self.lm, self.lm.retriever.datastore, self.lm.settings
-        model: Any = lm.scorer.model.inner
-        name = (folder, model.config.model_type, len(store), store.dimension)
-        store.values.tofile(f"{get_dstore_path(*name)}_vals.npy")
-        if settings["recompute_dists"]:
-            store.keys.tofile(f"{get_dstore_path(*name)}_keys.npy")
-        Path(get_index_path(*name)).symlink_to(store.path.resolve() / f"{settings['index']}.faiss")
-        key_module = model.base_model.get_submodule(lm.scorer.model.key_module_name)
-        key_type = KEY_TYPE.from_string(settings["knn_keytype"])
-        capture = (lambda _: key_module, key_type is KEY_TYPE.last_ffn_input)
-        KNNWrapper.model_layer_to_capture[model.config.model_type] = {key_type: capture}
-        wrapper = KNNWrapper(
-            len(store),
-            folder,
-            store.dimension,
-            knn_sim_func=DIST.l2,
-            knn_keytype=key_type,
-            no_load_keys=not settings["recompute_dists"],
-            move_dstore_to_mem=True,
-            knn_gpu=False,
-            **{name: settings[name] for name in ("recompute_dists", "k", "lmbda", "knn_temp", "probe")},
-        )
-
-        def score() -> Outcome:
-            ids = lm.tok_encode(self.text)
-            windows = get_rolling_token_windows(ids, lm.prefix_token_id, lm.max_length, context_len=1)
-            pairs = [make_disjoint_window(window) for window in windows]
-            log_likelihood = 0.0
-            wrapper.break_into(model)  # reads the index and the values: not timed
-            start = time.perf_counter()
-            for first in range(0, len(pairs), self.arguments.batch_size):
-                batch = pairs[first : first + self.arguments.batch_size]
-                # The wrapper searches where the next label is not -100, so the last target is read as well.
-                texts = [torch.tensor(context + continuation) for context, continuation in batch]
-                labels = [torch.tensor([-100] * len(context) + rest) for context, rest in batch]
-                padded = pad_sequence(texts, batch_first=True).to(lm.device)
-                padded_labels = pad_sequence(labels, batch_first=True, padding_value=-100).to(lm.device)
-                with torch.no_grad():
-                    log_probs = model(input_ids=padded, labels=padded_labels).logits[:, :-1]
-                asked = padded_labels[:, 1:] != -100
-                target_log_probs = log_probs.gather(-1, padded[:, 1:, None])[..., 0][asked]
-                log_likelihood += float(target_log_probs.double().sum())
-                del log_probs
-            seconds = time.perf_counter() - start
-            wrapper.break_out()
-            return seconds, log_likelihood
-
-        return score
 
 
 def first_tokens(lm: HFLM, text: str, tokens: int | None) -> str:
@@ -313,6 +281,11 @@ def _memory_of(name: str) -> dict[str, int] | None:
     return json.loads(process.stdout.splitlines()[-1])
 
 
+def _print_ratio(name: str, numerators: list[float], denominators: list[float]) -> None:
+    ratios = [a / b for a, b in zip(numerators, denominators, strict=True)]
+    print(f"{name:60}{statistics.median(ratios):8.3f}   ({min(ratios):.3f} to {max(ratios):.3f})")
+
+
 def print_report(report: dict[str, Any]) -> None:
     """Print the figures as tables."""
     tokens, seconds = report["tokens"], report["seconds"]
@@ -321,33 +294,42 @@ def print_report(report: dict[str, Any]) -> None:
         f"{report['entries']:,} entries, {report['index']}, "
         + ", ".join(f"{name}={report['settings'][name]}" for name in ("k", "lmbda", "knn_temp", "probe"))
     )
-    print(f"\n{'':18}{'seconds':>9}{'tokens/s':>10}{'perplexity':>12}")
+    print(f"\n{'':28}{'CPU s' if report['cpu_time'] else 'seconds':>9}{'tokens/s':>10}{'perplexity':>12}{'saved':>8}")
     for name, values in seconds.items():
         median = statistics.median(values)
-        perplexity = report["perplexity"][name]
-        shown = "-" if perplexity is None else f"{perplexity:.3f}"
-        print(f"{name:18}{median:9.2f}{tokens / median:10.0f}{shown:>12}")
+        perplexity, saved = report["perplexity"][name], report["saved_searches"][name]
+        shown = "-" if perplexity is None else f"{perplexity:.4f}"
+        print(f"{name:28}{median:9.2f}{tokens / median:10.0f}{shown:>12}{'' if saved is None else f'{saved:8.4f}'}")
 
     print("\nratios, median of the rounds (least to greatest)")
-    hf, both = seconds[HF], [sum(pair) for pair in zip(seconds[HF], seconds[SEARCH], strict=True)]
-    for name in (OURS, PUBLISHED):
-        for base_name, base in ((f"({HF} + {SEARCH})", both), (HF, hf)):
-            if name in seconds:
-                ratios = [a / b for a, b in zip(seconds[name], base, strict=True)]
-                low, middle, high = min(ratios), statistics.median(ratios), max(ratios)
-                print(f"{name + ' / ' + base_name:40}{middle:7.3f}   ({low:.3f} to {high:.3f})")
+    hf, search = seconds[HF], seconds[SEARCH]
+    both = [a + b for a, b in zip(hf, search, strict=True)]
+    compared = [name for name in seconds if name not in (HF, SEARCH)]
+    for name in compared:
+        _print_ratio(f"{name} / ({HF} + {SEARCH})", seconds[name], both)
+        _print_ratio(f"{name} / {HF}", seconds[name], hf)
+    retrieval = {
+        name: [sum(part[stage] for stage in part if stage not in NOT_RETRIEVAL) for part in parts]
+        for name, parts in report["stages"].items()
+    }
+    for name, published in ((OURS, PUBLISHED), (OUR_RETOMATON, PUBLISHED_RETOMATON)):
+        if published in compared:
+            beyond = [a - b for a, b in zip(seconds[published], hf, strict=True)]
+            _print_ratio(f"{published} beyond {HF} / retrieval of {name}", beyond, retrieval[name])
 
-    print(f"\n{OURS} by stage{'seconds':>13}{'ms/token':>10}")
-    for stage in report["stages"][0]:
-        median = statistics.median(stages[stage] for stages in report["stages"])
-        print(f"{stage:18}{median:9.3f}{1000 * median / tokens:10.4f}")
+    stages = list(dict.fromkeys(stage for parts in report["stages"].values() for stage in parts[0]))
+    print(f"\n{'ms a token by stage':20}" + "".join(f"{stage:>11}" for stage in [*stages, "retrieval"]))
+    for name, parts in report["stages"].items():
+        figures = [statistics.median(part.get(stage, 0.0) for part in parts) for stage in stages]
+        figures.append(statistics.median(retrieval[name]))
+        print(f"{name:20}" + "".join(f"{1000 * figure / tokens:11.4f}" for figure in figures))
 
     if memory := {name: figures for name, figures in report.get("memory", {}).items() if figures}:
-        print(f"\n{'resident MiB':18}{'loaded':>9}{'peak':>10}{'difference':>12}{'of it mapped files':>20}")
+        print(f"\n{'resident MiB':28}{'loaded':>9}{'peak':>10}{'difference':>12}{'of it mapped files':>20}")
         for name, figures in memory.items():
             loaded, peak = figures["loaded"], figures["peak"]
             numbers = [f"{x / MIB:.0f}" for x in (loaded, peak, peak - loaded, figures["newly mapped"])]
-            print(f"{name:18}{numbers[0]:>9}{numbers[1]:>10}{numbers[2]:>12}{numbers[3]:>20}")
+            print(f"{name:28}{numbers[0]:>9}{numbers[1]:>10}{numbers[2]:>12}{numbers[3]:>20}")
 
 
 if __name__ == "__main__":
