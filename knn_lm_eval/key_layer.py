@@ -40,7 +40,9 @@ def find_layer(model: Any, run: Callable[[], object]) -> str:
     UserError
         Where no list of layers is used.
     """
-    lists = {name: module for name, module in model.named_modules() if isinstance(module, (nn.ModuleList, nn.Sequential))}
+    lists = {
+        name: module for name, module in model.named_modules() if isinstance(module, (nn.ModuleList, nn.Sequential))
+    }
     last_items = {
         f"{name}.{len(module) - 1}": module[-1]
         for name, module in lists.items()
@@ -100,7 +102,9 @@ def find_feed_forward(model: Any, run: Callable[[], object]) -> str:
         run()
     if found := blocks or maps or mixers:
         return f"{layer}.{found[-1]}"
-    raise UserError(f"{type(model).__name__}: no feed-forward block is found in its last layer {layer}. {_advice(model)}")
+    raise UserError(
+        f"{type(model).__name__}: no feed-forward block is found in its last layer {layer}. {_advice(model)}"
+    )
 
 
 def get_module(model: nn.Module, body: nn.Module, name: str) -> nn.Module:
@@ -136,9 +140,7 @@ def _children(layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         yield from ((f"{name}.{item}".rstrip("."), module) for item, module in items if _has_weights(module))
 
 
-def _reads_each_position_by_itself(
-    module: nn.Module, args: tuple, kwargs: dict, given: Tensor, made: Tensor
-) -> bool:
+def _reads_each_position_by_itself(module: nn.Module, args: tuple, kwargs: dict, given: Tensor, made: Tensor) -> bool:
     """Whether the last position's output stays as it is when all positions before it are changed.
 
     ``given`` is the hidden state among the module's arguments, ``made`` what it gave for them.
@@ -160,7 +162,7 @@ def _reads_each_position_by_itself(
         logger.debug("%s cannot be called again: %r", type(module).__name__, error)
         return False
     before, after = last_of(made), last_of(first_output(again))
-    return bool((before - after).norm() <= MOVED * before.norm())
+    return not (before - after).norm() > MOVED * before.norm()
 
 
 def _has_weights(module: nn.Module) -> bool:
