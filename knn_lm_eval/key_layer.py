@@ -179,4 +179,4 @@ def _advice(model: nn.Module) -> str:
         if name and name not in lists and not f"{name}.".startswith(earlier) and _has_weights(module)
     ]
     shown = ", ".join(names[-MAX_CANDIDATES:])
-    return f"Name the module whose input is the key to be with key_module; candidates are {shown}."
+    return f"Give key_module=NAME of the module whose input is to be the key; candidates are {shown}."

@@ -232,16 +232,9 @@ CHANGES: dict[str, dict[str, Any]] = {
     },
     "zaya": {"num_experts_per_tok": 1},
 }
-for _name, _sizes in {
-    "roc_bert": {
-        "pronunciation_embed_dim": 8,
-        "shape_embed_dim": 8,
-        "pronunciation_vocab_size": 10,
-        "shape_vocab_size": 10,
-    },
-    "xmod": {"default_language": "en_XX"},
-}.items():
-    CHANGES[_name] = CHANGES[_name] | _sizes
+CHANGES["xmod"] |= {"default_language": "en_XX"}
+CHANGES["roc_bert"] |= dict.fromkeys(("pronunciation_embed_dim", "shape_embed_dim"), 8)
+CHANGES["roc_bert"] |= dict.fromkeys(("pronunciation_vocab_size", "shape_vocab_size"), 10)
 
 
 def build(model_type: str, seed: int = 0, **changes: Any) -> transformers.PreTrainedModel:
@@ -266,7 +259,7 @@ def readme_list() -> str:
     """The README's list of architectures."""
     kinds = {
         "The input of the last layer's feed-forward block or mixture of experts": BLOCKS,
-        "The input of the first of the feed-forward part's two linear maps, which lie bare in the last layer": FIRST_MAPS,
+        "The input of the first of the feed-forward part's linear maps, where they lie bare in the layer": FIRST_MAPS,
         "No feed-forward block reads one position at a time: the input of the last mixer, in RWKV of the last "
         "channel-mixing block": MIXERS,
     }

@@ -1,4 +1,4 @@
-"""Every decoder architecture of transformers, tiny and random: the key is the block's input, the logits are the model's."""
+"""Every decoder architecture of transformers, tiny and random: keys and logits against the model itself."""
 
 from __future__ import annotations
 
