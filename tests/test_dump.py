@@ -278,6 +278,10 @@ def test_hub_wikitext_rows_give_the_raw_file(tmp_path: Path) -> None:
         (["--model_args", "dtype=float32", "--text", "TRAIN"], "names no model"),
         (["--model_args", "pretrained=MODEL", "--text", "missing.txt"], "There is no text file missing.txt"),
         (["--model_args", "pretrained=T5", "--text", "TRAIN"], "encoder-decoder"),
+        (
+            ["--model_args", "pretrained=MODEL", "--text", "TRAIN", "--key_module", "layers.9.mlp"],
+            "LlamaForCausalLM has no module 'layers.9.mlp'",
+        ),
     ],
 )
 def test_user_mistakes_end_with_one_sentence(
