@@ -98,6 +98,7 @@ def dump_datastore(
     output: str | Path,
     *,
     key_type: str = "last_ffn_input",
+    key_module: str | None = None,
     max_length: int | None = None,
     stride: int | None = None,
     batch_size: int = 4,
@@ -113,7 +114,7 @@ def dump_datastore(
     lm : the loaded LM.
     pieces : the text, from ``knn_lm_eval.documents``; not read when an unfinished dump's tokens are complete.
     output : the folder to write; made if need be.
-    key_type : see ``CausalLM``.
+    key_type, key_module : see ``CausalLM``.
     max_length : tokens per window; None takes the model's own limit, at most 1,024.
     stride, batch_size : see ``WindowSettings``; stride None is ``max_length``.
     max_tokens : stop after so many entries.
@@ -129,7 +130,7 @@ def dump_datastore(
     output = Path(output)
     max_length = max_length or min(lm.max_length, 1024)
     windows = WindowSettings(max_length, stride or max_length, batch_size)
-    model = CausalLM(lm.model, key_type, lm.mixed_precision_dtype)
+    model = CausalLM(lm.model, key_type, lm.mixed_precision_dtype, key_module)
     settings = {
         "key_type": key_type,
         "windows": {**vars(windows), "prefix_token_id": lm.prefix_token_id},

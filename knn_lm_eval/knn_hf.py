@@ -53,6 +53,7 @@ class KNNHF(CausalHFLM):
     probe : inverted lists that a search visits; None takes what the index was found to need when built.
     knn_sim_func : ``l2`` or ``dot``; None takes the index's.
     knn_keytype : ``last_ffn_input`` or ``last_ffn_output``; None takes the datastore's.
+    key_module : the name of the submodule whose input (or output) is the key; None takes the datastore's.
     recompute_dists : use exact distances from the keys on disk instead of the index's approximations.
     knn_gpu : search on all visible GPUs (needs faiss-gpu).
     index : the name of the datastore's index.
@@ -85,6 +86,7 @@ class KNNHF(CausalHFLM):
         probe: int | None = None,
         knn_sim_func: str | None = None,
         knn_keytype: str | None = None,
+        key_module: str | None = None,
         recompute_dists: bool = False,
         knn_gpu: bool = False,
         index: str = DEFAULT_INDEX,
@@ -129,7 +131,8 @@ class KNNHF(CausalHFLM):
             raise UserError(f"context_len={context_len} must be between 1 and max_length={self.max_length}.")
         self.context_len = context_len
 
-        model = CausalLM(self.model, key_type, self.mixed_precision_dtype)
+        key_module = key_module or store.manifest.get("key_module")
+        model = CausalLM(self.model, key_type, self.mixed_precision_dtype, key_module)
         name = pretrained if isinstance(pretrained, str) else f"a given {type(model.inner).__name__}"
         check_fingerprint(
             store.manifest["fingerprint"],
@@ -159,6 +162,7 @@ class KNNHF(CausalHFLM):
             "probe": retriever.probe,
             "knn_sim_func": retriever.sim_func,
             "knn_keytype": key_type,
+            "key_module": model.key_module_name,
             "recompute_dists": retriever.recompute_dists,
             "index": index,
             "context_len": context_len,

@@ -12,18 +12,21 @@ import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from knn_lm_eval.errors import UserError
+from knn_lm_eval.key_layer import find_feed_forward, find_layer, first_output, get_module, hidden_state
 
 logger = logging.getLogger(__name__)
 
 KEY_TYPES = ("last_ffn_input", "last_ffn_output")
-# What decoder layers call their feed-forward block; OPT-like layers have it as two bare linear maps.
-FEED_FORWARD_NAMES = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "moe", "fc1", "mixer")
+PROBE_LENGTH = 6  # tokens that are read to see how a model works
+# Logits further apart than this (see _distance) are not the same; quantised activations may depend on other tokens.
+SAME_LOGITS, SAME_LOGITS_BESIDE_OTHERS = 0.02, 0.05
 
 
 class CausalLM:
@@ -35,15 +38,21 @@ class CausalLM:
     key_type : ``last_ffn_input`` (the input of the last layer's feed-forward block) or ``last_ffn_output``
         (the output of the last layer).
     autocast_dtype : run body and head under torch.autocast with this dtype; None does not.
+    key_module : the name of the submodule whose input (or output) is the key; None finds it.
 
     Raises
     ------
     UserError
-        Where the model has no layer that can be recognised as the last one, or no feed-forward block in it.
+        Where the last layer or its feed-forward block is not found, ``key_module`` does not exist or gives no
+        key per token, or the model is not causal.
     """
 
     def __init__(
-        self, model: nn.Module, key_type: str = "last_ffn_input", autocast_dtype: torch.dtype | None = None
+        self,
+        model: nn.Module,
+        key_type: str = "last_ffn_input",
+        autocast_dtype: torch.dtype | None = None,
+        key_module: str | None = None,
     ) -> None:
         if key_type not in KEY_TYPES:
             raise UserError(f"knn_keytype={key_type!r} is unknown; use one of {', '.join(KEY_TYPES)}.")
@@ -53,12 +62,20 @@ class CausalLM:
         self.inner = inner
         self.body: nn.Module = inner.base_model
         self.key_type, self._autocast_dtype = key_type, autocast_dtype
-        self.key_module_name, self._key_module = _find_key_module(self.inner, self.body, key_type)
-        self._no_cache = {"use_cache": False} if hasattr(self.inner.config, "use_cache") else {}
+        takes_use_cache = "use_cache" in signature(inner.forward).parameters or hasattr(inner.config, "use_cache")
+        self._no_cache = {"use_cache": False} if takes_use_cache else {}
+        self._probe = torch.arange(1, 1 + PROBE_LENGTH)[None] % inner.get_input_embeddings().weight.shape[0]
+        expected = self._read(self._probe)
+        self._check_causality(expected)
+        if key_module is None:
+            find = find_feed_forward if key_type == "last_ffn_input" else find_layer
+            key_module = find(inner, lambda: self._read(self._probe))
+        self.key_module_name = key_module
+        self.key_module = get_module(inner, self.body, key_module)
         self._body_output_type: type | None = None
-        # Some models (OPT) call a decoder inside their base model instead of the base model.
-        bodies = dict.fromkeys((inner.base_model, inner.get_decoder()))
-        self.has_separate_head = any(self._head_can_be_separated_from(body) for body in bodies)
+        # Some models call a decoder inside their base model instead of it, or don't say what their base model is.
+        bodies = [inner.base_model, inner.get_decoder(), *(m for m in inner.children() if hasattr(m, "base_model"))]
+        self.has_separate_head = any(self._head_can_be_separated_from(body, expected) for body in dict.fromkeys(bodies))
         if not self.has_separate_head:
             logger.warning(
                 "%s computes its logits in a way that cannot be split from its body: logits of whole windows "
@@ -99,13 +116,13 @@ class CausalLM:
 
         with ExitStack() as stack:
             stack.enter_context(self._autocast())
-            stack.enter_context(_capture(self._key_module, self.key_type, captured))
+            stack.enter_context(_capture(self.key_module, self.key_type, captured))
             if self.has_separate_head:
                 stack.callback(self.body.register_forward_hook(keep_hidden).remove)
             logits = self.model(input_ids.to(self.device), **self._no_cache).logits
         hidden = captured["hidden"] if self.has_separate_head else logits
-        # Some layers (OPT's) flatten batch and time; prompt-tuned models put virtual tokens before the text.
-        keys = captured["key"].reshape(*hidden.shape[:2], -1)
+        keys = self._key_per_position(captured.get("key"), *hidden.shape[:2])
+        # Prompt-tuned models put virtual tokens before the text.
         time = input_ids.shape[1]
         return keys[:, -time:], hidden[:, -time:]
 
@@ -133,38 +150,63 @@ class CausalLM:
         enabled = self._autocast_dtype is not None
         return torch.autocast(self.device.type, dtype=self._autocast_dtype, enabled=enabled)
 
-    def _head_can_be_separated_from(self, body: nn.Module) -> bool:
+    @torch.inference_mode()
+    def _read(self, ids: Tensor) -> Tensor:
+        """The logits of one row of token ids as the model computes them, without adapters' virtual tokens."""
+        with self._autocast():
+            return self.inner(ids.to(self.device), **self._no_cache).logits[0].float()
+
+    def _check_causality(self, expected: Tensor) -> None:
+        other = self._probe.clone()
+        other[0, -1] = 0
+        if _distance(self._read(other)[:-1], expected[:-1]) > SAME_LOGITS_BESIDE_OTHERS:
+            raise UserError(
+                f"{type(self.inner).__name__} is not causal: its prediction of a token depends on the tokens after it "
+                f"(models like BERT need is_decoder in their configuration); use a decoder-only LM."
+            )
+
+    def _key_per_position(self, key: Tensor | None, batch: int, time: int) -> Tensor:
+        """``[batch, time, dimension]`` from what was captured; some layers (OPT's) flatten batch and time."""
+        if key is not None:
+            if key.shape[:2] == (batch, time):
+                return key.reshape(batch, time, -1)
+            if key.dim() == 2 and key.shape[0] == batch * time:
+                return key.reshape(batch, time, -1)
+        shape = "nothing" if key is None else f"numbers of shape {list(key.shape)}"
+        raise UserError(
+            f"{self.key_module_name} of {type(self.inner).__name__} has {shape} as its "
+            f"{self.key_type.rpartition('_')[2]} for {batch} rows of {time} tokens, which is not a key per token; "
+            f"choose another with key_module or knn_keytype."
+        )
+
+    def _head_can_be_separated_from(self, body: nn.Module, expected: Tensor) -> bool:
         """Whether the logits are a function of the last hidden state of ``body``, position by position."""
         if body is self.inner:
             return False
         self.body = body
-        ids = torch.arange(1, 6)[None] % self.inner.get_input_embeddings().weight.shape[0]
         some = torch.tensor([3, 1, 4])
-        with torch.inference_mode(), self._autocast():
-            expected = self.inner(ids.to(self.device), **self._no_cache).logits[0].float()
-            self.has_separate_head = True
-            try:
-                actual = self.logits(self._encode_inner(ids)[some]).float()
-            except Exception as error:  # any model code may fail in any way when called like this
-                logger.debug("head not separable: %r", error)
-                return False
-        return actual.shape[1:] == expected.shape[1:] and torch.allclose(actual, expected[some], rtol=1e-2, atol=1e-2)
-
-    def _encode_inner(self, ids: Tensor) -> Tensor:
+        self.has_separate_head = True
         model, self.model = self.model, self.inner
         try:
-            return self.encode(ids)[1][0]
+            actual = self.logits(self.encode(self._probe)[1][0][some]).float()
+        except UserError:
+            raise
+        except Exception as error:  # any model code may fail in any way when called like this
+            logger.debug("head not separable: %r", error)
+            return False
         finally:
             self.model = model
+        return actual.shape[1:] == expected.shape[1:] and _distance(actual, expected[some]) <= SAME_LOGITS
 
 
 @contextmanager
 def _capture(module: nn.Module, key_type: str, captured: dict[str, Tensor]) -> Iterator[None]:
     def keep_input(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        captured["key"] = args[0] if args else kwargs["hidden_states"]
+        if (given := hidden_state(args, kwargs)) is not None:
+            captured["key"] = given
 
     def keep_output(module: nn.Module, args: Any, output: Any) -> None:
-        captured["key"] = output[0] if isinstance(output, tuple) else output
+        captured["key"] = first_output(output)
 
     if key_type == "last_ffn_input":
         handle = module.register_forward_pre_hook(keep_input, with_kwargs=True)
@@ -190,28 +232,17 @@ def _replaced_forward(module: nn.Module, output: Any) -> Iterator[None]:
             module.forward = replaced
 
 
+def _distance(actual: Tensor, expected: Tensor) -> float:
+    """How far two tables of logits are apart, as a part of what the logits of a position differ by.
+
+    Rounding to 16 bits or fewer makes some hundredths at most.
+    """
+    return float((actual - expected).norm() / (expected - expected.mean(dim=-1, keepdim=True)).norm())
+
+
 def _last_hidden_state(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output.last_hidden_state
 
 
 def _with_last_hidden_state(output_type: type, hidden: Tensor) -> Any:
     return (hidden,) if output_type is tuple else output_type(last_hidden_state=hidden)
-
-
-def _find_key_module(inner: Any, body: nn.Module, key_type: str) -> tuple[str, nn.Module]:
-    """The name and the module whose input or output is the key: in the last layer of the longest layer list."""
-    lists = [(name, m) for name, m in body.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
-    depth = getattr(inner.config.get_text_config(decoder=True), "num_hidden_layers", None)
-    layers = [(name, m) for name, m in lists if len(m) == depth] or lists
-    if not layers:
-        raise UserError(f"{type(inner).__name__} has no list of layers: its keys cannot be found.")
-    name, layer = f"{layers[0][0]}.{len(layers[0][1]) - 1}", layers[0][1][-1]
-    if key_type == "last_ffn_output":
-        return name, layer
-    for child in FEED_FORWARD_NAMES:
-        if isinstance(module := getattr(layer, child, None), nn.Module):
-            return f"{name}.{child}", module
-    raise UserError(
-        f"{type(inner).__name__}: no feed-forward block is known in its last layer {name}, which has "
-        f"{', '.join(child for child, _ in layer.named_children())}; use knn_keytype=last_ffn_output."
-    )

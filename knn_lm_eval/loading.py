@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import transformers
+from accelerate.utils import get_max_memory
 from lm_eval.models.huggingface import HFLM
 
 from knn_lm_eval.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+BITSANDBYTES_ARGUMENTS = ("load_in_4bit", "load_in_8bit", "bnb_4bit_", "llm_int8_")
 
 
 class CausalHFLM(HFLM):
@@ -18,6 +26,9 @@ class CausalHFLM(HFLM):
     def __init__(self, pretrained: str | transformers.PreTrainedModel, device: str | None = None, **kwargs: Any):
         if device is None or (device.startswith("cuda") and not torch.cuda.is_available()):
             device = "cuda" if torch.cuda.is_available() else "cpu"
+        if kwargs.get("parallelize") and not set(get_max_memory()) - {"cpu"}:
+            logger.warning("parallelize=True spreads a model over GPUs; without one, it is not spread.")
+            del kwargs["parallelize"]
         try:
             super().__init__(pretrained, device=device, **kwargs)
         except TypeError as error:
@@ -26,11 +37,8 @@ class CausalHFLM(HFLM):
             raise UserError(f"Unknown model argument {unknown[1]!r}.") from error
 
     def _get_config(self, pretrained: str, **kwargs: Any) -> None:
-        try:
+        with _saying_what_cannot_be_loaded(pretrained):
             super()._get_config(pretrained, **kwargs)
-        except (OSError, ValueError) as error:
-            first_line = str(error).strip().splitlines()[0]
-            raise UserError(f"Cannot load the model pretrained={pretrained}: {first_line}") from error
 
     def _get_backend(self, config: Any, backend: Any = "default", **kwargs: Any) -> None:
         super()._get_backend(config, backend=backend, **kwargs)
@@ -39,3 +47,25 @@ class CausalHFLM(HFLM):
                 f"{getattr(config, 'model_type', 'This model')} is an encoder-decoder model; "
                 f"retrieval is for decoder-only (causal) LMs."
             )
+
+    def _create_model(self, pretrained: str, **kwargs: Any) -> None:
+        # lm-eval passes these on as they are, but transformers 5 takes them in a configuration only.
+        quantization = {name: kwargs.pop(name) for name in list(kwargs) if name.startswith(BITSANDBYTES_ARGUMENTS)}
+        with _saying_what_cannot_be_loaded(pretrained):
+            if quantization:
+                kwargs["quantization_config"] = transformers.BitsAndBytesConfig(**quantization)
+            super()._create_model(pretrained, **kwargs)
+
+
+@contextmanager
+def _saying_what_cannot_be_loaded(pretrained: str) -> Iterator[None]:
+    try:
+        yield
+    except (ImportError, OSError, ValueError) as error:
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                f"The model {pretrained} brings code of its own, which is not run unless you say so; read it, and give "
+                f"trust_remote_code=True if you trust it."
+            ) from error
+        first_line = (str(error).strip() or repr(error)).splitlines()[0]
+        raise UserError(f"Cannot load the model pretrained={pretrained}: {first_line}") from error

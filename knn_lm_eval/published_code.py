@@ -68,7 +68,7 @@ class PublishedCode:
         if settings["recompute_dists"]:
             store.keys.tofile(f"{get_dstore_path(*name)}_keys.npy")
         Path(get_index_path(*name)).symlink_to(store.path.resolve() / f"{settings['index']}.faiss")
-        key_module = self.model.base_model.get_submodule(lm.scorer.model.key_module_name)
+        key_module = lm.scorer.model.key_module
         key_type = KEY_TYPE.from_string(settings["knn_keytype"])
         capture = (lambda _: key_module, key_type is KEY_TYPE.last_ffn_input)
         KNNWrapper.model_layer_to_capture[self.model.config.model_type] = {key_type: capture}

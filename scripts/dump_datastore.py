@@ -40,6 +40,11 @@ def parse_arguments() -> argparse.Namespace:
         choices=["last_ffn_input", "last_ffn_output"],
         help="which keys",
     )
+    parser.add_argument(
+        "--key_module",
+        help="the model's submodule whose input is the key (with last_ffn_output: whose output), such as "
+        "model.layers.29.mlp (default: the last layer's feed-forward block, which is found by itself)",
+    )
     parser.add_argument("--max_length", type=int, help="tokens per window (default: the model's limit, at most 1024)")
     parser.add_argument(
         "--stride",
@@ -93,6 +98,7 @@ def main() -> None:
         cut_into_documents(lines, arguments.documents),
         arguments.output,
         key_type=arguments.knn_keytype,
+        key_module=arguments.key_module,
         max_length=arguments.max_length,
         stride=arguments.stride,
         batch_size=arguments.batch_size,

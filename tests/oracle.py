@@ -37,11 +37,13 @@ def mixture_weights(distances: np.ndarray, values: np.ndarray, temperature: floa
 def lm_outputs(model: torch.nn.Module, key_module: torch.nn.Module, tokens: list[int]) -> tuple[np.ndarray, np.ndarray]:
     """The LM's probabilities and the input of ``key_module`` at each position, one unpadded window."""
     captured = []
-    handle = key_module.register_forward_pre_hook(lambda module, args: captured.append(args[0][0].detach()))
+    handle = key_module.register_forward_pre_hook(
+        lambda module, args, kwargs: captured.append((args or list(kwargs.values()))[0].detach()), with_kwargs=True
+    )
     with torch.no_grad():
         logits = model(torch.tensor([tokens])).logits[0]
     handle.remove()
-    return torch.softmax(logits.double(), -1).numpy(), captured[0].float().numpy()
+    return torch.softmax(logits.double(), -1).numpy(), captured[0].reshape(len(tokens), -1).float().numpy()
 
 
 def knn_lm_distributions(

@@ -92,7 +92,7 @@ def test_keys_and_values_are_those_of_the_model(tmp_path: Path, lm: CausalHFLM, 
 def test_manifest_says_how_the_store_was_made(store: Datastore, model_folder: Path) -> None:
     manifest = store.manifest
     assert manifest["model"]["args"] == {"pretrained": str(model_folder)}
-    assert manifest["key_type"] == "last_ffn_input" and manifest["key_module"] == "layers.1.mlp"
+    assert manifest["key_type"] == "last_ffn_input" and manifest["key_module"] == "model.layers.1.mlp"
     assert manifest["windows"] == {
         "max_length": MAX_LENGTH,
         "stride": MAX_LENGTH,
@@ -278,6 +278,10 @@ def test_hub_wikitext_rows_give_the_raw_file(tmp_path: Path) -> None:
         (["--model_args", "dtype=float32", "--text", "TRAIN"], "names no model"),
         (["--model_args", "pretrained=MODEL", "--text", "missing.txt"], "There is no text file missing.txt"),
         (["--model_args", "pretrained=T5", "--text", "TRAIN"], "encoder-decoder"),
+        (
+            ["--model_args", "pretrained=MODEL", "--text", "TRAIN", "--key_module", "layers.9.mlp"],
+            "LlamaForCausalLM has no module 'layers.9.mlp'",
+        ),
     ],
 )
 def test_user_mistakes_end_with_one_sentence(
