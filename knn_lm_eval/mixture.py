@@ -3,8 +3,8 @@
     p_kNN(y) = sum over neighbours i with v_i = y of softmax(-d / T)_i
     p(y)     = (1 - lmbda) p_LM(y) + lmbda p_kNN(y)
 
-All functions work on one block of ``n`` positions with ``k`` neighbours each and never build a table over the
-vocabulary for p_kNN. A neighbour slot that holds nothing has distance infinity.
+All functions work on one block of ``n`` positions with ``k`` neighbours each; only ``mixed_log_probs`` builds a
+table over the vocabulary for p_kNN. A neighbour slot that holds nothing has distance infinity.
 """
 
 from __future__ import annotations
@@ -58,6 +58,22 @@ def mix(lm_log_prob: Tensor, knn_log_prob: Tensor, lmbda: float) -> Tensor:
     if lmbda == 1:
         return knn_log_prob
     return torch.logaddexp(lm_log_prob + math.log1p(-lmbda), knn_log_prob + math.log(lmbda))
+
+
+def mixed_log_probs(lm_log_probs: Tensor, log_weights: Tensor, values: Tensor, lmbda: float) -> Tensor:
+    """log p of every token of the vocabulary.
+
+    Parameters
+    ----------
+    lm_log_probs : float32 ``[n, vocabulary]``, the LM's log-probabilities.
+    log_weights, values : ``[n, k]``, as for ``knn_log_prob``.
+
+    Returns
+    -------
+    float32 ``[n, vocabulary]``.
+    """
+    p_knn = torch.zeros_like(lm_log_probs).scatter_add_(-1, values.long(), log_weights.exp())
+    return mix(lm_log_probs, p_knn.log_(), lmbda)
 
 
 def greedy_tokens(lm_log_probs: Tensor, log_weights: Tensor, values: Tensor, lmbda: float) -> Tensor:
