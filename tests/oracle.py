@@ -37,7 +37,8 @@ def mixture_weights(distances: np.ndarray, values: np.ndarray, temperature: floa
 def lm_outputs(model: torch.nn.Module, key_module: torch.nn.Module, tokens: list[int]) -> tuple[np.ndarray, np.ndarray]:
     """The LM's probabilities and the input of ``key_module`` at each position, one unpadded window."""
     captured = []
-    handle = key_module.register_forward_pre_hook(lambda module, args: captured.append(args[0][0].detach()))
+    # Some layers (OPT's) flatten batch and time.
+    handle = key_module.register_forward_pre_hook(lambda module, args: captured.append(args[0].detach().flatten(0, -2)))
     with torch.no_grad():
         logits = model(torch.tensor([tokens])).logits[0]
     handle.remove()

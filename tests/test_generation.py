@@ -114,7 +114,9 @@ class Oracle:
         self.prompt_length = batch["input_ids"].shape[1]
         return self.generator.generate(**batch, **settings, use_cache=False)
 
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **_: Any) -> Any:
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **_: Any) -> Any:
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
         generated = input_ids.shape[1] - self.prompt_length
         rows = []
         for ids, mask in zip(input_ids, attention_mask, strict=True):
