@@ -19,7 +19,6 @@ from oracle import continuation_score, knn_lm_distributions
 from test_generation import KNN, RETOMATON, Oracle, encode
 
 from knn_lm_eval import KNNHF, Datastore
-from knn_lm_eval.clustering import cluster_kmeans
 
 FOLDER = Path(__file__).parent / "local_tasks"
 K, LMBDA, TEMPERATURE = 50, 0.6, 2.0
@@ -30,12 +29,6 @@ def local_data_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(FOLDER)  # the task files name their data by relative paths
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets_cache")
     monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda _: None)  # takes a second
-
-
-@pytest.fixture(scope="module")
-def clustered(store: Datastore) -> Datastore:
-    cluster_kmeans(store, num_clusters=200, sample=2000)
-    return store
 
 
 def make(store: Datastore, model_folder: Path, **changes: Any) -> KNNHF:
