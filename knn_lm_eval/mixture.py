@@ -72,8 +72,12 @@ def mixed_log_probs(lm_log_probs: Tensor, log_weights: Tensor, values: Tensor, l
     -------
     float32 ``[n, vocabulary]``.
     """
-    p_knn = torch.zeros_like(lm_log_probs).scatter_add_(-1, values.long(), log_weights.exp())
-    return mix(lm_log_probs, p_knn.log_(), lmbda)
+    values = values.long()
+    p_knn = torch.zeros_like(lm_log_probs).scatter_add_(-1, values, log_weights.exp()).gather(-1, values)
+    # Logarithms are taken of the neighbours' values alone: all other tokens have the LM's share.
+    theirs = mix(lm_log_probs.gather(-1, values), p_knn.log(), lmbda)
+    others = math.log1p(-lmbda) if lmbda < 1 else -math.inf
+    return (lm_log_probs + others).scatter_(-1, values, theirs)
 
 
 def greedy_tokens(lm_log_probs: Tensor, log_weights: Tensor, values: Tensor, lmbda: float) -> Tensor:
