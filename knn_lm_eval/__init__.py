@@ -9,12 +9,18 @@ TYPE_CHECKING = False  # type checkers take it for True; importing `typing` woul
 if TYPE_CHECKING:
     from knn_lm_eval.datastore import Datastore
     from knn_lm_eval.errors import UserError
+    from knn_lm_eval.generation import retrieval_augmented
     from knn_lm_eval.knn_hf import KNNHF
 
 __version__ = "0.1.0"
-__all__ = ["KNNHF", "Datastore", "UserError"]
+__all__ = ["KNNHF", "Datastore", "UserError", "retrieval_augmented"]
 
-_HOMES = {"KNNHF": "knn_hf", "Datastore": "datastore", "UserError": "errors"}
+_HOMES = {
+    "KNNHF": "knn_hf",
+    "Datastore": "datastore",
+    "UserError": "errors",
+    "retrieval_augmented": "generation",
+}
 
 # In a source checkout tasks/ and scripts/ lie beside the package, in a wheel inside it. This makes the names
 # knn_lm_eval.tasks (an entry point) and knn_lm_eval.scripts true in both.

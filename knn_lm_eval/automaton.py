@@ -65,7 +65,7 @@ class Walk:
     Attributes
     ----------
     queries : float32 ``[steps, dimension]``.
-    targets : int ``[steps]``: the token read after each step.
+    targets : int ``[steps]``: the token read after each step; -1 where that is not known yet.
     survivors : int64, nearest first: where an earlier walk of the same text ended; empty at a beginning.
     found : what a search gives at each step, (distances ``[steps, k]``, entries ``[steps, k]``), where that is
         known beforehand; None searches as need arises.
@@ -206,6 +206,28 @@ class Automaton:
             statistics.steps += active
             statistics.candidates += int(counts.sum())
             statistics.seconds["automaton"] += time.perf_counter() - start
+
+    def survivors(self, distances: np.ndarray, entries: np.ndarray, target: int) -> np.ndarray:
+        """Which of one step's candidates survive when ``target`` is read, nearest first.
+
+        Parameters
+        ----------
+        distances, entries : float32 and int64 ``[n]``, as a walk keeps them.
+        """
+        survivors = np.empty((1, len(entries)), dtype=np.int64)
+        count = np.zeros(1, dtype=np.int64)
+        _advance(
+            distances[None],
+            entries[None],
+            np.array([len(entries)]),
+            self.values,
+            self.document_starts,
+            np.array([target]),
+            self.settings.knn_temp,
+            survivors,
+            count,
+        )
+        return survivors[0, : count[0]]
 
     def _search_everywhere(self, walks: Sequence[Walk]) -> None:
         """Where every step searches, all searches are one batch."""

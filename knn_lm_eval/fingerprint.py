@@ -26,17 +26,15 @@ SAME_MODEL, SIMILAR_MODEL = 0.05, 0.3
 
 
 def take_fingerprint(model: CausalLM, tokenizer: Any) -> dict[str, Any]:
-    """The fingerprint of a model and its tokenizer, ready for JSON."""
+    """The fingerprint of a model and its tokenizer (None leaves it out), ready for JSON."""
     vocabulary = model.inner.get_input_embeddings().weight.shape[0]
     token_ids = [(7 + 37 * i) % vocabulary for i in range(PROBE_LENGTH)]
     key = model.encode(torch.tensor([token_ids]))[0][0, -1].float().cpu()
-    return {
-        "token_ids": token_ids,
-        "key": [float(f"{x:.5g}") for x in key.tolist()],
-        "tokenizer_sha256": hashlib.sha256(
-            json.dumps(tokenizer(PROBE_TEXT, add_special_tokens=False)["input_ids"]).encode()
-        ).hexdigest(),
-    }
+    fingerprint: dict[str, Any] = {"token_ids": token_ids, "key": [float(f"{x:.5g}") for x in key.tolist()]}
+    if tokenizer is not None:
+        ids = json.dumps(tokenizer(PROBE_TEXT, add_special_tokens=False)["input_ids"])
+        fingerprint["tokenizer_sha256"] = hashlib.sha256(ids.encode()).hexdigest()
+    return fingerprint
 
 
 def check_fingerprint(stored: dict[str, Any], current: dict[str, Any], made_by: str, used_by: str) -> None:
@@ -59,7 +57,7 @@ def check_fingerprint(stored: dict[str, Any], current: dict[str, Any], made_by: 
         raise UserError(
             f"The datastore's keys have {len(stored['key'])} numbers and this model's {len(current['key'])}: {advice}."
         )
-    if stored["tokenizer_sha256"] != current["tokenizer_sha256"]:
+    if "tokenizer_sha256" in current and stored["tokenizer_sha256"] != current["tokenizer_sha256"]:
         raise UserError(f"The datastore's tokenizer is not this model's: {advice}.")
     if stored["token_ids"] != current["token_ids"]:
         raise UserError(f"The datastore's model has another vocabulary than this model: {advice}.")

@@ -6,7 +6,7 @@ import json
 import logging
 import os
 from collections.abc import Iterator
-from pathlib import Path
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import transformers
@@ -16,24 +16,18 @@ from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from knn_lm_eval.automaton import AutomatonSettings
-from knn_lm_eval.clusters import Clusters
-from knn_lm_eval.datastore import Datastore
+from knn_lm_eval.augmentation import Augmentation
 from knn_lm_eval.errors import UserError, report_user_errors
-from knn_lm_eval.fingerprint import check_fingerprint, take_fingerprint
+from knn_lm_eval.generation import MixedForward
 from knn_lm_eval.index import DEFAULT_INDEX
 from knn_lm_eval.language_model import CausalLM
 from knn_lm_eval.loading import CausalHFLM
 from knn_lm_eval.loglikelihood import RollingLoglikelihood
 from knn_lm_eval.retomaton import RetomatonScorer
-from knn_lm_eval.retrieval import Retriever
 from knn_lm_eval.scoring import Passage, Score, Scorer
 
 logger = logging.getLogger(__name__)
 
-DATASTORE_VARIABLE = "KNN_LM_EVAL_DATASTORE"
-# The kNN-LM papers' settings.
-DEFAULTS = {"k": 1024, "lmbda": 0.25, "knn_temp": 1.0}
 # A CPU gains nothing from larger batches and cannot find its limit by trial: batch_size=auto takes this many
 # tokens there.
 CPU_BATCH_TOKENS = 4096
@@ -101,27 +95,26 @@ class KNNHF(CausalHFLM):
         **kwargs: Any,
     ) -> None:
         # All that can be wrong without the model is looked at before minutes are spent on loading it.
-        store = _open_datastore(datastore)
-        given = {"k": k, "lmbda": lmbda, "knn_temp": knn_temp}
-        settings: dict[str, Any] = DEFAULTS | {name: value for name, value in given.items() if value is not None}
-        sources = {name: "default" if value is None else "given" for name, value in given.items()}
-        _check_ranges(settings)
-        key_type = store.manifest["key_type"]
-        if knn_keytype not in (None, key_type):
-            raise UserError(
-                f"knn_keytype={knn_keytype}, but the keys of the datastore {store.path} are {key_type}; "
-                f"leave knn_keytype out, or dump a datastore with --knn_keytype {knn_keytype}."
-            )
-        retriever = Retriever(store, settings["k"], probe, knn_sim_func, recompute_dists, knn_gpu, index)
-        sources["probe"] = "given" if probe is not None else "index"
-        automaton = AutomatonSettings(settings["k"], settings["knn_temp"], min_knns, max_knns, duplicates)
-        chosen_clusters = None
-        if retomaton:
-            _check_automaton(automaton)
-            chosen_clusters = None if clusters is None else Clusters.open(store, str(clusters))
-        elif clusters is not None:
-            raise UserError("clusters is for RetoMaton; give retomaton=True as well.")
-
+        opened = Augmentation.open(
+            datastore,
+            k=k,
+            lmbda=lmbda,
+            knn_temp=knn_temp,
+            probe=probe,
+            knn_sim_func=knn_sim_func,
+            knn_keytype=knn_keytype,
+            key_module=key_module,
+            recompute_dists=recompute_dists,
+            knn_gpu=knn_gpu,
+            index=index,
+            retomaton=retomaton,
+            min_knns=min_knns,
+            max_knns=max_knns,
+            no_pointer=no_pointer,
+            clusters=clusters,
+            duplicates=duplicates,
+        )
+        store = opened.retriever.datastore
         made_by = store.manifest["model"]
         if pretrained is None:
             kwargs = {name: value for name, value in made_by["args"].items() if name != "trust_remote_code"} | kwargs
@@ -131,53 +124,25 @@ class KNNHF(CausalHFLM):
             raise UserError(f"context_len={context_len} must be between 1 and max_length={self.max_length}.")
         self.context_len = context_len
 
-        key_module = key_module or store.manifest.get("key_module")
-        model = CausalLM(self.model, key_type, self.mixed_precision_dtype, key_module)
+        model = CausalLM(self.model, opened.key_type, self.mixed_precision_dtype, opened.key_module)
         name = pretrained if isinstance(pretrained, str) else f"a given {type(model.inner).__name__}"
-        check_fingerprint(
-            store.manifest["fingerprint"],
-            take_fingerprint(model, self.tokenizer),
-            made_by["pretrained"],
-            name,
-        )
-        self.retriever = retriever
+        opened.check_model(model, self.tokenizer, name)
+        self.retriever = opened.retriever
         self.scorer: Scorer
-        if retomaton and not no_pointer and settings["lmbda"] > 0:
+        if opened.automaton:
             self.scorer = RetomatonScorer(
-                model,
-                retriever,
-                settings["lmbda"],
-                automaton,
-                chosen_clusters,
-                self.softmax_dtype,
-                carry_state,
+                model, self.retriever, opened.lmbda, opened.automaton, self.softmax_dtype, carry_state
             )
         else:
             # With lmbda=0 the neighbours would count for nothing: the search is left out.
-            searched = retriever if settings["lmbda"] > 0 else None
-            self.scorer = Scorer(model, searched, settings["lmbda"], settings["knn_temp"], self.softmax_dtype)
+            searched = self.retriever if opened.lmbda > 0 else None
+            self.scorer = Scorer(model, searched, opened.lmbda, opened.knn_temp, self.softmax_dtype)
+        self.mixed_forward = MixedForward(model, opened)
         self.carry_state = retomaton and carry_state
-        self.settings = {
-            **settings,
-            "probe": retriever.probe,
-            "knn_sim_func": retriever.sim_func,
-            "knn_keytype": key_type,
-            "key_module": model.key_module_name,
-            "recompute_dists": retriever.recompute_dists,
-            "index": index,
-            "context_len": context_len,
-        }
+        self.settings = opened.settings | {"key_module": model.key_module_name, "context_len": context_len}
         if retomaton:
-            self.settings |= {
-                "retomaton": True,
-                "min_knns": min_knns,
-                "max_knns": max_knns,
-                "no_pointer": no_pointer,
-                "clusters": clusters,
-                "duplicates": duplicates,
-                "carry_state": carry_state,
-            }
-        self.setting_sources = sources
+            self.settings["carry_state"] = carry_state
+        self.setting_sources = sources = opened.sources
         shown = (f"{name}={value} ({sources.get(name, 'store')})" for name, value in self.settings.items())
         logger.info("knn-hf with the datastore %s (%s entries): %s", store.path, f"{len(store):,}", ", ".join(shown))
 
@@ -309,9 +274,16 @@ class KNNHF(CausalHFLM):
             self.batch_sizes[length] = max([try_batch(), *self.batch_sizes.values()])
         return self.batch_sizes[length]
 
-    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Not available: text would be generated without retrieval."""
-        raise UserError("knn-hf scores given text; tasks that generate text (generate_until) need --model hf.")
+    def _model_generate(self, context: Any, max_length: int, stop: list[str], **generation_kwargs: Any) -> Any:
+        # HFLM's generate_until with the mixture in each decoding step. With lmbda=0 the LM is alone, as in hf.
+        with self.mixed_forward if self.settings["lmbda"] > 0 else nullcontext():
+            return super()._model_generate(context, max_length, stop, **generation_kwargs)
+
+    def _detect_batch_size(self, requests: Any = None, pos: int = 0) -> int:
+        # HFLM asks this where batch_size=auto and it generates.
+        if self.device.type == "cpu":
+            return max(1, CPU_BATCH_TOKENS // self.max_length)
+        return super()._detect_batch_size(requests, pos)
 
     def set_cache_hook(self, cache_hook: Any) -> None:
         """Take lm-eval's ``--use_cache`` file, unless it holds results of another model or other settings."""
@@ -348,6 +320,8 @@ class KNNHF(CausalHFLM):
         """lm-eval's model information, with the retrieval settings and what retrieval did (``knn``)."""
         store, statistics = self.retriever.datastore, self.retriever.statistics
         seconds = self.scorer.seconds | statistics.seconds
+        for stage, value in self.mixed_forward.seconds.items():
+            seconds[stage] += value
         walked: dict[str, Any] = {}
         if isinstance(self.scorer, RetomatonScorer):
             walks = self.scorer.automaton.statistics
@@ -373,43 +347,9 @@ class KNNHF(CausalHFLM):
                 "index_factory": self.retriever.metadata["factory"],
                 "index_bytes": self.retriever.metadata["bytes"],
                 "tokens_scored": self.scorer.tokens_scored,
+                "positions_generated": self.mixed_forward.positions,
                 "searches": statistics.searches,
                 "entries_compared": statistics.entries_compared,
                 "seconds": {stage: round(value, 3) for stage, value in seconds.items()},
             }
         }
-
-
-def _open_datastore(path: str | os.PathLike | None) -> Datastore:
-    path = path or os.environ.get(DATASTORE_VARIABLE)
-    if not path:
-        raise UserError(
-            "knn-hf needs a datastore: give --model_args datastore=FOLDER, or set the environment variable "
-            f"{DATASTORE_VARIABLE}; make one with `knn-lm-eval dump_datastore` and `knn-lm-eval build_index`."
-        )
-    return Datastore.open(Path(path))
-
-
-def _check_ranges(settings: dict[str, Any]) -> None:
-    k, lmbda, knn_temp = settings["k"], settings["lmbda"], settings["knn_temp"]
-    for name, value in settings.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise UserError(f"{name}={value!r} is not a number.")
-    if int(k) != k:
-        raise UserError(f"k={k} is not a whole number.")
-    if not 0 <= lmbda <= 1:
-        raise UserError(f"lmbda={lmbda} is not between 0 and 1.")
-    if not 0 < knn_temp < float("inf"):
-        raise UserError(f"knn_temp={knn_temp} must be a number above 0.")
-
-
-def _check_automaton(settings: AutomatonSettings) -> None:
-    for name, value in (("min_knns", settings.min_knns), ("max_knns", settings.max_knns)):
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise UserError(f"{name}={value!r} is not a number.")
-    if not settings.min_knns >= 0:
-        raise UserError(f"min_knns={settings.min_knns} must be 0 or more (inf searches at every token).")
-    if not (settings.max_knns >= 1 and int(settings.max_knns) == settings.max_knns):
-        raise UserError(f"max_knns={settings.max_knns} must be a whole number of at least 1.")
-    if settings.duplicates not in ("keep", "merge"):
-        raise UserError(f"duplicates={settings.duplicates!r} is unknown; use keep or merge.")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cached_property
 from inspect import signature
 from typing import Any
@@ -145,6 +145,10 @@ class CausalLM:
         with self._autocast(), _replaced_forward(self.body, output):
             dummy = torch.zeros(1, len(hidden), dtype=torch.long, device=self.device)
             return self.inner(dummy, **self._no_cache).logits[0]
+
+    def capture_keys(self, captured: dict[str, Tensor]) -> AbstractContextManager[None]:
+        """Inside, each call of the model leaves its keys in ``captured["key"]``, shaped as the layer has them."""
+        return _capture(self.key_module, self.key_type, captured)
 
     def _autocast(self) -> torch.autocast:
         enabled = self._autocast_dtype is not None

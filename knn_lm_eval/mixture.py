@@ -3,8 +3,8 @@
     p_kNN(y) = sum over neighbours i with v_i = y of softmax(-d / T)_i
     p(y)     = (1 - lmbda) p_LM(y) + lmbda p_kNN(y)
 
-All functions work on one block of ``n`` positions with ``k`` neighbours each and never build a table over the
-vocabulary for p_kNN. A neighbour slot that holds nothing has distance infinity.
+All functions work on one block of ``n`` positions with ``k`` neighbours each; only ``mixed_log_probs`` builds a
+table over the vocabulary for p_kNN. A neighbour slot that holds nothing has distance infinity.
 """
 
 from __future__ import annotations
@@ -58,6 +58,26 @@ def mix(lm_log_prob: Tensor, knn_log_prob: Tensor, lmbda: float) -> Tensor:
     if lmbda == 1:
         return knn_log_prob
     return torch.logaddexp(lm_log_prob + math.log1p(-lmbda), knn_log_prob + math.log(lmbda))
+
+
+def mixed_log_probs(lm_log_probs: Tensor, log_weights: Tensor, values: Tensor, lmbda: float) -> Tensor:
+    """log p of every token of the vocabulary.
+
+    Parameters
+    ----------
+    lm_log_probs : float32 ``[n, vocabulary]``, the LM's log-probabilities.
+    log_weights, values : ``[n, k]``, as for ``knn_log_prob``.
+
+    Returns
+    -------
+    float32 ``[n, vocabulary]``.
+    """
+    values = values.long()
+    p_knn = torch.zeros_like(lm_log_probs).scatter_add_(-1, values, log_weights.exp()).gather(-1, values)
+    # Logarithms are taken of the neighbours' values alone: all other tokens have the LM's share.
+    theirs = mix(lm_log_probs.gather(-1, values), p_knn.log(), lmbda)
+    others = math.log1p(-lmbda) if lmbda < 1 else -math.inf
+    return (lm_log_probs + others).scatter_(-1, values, theirs)
 
 
 def greedy_tokens(lm_log_probs: Tensor, log_weights: Tensor, values: Tensor, lmbda: float) -> Tensor:

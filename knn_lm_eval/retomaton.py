@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from knn_lm_eval.automaton import Automaton, AutomatonSettings, PointerDistances, Walk
-from knn_lm_eval.clusters import Clusters
-from knn_lm_eval.code_distances import CodeDistances
+from knn_lm_eval.automaton import Automaton, Walk
 from knn_lm_eval.language_model import CausalLM
 from knn_lm_eval.mixture import mix
-from knn_lm_eval.retrieval import Retriever, exact_distances
+from knn_lm_eval.retrieval import Retriever
 from knn_lm_eval.scoring import Passage, Score, Scorer
-
-logger = logging.getLogger(__name__)
 
 # Memory for queries and hidden states that wait for the walk, and for neighbours kept where is_greedy is asked.
 WAITING_BYTES = 2**27
@@ -29,8 +24,7 @@ class RetomatonScorer(Scorer):
     Parameters
     ----------
     model, retriever, lmbda, softmax_dtype : as for ``Scorer``.
-    settings : how the automaton walks; its ``k`` is the retriever's.
-    clusters : None for pointers alone.
+    automaton : walks over the retriever's datastore.
     carry_state : let the windows of one text continue each other's walk, instead of beginning anew.
     """
 
@@ -39,18 +33,12 @@ class RetomatonScorer(Scorer):
         model: CausalLM,
         retriever: Retriever,
         lmbda: float,
-        settings: AutomatonSettings,
-        clusters: Clusters | None,
+        automaton: Automaton,
         softmax_dtype: torch.dtype | None = None,
         carry_state: bool = False,
     ) -> None:
-        super().__init__(model, retriever, lmbda, settings.knn_temp, softmax_dtype)
-        store = retriever.datastore
-        csr = None if clusters is None else (clusters.cluster_of_entry, clusters.member_starts, clusters.members)
-        self.automaton = Automaton(
-            store.values, store.document_starts, csr, retriever.find, pointer_distances(retriever), settings
-        )
-        self.values = np.asarray(store.values)
+        super().__init__(model, retriever, lmbda, automaton.settings.knn_temp, softmax_dtype)
+        self.automaton, self.values = automaton, automaton.values
         self.carry_state = carry_state
         self._survivors: dict[int, np.ndarray] = {}
 
@@ -123,14 +111,7 @@ class RetomatonScorer(Scorer):
         steps = [neighbours for walk in walks.values() for neighbours in walk.neighbours]
 
         def neighbours(start: int, stop: int) -> tuple[Tensor, Tensor]:
-            here = steps[start:stop]
-            width = max(1, *(len(distances) for distances, _ in here)) if here else 1
-            distances = np.full((len(here), width), np.inf, dtype=np.float32)
-            values = np.zeros((len(here), width), dtype=np.int32)
-            for i, (step_distances, entries) in enumerate(here):
-                distances[i, : len(entries)] = step_distances
-                values[i, : len(entries)] = self.values[entries]
-            return torch.from_numpy(distances), torch.from_numpy(values)
+            return padded_neighbours(steps[start:stop], self.values)
 
         rows = torch.cat([torch.arange(len(c)) + first_step[end, len(c)] for end, c in reading.asked])
         targets = reading.pairs()[1]
@@ -139,22 +120,18 @@ class RetomatonScorer(Scorer):
         return self._sum_up(reading, log_probs, greedy, [walks[end, len(c)].searches for end, c in reading.asked])
 
 
-def pointer_distances(retriever: Retriever) -> PointerDistances:
-    """Distances of pointers of the same kind as the search's."""
-    if not retriever.recompute_dists:
-        codes = CodeDistances.open(retriever.datastore, retriever.cpu_index, retriever.index_name)
-        if codes is not None:
-            return codes
-        if retriever.metadata["factory"] != "Flat":
-            logger.info(
-                "RetoMaton has no distances by the codes of %s: exact ones are used for searches and pointers "
-                "(recompute_dists=True).",
-                retriever.metadata["factory"],
-            )
-            retriever.recompute_dists = True
+def padded_neighbours(steps: Sequence[tuple[np.ndarray, np.ndarray]], values: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Steps' neighbours (distances and entries, as a walk keeps them), side by side.
 
-    def exact(queries: np.ndarray, entries: np.ndarray, counts: np.ndarray) -> np.ndarray:
-        entries = np.where(np.arange(entries.shape[1]) < counts[:, None], entries, -1)
-        return exact_distances(retriever.datastore.keys, queries, entries, retriever.sim_func)
-
-    return exact
+    Returns
+    -------
+    distances : float32 ``[steps, most neighbours]``; infinity in empty slots.
+    values : int32, of the same shape; 0 in empty slots.
+    """
+    width = max(1, *(len(distances) for distances, _ in steps)) if steps else 1
+    distances = np.full((len(steps), width), np.inf, dtype=np.float32)
+    theirs = np.zeros((len(steps), width), dtype=np.int32)
+    for i, (step_distances, entries) in enumerate(steps):
+        distances[i, : len(entries)] = step_distances
+        theirs[i, : len(entries)] = values[entries]
+    return torch.from_numpy(distances), torch.from_numpy(theirs)

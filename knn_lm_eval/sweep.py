@@ -9,12 +9,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from knn_lm_eval.augmentation import pointer_distances
 from knn_lm_eval.automaton import Automaton, AutomatonSettings, Walk
 from knn_lm_eval.clusters import Clusters
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.knn_hf import KNNHF
 from knn_lm_eval.mixture import knn_log_prob, mix, neighbour_log_weights
-from knn_lm_eval.retomaton import pointer_distances
 from knn_lm_eval.scoring import Passage, Score, Scorer
 
 POSITIONS_AT_ONCE = 2**13  # with all their neighbours in memory: 12 bytes each

@@ -16,6 +16,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from knn_lm_eval.clustering import cluster_kmeans
 from knn_lm_eval.datastore import Datastore
 from knn_lm_eval.documents import cut_into_documents
 from knn_lm_eval.dump import dump_datastore
@@ -94,4 +95,11 @@ def store(tmp_path_factory: pytest.TempPathFactory, lm: CausalHFLM, model_folder
         model_args={"pretrained": str(model_folder)},
     )
     build_index(store, "Flat")
+    return store
+
+
+@pytest.fixture(scope="session")
+def clustered(store: Datastore) -> Datastore:
+    """The same, with k-means clusters."""
+    cluster_kmeans(store, num_clusters=200, sample=2000)
     return store

@@ -14,7 +14,6 @@ import pytest
 from conftest import EVAL_TEXT
 from lm_eval.api.instance import Instance
 
-from knn_lm_eval.clustering import cluster_kmeans
 from knn_lm_eval.datastore import Datastore
 from knn_lm_eval.indexing import build_index
 from knn_lm_eval.loading import CausalHFLM
@@ -31,14 +30,6 @@ def text(tmp_path: Path) -> Path:
     file = tmp_path / "text.txt"
     file.write_text(EVAL_TEXT, encoding="utf-8")
     return file
-
-
-@pytest.fixture
-def clustered(store: Datastore, tmp_path: Path) -> Datastore:
-    folder = shutil.copytree(store.path, tmp_path / "clustered", ignore=shutil.ignore_patterns("clusters"))
-    copied = Datastore.open(folder)
-    cluster_kmeans(copied, num_clusters=100, sample=2000)
-    return copied
 
 
 def test_figures(store: Datastore, lm: CausalHFLM, text: Path, tmp_path: Path) -> None:
@@ -83,11 +74,12 @@ def test_retomaton_is_timed_beside_knn_lm(clustered: Datastore, text: Path, tmp_
 def test_the_published_code_gives_the_same_perplexity(
     clustered: Datastore, text: Path, tmp_path: Path, clusters: str
 ) -> None:
-    build_index(clustered, "IVF16,PQ8x4", name="ivfpq", overwrite=True)
+    copied = Datastore.open(shutil.copytree(clustered.path, tmp_path / "copied"))
+    build_index(copied, "IVF16,PQ8x4", name="ivfpq")
     file = tmp_path / "figures.json"
     settings = f"k=20,lmbda=0.5,retomaton=True,duplicates=keep{clusters}"
     process = bench(
-        *("--model_args", f"datastore={clustered.path},index=ivfpq,probe=4,{settings}"),
+        *("--model_args", f"datastore={copied.path},index=ivfpq,probe=4,{settings}"),
         *("--text", text, "--max_length", 60, "--repeats", 1, "--no_memory", "--json", file),
         *("--knn_transformers", os.environ["KNN_TRANSFORMERS"]),
     )

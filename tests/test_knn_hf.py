@@ -9,7 +9,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import datasets
 import lm_eval
 import numpy as np
 import pytest
@@ -253,28 +252,6 @@ def test_limit_log_samples_and_caches_give_the_same_numbers(
         run_law(law_data, **arguments, limit=3, use_cache=str(tmp_path / "cache"))
 
 
-def test_multiple_choice_tasks_run(make, tmp_path) -> None:
-    rows = [{"q": "The operator", "choices": ["module", "x", "defines it"], "gold": 2}] * 2
-    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "test.parquet")
-    task = {
-        "task": "choose",
-        "dataset_path": "parquet",
-        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "test.parquet")}},
-        "test_split": "test",
-        "output_type": "multiple_choice",
-        "doc_to_text": "{{q}}",
-        "doc_to_choice": "{{choices}}",
-        "doc_to_target": "{{gold}}",
-    }
-    lm = make(lmbda=0.6)
-    results = lm_eval.simple_evaluate(
-        model=lm, tasks=[task], task_manager=TaskManager(include_defaults=False), bootstrap_iters=0
-    )
-    requests = [lm._encode_pair(rows[0]["q"], " " + choice) for choice in rows[0]["choices"]]
-    best = int(np.argmax([score for score, _ in oracle_scores(lm, requests)]))
-    assert results["results"]["choose"]["acc,none"] == float(best == 2)
-
-
 # ------------------------------------------------------------------------------------------------ bad input
 
 
@@ -326,11 +303,6 @@ def test_a_slightly_different_model_is_only_warned_about(store: Datastore, token
             parameter *= 1 + 0.03 * torch.randn(parameter.shape, generator=generator)
     KNNHF(model, tokenizer=tokenizer, datastore=store.path, k=5)
     assert "away from the datastore's" in caplog.text
-
-
-def test_generation_is_refused_rather_than_done_without_retrieval(make) -> None:
-    with pytest.raises(UserError, match="generate_until"):
-        make().generate_until([Instance("generate_until", {}, ("x", {}), 0)])
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import mixture_weights
 
-from knn_lm_eval.mixture import greedy_tokens, knn_log_prob, mix, neighbour_log_weights
+from knn_lm_eval.mixture import greedy_tokens, knn_log_prob, mix, mixed_log_probs, neighbour_log_weights
 
 VOCABULARY = 7
 
@@ -53,6 +53,22 @@ def test_greedy_token_is_the_argmax_of_the_dense_mixture(case, seed) -> None:
         p_knn = mixture_weights(distances[row], values[row], temperature, VOCABULARY)
         p = (1 - lmbda) * lm_log_probs[row].double().exp().numpy() + lmbda * p_knn
         assert p[greedy[row]] == pytest.approx(p.max(), rel=1e-5)
+
+
+@settings(max_examples=150, deadline=None)
+@given(neighbourhoods(), st.integers(0, 2**31), st.booleans())
+def test_the_whole_distribution_equals_the_paper_formula(case, seed, knn_alone) -> None:
+    distances, values, temperature, lmbda = case
+    lmbda = 1.0 if knn_alone else lmbda
+    lm_log_probs = torch.randn(len(values), VOCABULARY, generator=torch.Generator().manual_seed(seed)).log_softmax(-1)
+    # An empty slot at the end of each row, which says nothing about token 0.
+    padded = torch.nn.functional.pad(torch.tensor(distances, dtype=torch.float32), (0, 1), value=float("inf"))
+    log_weights = neighbour_log_weights(padded, temperature)
+    actual = mixed_log_probs(lm_log_probs, log_weights, torch.nn.functional.pad(torch.tensor(values), (0, 1)), lmbda)
+    for row in range(len(values)):
+        p_knn = mixture_weights(padded[row, :-1].double().numpy(), values[row], temperature, VOCABULARY)
+        p = (1 - lmbda) * lm_log_probs[row].double().exp().numpy() + lmbda * p_knn
+        assert actual[row].exp().tolist() == pytest.approx(p.tolist(), rel=1e-5, abs=1e-30)
 
 
 def test_greedy_token_takes_the_smallest_id_of_a_tie() -> None:

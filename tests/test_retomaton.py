@@ -20,7 +20,6 @@ from test_indexing import make_store
 
 from knn_lm_eval import KNNHF, Datastore, UserError
 from knn_lm_eval.automaton import AutomatonSettings
-from knn_lm_eval.clustering import cluster_kmeans
 from knn_lm_eval.clusters import Clusters
 from knn_lm_eval.code_distances import CodeDistances
 from knn_lm_eval.index import open_index
@@ -33,12 +32,6 @@ TEXTS = [
     "Nothing of this kind.",
     TRAIN_TEXT[5000:5150] + " and " + TRAIN_TEXT[900:1000],
 ]
-
-
-@pytest.fixture(scope="module")
-def clustered(store: Datastore) -> Datastore:
-    cluster_kmeans(store, num_clusters=200, sample=2000)
-    return store
 
 
 class StoreForOracle:

@@ -1,0 +1,196 @@
+"""What a retrieval-augmented LM needs beside the LM: its settings, checked, and what they open.
+
+The lm-eval model and the context manager share this, so their arguments mean the same.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from knn_lm_eval.automaton import Automaton, AutomatonSettings, PointerDistances
+from knn_lm_eval.clusters import Clusters
+from knn_lm_eval.code_distances import CodeDistances
+from knn_lm_eval.datastore import Datastore
+from knn_lm_eval.errors import UserError
+from knn_lm_eval.fingerprint import check_fingerprint, take_fingerprint
+from knn_lm_eval.index import DEFAULT_INDEX
+from knn_lm_eval.language_model import CausalLM
+from knn_lm_eval.retrieval import Retriever, exact_distances
+
+logger = logging.getLogger(__name__)
+
+DATASTORE_VARIABLE = "KNN_LM_EVAL_DATASTORE"
+# The kNN-LM papers' settings.
+DEFAULTS = {"k": 1024, "lmbda": 0.25, "knn_temp": 1.0}
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """A datastore, opened to be mixed into an LM.
+
+    Attributes
+    ----------
+    retriever : the store, its index, and how they are searched.
+    automaton : RetoMaton's; None where every position is searched.
+    lmbda, knn_temp : the mixture's weight and temperature.
+    key_type, key_module : which hidden state is the key, as for ``CausalLM``.
+    settings : all settings as they are in force.
+    sources : where they come from: ``given``, ``default`` or ``index``; the store for all others.
+    """
+
+    retriever: Retriever
+    automaton: Automaton | None
+    lmbda: float
+    knn_temp: float
+    key_type: str
+    key_module: str | None
+    settings: dict[str, Any]
+    sources: dict[str, str]
+
+    @classmethod
+    def open(
+        cls,
+        datastore: str | os.PathLike | None = None,
+        *,
+        k: int | None = None,
+        lmbda: float | None = None,
+        knn_temp: float | None = None,
+        probe: int | None = None,
+        knn_sim_func: str | None = None,
+        knn_keytype: str | None = None,
+        key_module: str | None = None,
+        recompute_dists: bool = False,
+        knn_gpu: bool = False,
+        index: str = DEFAULT_INDEX,
+        retomaton: bool = False,
+        min_knns: float = 1,
+        max_knns: int = 1024,
+        no_pointer: bool = False,
+        clusters: str | None = None,
+        duplicates: Literal["keep", "merge"] = "merge",
+    ) -> Augmentation:
+        """Check the settings (those of ``KNNHF``) and open what they name; needs no model.
+
+        Raises
+        ------
+        UserError
+            Where a setting is out of range, or does not fit the datastore or the index.
+        """
+        store = _open_datastore(datastore)
+        given = {"k": k, "lmbda": lmbda, "knn_temp": knn_temp}
+        settings: dict[str, Any] = DEFAULTS | {name: value for name, value in given.items() if value is not None}
+        sources = {name: "default" if value is None else "given" for name, value in given.items()}
+        _check_ranges(settings)
+        key_type = store.manifest["key_type"]
+        if knn_keytype not in (None, key_type):
+            raise UserError(
+                f"knn_keytype={knn_keytype}, but the keys of the datastore {store.path} are {key_type}; "
+                f"leave knn_keytype out, or dump a datastore with --knn_keytype {knn_keytype}."
+            )
+        retriever = Retriever(store, settings["k"], probe, knn_sim_func, recompute_dists, knn_gpu, index)
+        sources["probe"] = "given" if probe is not None else "index"
+        automaton = None
+        if retomaton:
+            walk = AutomatonSettings(settings["k"], settings["knn_temp"], min_knns, max_knns, duplicates)
+            _check_automaton(walk)
+            chosen = None if clusters is None else Clusters.open(store, str(clusters))
+            if not no_pointer and settings["lmbda"] > 0:
+                automaton = open_automaton(retriever, walk, chosen)
+        elif clusters is not None:
+            raise UserError("clusters is for RetoMaton; give retomaton=True as well.")
+        settings |= {
+            "probe": retriever.probe,
+            "knn_sim_func": retriever.sim_func,
+            "knn_keytype": key_type,
+            "recompute_dists": retriever.recompute_dists,
+            "index": index,
+        }
+        if retomaton:
+            settings |= {
+                "retomaton": True,
+                "min_knns": min_knns,
+                "max_knns": max_knns,
+                "no_pointer": no_pointer,
+                "clusters": clusters,
+                "duplicates": duplicates,
+            }
+        key_module = key_module or store.manifest.get("key_module")
+        lmbda, knn_temp = settings["lmbda"], settings["knn_temp"]
+        return cls(retriever, automaton, lmbda, knn_temp, key_type, key_module, settings, sources)
+
+    def check_model(self, model: CausalLM, tokenizer: Any, name: str) -> None:
+        """Raise UserError where the datastore was not made by this model (and tokenizer, unless it is None)."""
+        manifest = self.retriever.datastore.manifest
+        check_fingerprint(
+            manifest["fingerprint"], take_fingerprint(model, tokenizer), manifest["model"]["pretrained"], name
+        )
+
+
+def open_automaton(retriever: Retriever, settings: AutomatonSettings, clusters: Clusters | None) -> Automaton:
+    """RetoMaton over a retriever's datastore; ``clusters`` None is pointers alone."""
+    store = retriever.datastore
+    csr = None if clusters is None else (clusters.cluster_of_entry, clusters.member_starts, clusters.members)
+    distances = pointer_distances(retriever)
+    return Automaton(store.values, store.document_starts, csr, retriever.find, distances, settings)
+
+
+def pointer_distances(retriever: Retriever) -> PointerDistances:
+    """Distances of pointers of the same kind as the search's."""
+    if not retriever.recompute_dists:
+        codes = CodeDistances.open(retriever.datastore, retriever.cpu_index, retriever.index_name)
+        if codes is not None:
+            return codes
+        if retriever.metadata["factory"] != "Flat":
+            logger.info(
+                "RetoMaton has no distances by the codes of %s: exact ones are used for searches and pointers "
+                "(recompute_dists=True).",
+                retriever.metadata["factory"],
+            )
+            retriever.recompute_dists = True
+
+    def exact(queries: np.ndarray, entries: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        entries = np.where(np.arange(entries.shape[1]) < counts[:, None], entries, -1)
+        return exact_distances(retriever.datastore.keys, queries, entries, retriever.sim_func)
+
+    return exact
+
+
+def _open_datastore(path: str | os.PathLike | None) -> Datastore:
+    path = path or os.environ.get(DATASTORE_VARIABLE)
+    if not path:
+        raise UserError(
+            "knn-hf needs a datastore: give --model_args datastore=FOLDER, or set the environment variable "
+            f"{DATASTORE_VARIABLE}; make one with `knn-lm-eval dump_datastore` and `knn-lm-eval build_index`."
+        )
+    return Datastore.open(Path(path))
+
+
+def _check_ranges(settings: dict[str, Any]) -> None:
+    k, lmbda, knn_temp = settings["k"], settings["lmbda"], settings["knn_temp"]
+    for name, value in settings.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise UserError(f"{name}={value!r} is not a number.")
+    if int(k) != k:
+        raise UserError(f"k={k} is not a whole number.")
+    if not 0 <= lmbda <= 1:
+        raise UserError(f"lmbda={lmbda} is not between 0 and 1.")
+    if not 0 < knn_temp < float("inf"):
+        raise UserError(f"knn_temp={knn_temp} must be a number above 0.")
+
+
+def _check_automaton(settings: AutomatonSettings) -> None:
+    for name, value in (("min_knns", settings.min_knns), ("max_knns", settings.max_knns)):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise UserError(f"{name}={value!r} is not a number.")
+    if not settings.min_knns >= 0:
+        raise UserError(f"min_knns={settings.min_knns} must be 0 or more (inf searches at every token).")
+    if not (settings.max_knns >= 1 and int(settings.max_knns) == settings.max_knns):
+        raise UserError(f"max_knns={settings.max_knns} must be a whole number of at least 1.")
+    if settings.duplicates not in ("keep", "merge"):
+        raise UserError(f"duplicates={settings.duplicates!r} is unknown; use keep or merge.")
