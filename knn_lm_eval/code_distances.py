@@ -38,15 +38,15 @@ class CodeDistances:
 
     Attributes
     ----------
-    centroids : float32 ``[lists, dimension]`` of the coarse quantizer.
+    centroids : float32 ``[lists, dimension]``, of the coarse quantizer.
+    base_offsets : float32 ``[lists]``, what ``base`` has beside |q|^2 - 2 <q, c>: |c|^2 for RaBitQ, 0 for PQ.
     codebooks : float32 ``[code bytes, dimension / code bytes, 256]``: what each code byte stands for.
-    is_rabitq : whether ``base`` is the distance to the centroid (see the module's text).
     lists, offsets, scales, codes : per entry.
     """
 
     centroids: np.ndarray
+    base_offsets: np.ndarray
     codebooks: np.ndarray
-    is_rabitq: bool
     lists: np.ndarray
     offsets: np.ndarray
     scales: np.ndarray
@@ -82,7 +82,8 @@ class CodeDistances:
                 write_json(folder / "codes.json", identity)
         arrays = {array: np.load(folder / f"{array}.npy", mmap_mode="r") for array in ARRAYS}
         tables = np.ascontiguousarray(codebooks.transpose(0, 2, 1))
-        return cls(centroids, tables, is_rabitq, **{array: np.asarray(a) for array, a in arrays.items()})
+        base_offsets = (centroids**2).sum(1) if is_rabitq else np.zeros(len(centroids), dtype=np.float32)
+        return cls(centroids, base_offsets, tables, **{array: np.asarray(a) for array, a in arrays.items()})
 
     def __call__(self, queries: np.ndarray, entries: np.ndarray, counts: np.ndarray) -> np.ndarray:
         """Approximate squared L2 distances.
@@ -101,8 +102,8 @@ class CodeDistances:
         _look_up(
             queries,
             self.centroids,
+            self.base_offsets,
             self.codebooks,
-            self.is_rabitq,
             entries,
             counts,
             self.lists,
@@ -117,7 +118,7 @@ class CodeDistances:
 # Not parallel: a step of few sequences is a fraction of a millisecond, less than waking threads takes.
 @numba.njit(cache=True, fastmath=True)
 def _look_up(  # type: ignore[no-untyped-def]
-    queries, centroids, codebooks, is_rabitq, entries, counts, lists, offsets, scales, codes, distances
+    queries, centroids, base_offsets, codebooks, entries, counts, lists, offsets, scales, codes, distances
 ):
     code_bytes, width, _ = codebooks.shape
     table = np.empty((code_bytes, 256), dtype=np.float32)
@@ -125,27 +126,28 @@ def _look_up(  # type: ignore[no-untyped-def]
     for i in range(len(queries)):
         query = queries[i]
         for m in range(code_bytes):
-            table[m] = query[m * width] * codebooks[m, 0]
-            for w in range(1, width):
+            row = table[m]
+            row[:] = 0
+            for w in range(width):
+                component, codewords = query[m * width + w], codebooks[m, w]
                 for c in range(256):
-                    table[m, c] += query[m * width + w] * codebooks[m, w, c]
+                    row[c] += component * codewords[c]
         squared = np.float32(0.0)
         for d in range(len(query)):
             squared += query[d] * query[d]
         known = np.zeros(len(centroids), dtype=np.bool_)
         for j in range(counts[i]):
             entry = entries[i, j]
-            number = lists[entry]
+            number, code = lists[entry], codes[entry]
             if not known[number]:
                 known[number] = True
-                dot, norm = np.float32(0.0), np.float32(0.0)
+                dot, centroid = np.float32(0.0), centroids[number]
                 for d in range(len(query)):
-                    dot += query[d] * centroids[number, d]
-                    norm += centroids[number, d] * centroids[number, d]
-                base[number] = squared - 2 * dot + (norm if is_rabitq else np.float32(0.0))
+                    dot += query[d] * centroid[d]
+                base[number] = squared - 2 * dot + base_offsets[number]
             total = np.float32(0.0)
             for m in range(code_bytes):
-                total += table[m, codes[entry, m]]
+                total += table[m, code[m]]
             distances[i, j] = base[number] + offsets[entry] + scales[entry] * total
 
 
