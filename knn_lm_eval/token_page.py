@@ -101,4 +101,6 @@ def _button(token: InspectedToken) -> str:
     strength = min(abs(token.gain), STRONGEST) / STRONGEST
     colour = f"rgb({'47 127 209' if token.gain > 0 else '224 122 32'} / {0.75 * strength:.3f})"
     saved = "" if token.searched else ' class="saved"'
-    return f'<button{saved} style="background:{colour}">{html.escape(token.text)}</button>'
+    # A button is a box of its own, in which a line's end would not end the line.
+    text = html.escape(token.text.replace("\n", "⏎"))
+    return f'<button{saved} style="background:{colour}">{text}</button>' + "<br>" * token.text.count("\n")
