@@ -20,7 +20,7 @@ from knn_lm_eval.automaton import AutomatonSettings
 from knn_lm_eval.clusters import Clusters
 from knn_lm_eval.datastore import Datastore
 from knn_lm_eval.errors import UserError, report_user_errors
-from knn_lm_eval.fingerprint import check_fingerprint, take_fingerprint
+from knn_lm_eval.fingerprint import check_store_model
 from knn_lm_eval.index import DEFAULT_INDEX
 from knn_lm_eval.language_model import CausalLM
 from knn_lm_eval.loading import CausalHFLM
@@ -115,6 +115,7 @@ class KNNHF(CausalHFLM):
         automaton = AutomatonSettings(settings["k"], settings["knn_temp"], min_knns, max_knns, duplicates)
         chosen_clusters = None
         if retomaton:
+            store.require_text_order("RetoMaton")
             _check_automaton(automaton)
             chosen_clusters = None if clusters is None else Clusters.open(store, str(clusters))
         elif clusters is not None:
@@ -124,6 +125,8 @@ class KNNHF(CausalHFLM):
         if pretrained is None:
             kwargs = {name: value for name, value in made_by["args"].items() if name != "trust_remote_code"} | kwargs
             pretrained = kwargs.pop("pretrained", made_by["pretrained"])
+            if pretrained is None:
+                raise UserError(f"The datastore {store.path} does not know its model; give pretrained=MODEL.")
         super().__init__(pretrained, **kwargs)
         if not 1 <= context_len <= self.max_length:
             raise UserError(f"context_len={context_len} must be between 1 and max_length={self.max_length}.")
@@ -131,12 +134,7 @@ class KNNHF(CausalHFLM):
 
         model = CausalLM(self.model, key_type, self.mixed_precision_dtype)
         name = pretrained if isinstance(pretrained, str) else f"a given {type(model.inner).__name__}"
-        check_fingerprint(
-            store.manifest["fingerprint"],
-            take_fingerprint(model, self.tokenizer),
-            made_by["pretrained"],
-            name,
-        )
+        check_store_model(store.manifest, model, self.tokenizer, name)
         self.retriever = retriever
         self.scorer: Scorer
         if retomaton and not no_pointer and settings["lmbda"] > 0:
@@ -327,7 +325,7 @@ class KNNHF(CausalHFLM):
         """What the results depend on."""
         return {
             **self.settings,
-            "model": self.retriever.datastore.manifest["fingerprint"]["tokenizer_sha256"],
+            "fingerprint": self.retriever.datastore.manifest["fingerprint"],
             "pretrained": str(self.pretrained) if isinstance(self.pretrained, str) else self.config.to_json_string(),
             "revision": str(self.revision),
             "peft": str(self.peft),

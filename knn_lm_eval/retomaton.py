@@ -122,7 +122,7 @@ class RetomatonScorer(Scorer):
         hidden = reading.hidden[torch.cat([torch.arange(end - length, end) for end, length in walks])]
         steps = [neighbours for walk in walks.values() for neighbours in walk.neighbours]
 
-        def neighbours(start: int, stop: int) -> tuple[Tensor, Tensor]:
+        def neighbours(start: int, stop: int) -> tuple[Tensor, Tensor, None]:
             here = steps[start:stop]
             width = max(1, *(len(distances) for distances, _ in here)) if here else 1
             distances = np.full((len(here), width), np.inf, dtype=np.float32)
@@ -130,7 +130,7 @@ class RetomatonScorer(Scorer):
             for i, (step_distances, entries) in enumerate(here):
                 distances[i, : len(entries)] = step_distances
                 values[i, : len(entries)] = self.values[entries]
-            return torch.from_numpy(distances), torch.from_numpy(values)
+            return torch.from_numpy(distances), torch.from_numpy(values), None
 
         rows = torch.cat([torch.arange(len(c)) + first_step[end, len(c)] for end, c in reading.asked])
         targets = reading.pairs()[1]
@@ -140,7 +140,11 @@ class RetomatonScorer(Scorer):
 
 
 def pointer_distances(retriever: Retriever) -> PointerDistances:
-    """Distances of pointers of the same kind as the search's."""
+    """Distances of pointers of the same kind as the search's.
+
+    Raises UserError where that takes keys and the store has none, or where the store is in no text order.
+    """
+    retriever.datastore.require_text_order("RetoMaton")
     if not retriever.recompute_dists:
         codes = CodeDistances.open(retriever.datastore, retriever.cpu_index, retriever.index_name)
         if codes is not None:
@@ -153,8 +157,10 @@ def pointer_distances(retriever: Retriever) -> PointerDistances:
             )
             retriever.recompute_dists = True
 
+    keys = retriever.datastore.require_keys(f"RetoMaton with the index {retriever.metadata['factory']}")
+
     def exact(queries: np.ndarray, entries: np.ndarray, counts: np.ndarray) -> np.ndarray:
         entries = np.where(np.arange(entries.shape[1]) < counts[:, None], entries, -1)
-        return exact_distances(retriever.datastore.keys, queries, entries, retriever.sim_func)
+        return exact_distances(keys, queries, entries, retriever.sim_func)
 
     return exact

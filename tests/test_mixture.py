@@ -33,7 +33,7 @@ def neighbourhoods(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, float, floa
 def test_target_probability_equals_the_paper_formula(case) -> None:
     distances, values, temperature, lmbda = case
     distances32 = torch.tensor(distances, dtype=torch.float32)
-    log_weights = neighbour_log_weights(distances32, temperature)
+    log_weights = neighbour_log_weights(distances32, temperature, None)
     for target in range(VOCABULARY):
         targets = torch.full((len(values),), target)
         p = knn_log_prob(log_weights, torch.tensor(values), targets).exp().double().numpy()
@@ -47,7 +47,7 @@ def test_target_probability_equals_the_paper_formula(case) -> None:
 def test_greedy_token_is_the_argmax_of_the_dense_mixture(case, seed) -> None:
     distances, values, temperature, lmbda = case
     lm_log_probs = torch.randn(len(values), VOCABULARY, generator=torch.Generator().manual_seed(seed)).log_softmax(-1)
-    log_weights = neighbour_log_weights(torch.tensor(distances, dtype=torch.float32), temperature)
+    log_weights = neighbour_log_weights(torch.tensor(distances, dtype=torch.float32), temperature, None)
     greedy = greedy_tokens(lm_log_probs, log_weights, torch.tensor(values), lmbda)
     for row in range(len(values)):
         p_knn = mixture_weights(distances[row], values[row], temperature, VOCABULARY)
@@ -65,7 +65,7 @@ def test_greedy_token_takes_the_smallest_id_of_a_tie() -> None:
 
 def test_empty_slots_have_no_weight() -> None:
     distances = torch.tensor([[1.0, float("inf")], [float("inf"), float("inf")]])
-    log_weights = neighbour_log_weights(distances, 1.0)
+    log_weights = neighbour_log_weights(distances, 1.0, None)
     assert log_weights[0].tolist() == [0.0, -float("inf")]
     p = knn_log_prob(log_weights, torch.tensor([[2, 0], [0, 0]]), torch.tensor([2, 0])).exp()
     assert p.tolist() == [1.0, 0.0]  # without a neighbour, p_kNN is 0 and not NaN
