@@ -76,3 +76,20 @@ def test_mixture_is_exact_at_its_ends() -> None:
     assert mix(lm, knn, 0).tolist() == lm.tolist()
     assert mix(lm, knn, 1).tolist() == knn.tolist()
     assert mix(lm, knn, 0.5)[0].item() == pytest.approx(-1.0 + np.log(0.5))
+
+
+@settings(max_examples=150, deadline=None)
+@given(neighbourhoods(), st.data())
+def test_a_neighbour_of_count_w_weighs_as_w_copies(case, data) -> None:
+    distances, values, temperature, _ = case
+    distances = torch.tensor(distances, dtype=torch.float32)
+    k = distances.shape[1]
+    counts = torch.tensor(data.draw(st.lists(st.integers(1, 6), min_size=k, max_size=k)))
+    copies = torch.arange(k).repeat_interleave(counts)
+    weighted = neighbour_log_weights(distances, temperature, counts.expand_as(distances))
+    copied = neighbour_log_weights(distances[:, copies], temperature, None)
+    for target in range(VOCABULARY):
+        targets = torch.full((len(distances),), target)
+        actual = knn_log_prob(weighted, torch.tensor(values), targets)
+        expected = knn_log_prob(copied, torch.tensor(values)[:, copies], targets)
+        torch.testing.assert_close(actual.exp(), expected.exp(), rtol=1e-5, atol=1e-6)
