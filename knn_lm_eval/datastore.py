@@ -34,6 +34,7 @@ FORMAT = "knn_lm_eval datastore"
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 PROGRESS = "progress.json"
+RAW_DTYPES = {"float16": np.float16, "float32": np.float32}
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,9 @@ class Datastore:
             count, dimension, files = int(manifest["count"]), int(manifest["dimension"]), manifest["files"]
             sizes = {name: int(files[name]["bytes"]) for name in files}
             raw = manifest.get("keys", {})
-            raw_file = (str(raw["file"]), np.dtype(raw["dtype"])) if raw else None
+            raw_file = (str(raw["file"]), np.dtype(RAW_DTYPES[raw["dtype"]])) if raw else None
+            if raw_file and raw_file[0] not in files:
+                raise KeyError(raw_file[0])
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path / MANIFEST} is damaged: {error!r} is missing or malformed.") from error
         for name, size in sizes.items():

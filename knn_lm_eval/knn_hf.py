@@ -6,7 +6,6 @@ import json
 import logging
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, Literal
 
 import transformers
@@ -20,6 +19,7 @@ from knn_lm_eval.automaton import AutomatonSettings
 from knn_lm_eval.clusters import Clusters
 from knn_lm_eval.datastore import Datastore
 from knn_lm_eval.errors import UserError, report_user_errors
+from knn_lm_eval.fetching import open_datastore
 from knn_lm_eval.fingerprint import check_store_model
 from knn_lm_eval.index import DEFAULT_INDEX
 from knn_lm_eval.language_model import CausalLM
@@ -46,7 +46,8 @@ class KNNHF(CausalHFLM):
     Parameters
     ----------
     pretrained : as for lm-eval's ``hf``; None takes the model that made the datastore.
-    datastore : the datastore's folder; None takes the environment variable ``KNN_LM_EVAL_DATASTORE``.
+    datastore : the datastore's folder or address (https://... or hf://datasets/...); None takes the environment
+        variable ``KNN_LM_EVAL_DATASTORE``.
     k : neighbours per token (default 1024).
     lmbda : the weight of p_kNN in the mixture, 0 to 1 (default 0.25).
     knn_temp : the temperature of the softmax over distances (default 1).
@@ -381,7 +382,7 @@ def _open_datastore(path: str | os.PathLike | None) -> Datastore:
             "knn-hf needs a datastore: give --model_args datastore=FOLDER, or set the environment variable "
             f"{DATASTORE_VARIABLE}; make one with `knn-lm-eval dump_datastore` and `knn-lm-eval build_index`."
         )
-    return Datastore.open(Path(path))
+    return open_datastore(path)
 
 
 def _check_ranges(settings: dict[str, Any]) -> None:
