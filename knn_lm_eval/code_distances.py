@@ -70,7 +70,8 @@ class CodeDistances:
             codebooks = np.broadcast_to(signs.astype(np.float32), (index.d // 8, 256, 8)).copy()
         else:
             return None
-        centroids = index.quantizer.reconstruct_n(0, index.nlist)
+        # A tensor in a process that has imported faiss.contrib.torch_utils.
+        centroids = np.asarray(index.quantizer.reconstruct_n(0, index.nlist))
         folder = IndexFiles(datastore.path, name).index.with_suffix(".codes")
         identity = {
             "keys_sha256": datastore.keys_checksum,
