@@ -90,7 +90,7 @@ def build_index(
     datastore.require_keys("building an index")
     factory = choose_factory(len(datastore)) if factory == "auto" else factory
     files = IndexFiles(datastore.path, name)
-    if files.index.exists() and not overwrite:
+    if (files.index.exists() or files.part(0).exists()) and not overwrite:
         raise UserError(f"The index {files.index} exists already; choose another --name or give --overwrite.")
     checkpoint = files.folder / f"{name}.faiss.part"
     settings = {

@@ -245,6 +245,23 @@ def test_keys_and_index_may_be_copied(tmp_path: Path, arrays: tuple) -> None:
     open_index(Datastore.open(tmp_path / "ours"))
 
 
+@pytest.mark.parametrize("in_parts", [False, True])
+def test_a_new_index_replaces_the_link_and_not_the_published_file(
+    tmp_path: Path, arrays: tuple, in_parts: bool
+) -> None:
+    if in_parts:
+        write_limits(tmp_path / "theirs", *arrays, [0, 500, COUNT])
+    else:
+        write_knn_transformers(tmp_path / "theirs", *arrays)
+    before = {path: path.read_bytes() for path in (tmp_path / "theirs").iterdir()}
+    imported = import_datastore([tmp_path / "theirs"], tmp_path / "ours")
+    with pytest.raises(UserError, match="exists already"):
+        build_index(imported, "Flat", quality_queries=0)
+    build_index(imported, "Flat", quality_queries=16, k=20, overwrite=True)
+    assert open_index(imported)[1]["factory"] == "Flat"
+    assert before == {path: path.read_bytes() for path in (tmp_path / "theirs").iterdir()}
+
+
 def test_documents_begin_where_one_says(tmp_path: Path, arrays: tuple) -> None:
     write_knn_transformers(tmp_path / "theirs", *arrays)
     np.save(tmp_path / "starts.npy", [0, 70, 500])
