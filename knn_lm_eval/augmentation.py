@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -18,7 +17,8 @@ from knn_lm_eval.clusters import Clusters
 from knn_lm_eval.code_distances import CodeDistances
 from knn_lm_eval.datastore import Datastore
 from knn_lm_eval.errors import UserError
-from knn_lm_eval.fingerprint import check_fingerprint, take_fingerprint
+from knn_lm_eval.fetching import open_datastore
+from knn_lm_eval.fingerprint import check_store_model
 from knn_lm_eval.index import DEFAULT_INDEX
 from knn_lm_eval.language_model import CausalLM
 from knn_lm_eval.retrieval import Retriever, exact_distances
@@ -97,6 +97,7 @@ class Augmentation:
         sources["probe"] = "given" if probe is not None else "index"
         automaton = None
         if retomaton:
+            store.require_text_order("RetoMaton")
             walk = AutomatonSettings(settings["k"], settings["knn_temp"], min_knns, max_knns, duplicates)
             _check_automaton(walk)
             chosen = None if clusters is None else Clusters.open(store, str(clusters))
@@ -126,10 +127,7 @@ class Augmentation:
 
     def check_model(self, model: CausalLM, tokenizer: Any, name: str) -> None:
         """Raise UserError where the datastore was not made by this model (and tokenizer, unless it is None)."""
-        manifest = self.retriever.datastore.manifest
-        check_fingerprint(
-            manifest["fingerprint"], take_fingerprint(model, tokenizer), manifest["model"]["pretrained"], name
-        )
+        check_store_model(self.retriever.datastore.manifest, model, tokenizer, name)
 
 
 def open_automaton(retriever: Retriever, settings: AutomatonSettings, clusters: Clusters | None) -> Automaton:
@@ -141,7 +139,11 @@ def open_automaton(retriever: Retriever, settings: AutomatonSettings, clusters: 
 
 
 def pointer_distances(retriever: Retriever) -> PointerDistances:
-    """Distances of pointers of the same kind as the search's."""
+    """Distances of pointers of the same kind as the search's.
+
+    Raises UserError where that takes keys and the store has none, or where the store is in no text order.
+    """
+    retriever.datastore.require_text_order("RetoMaton")
     if not retriever.recompute_dists:
         codes = CodeDistances.open(retriever.datastore, retriever.cpu_index, retriever.index_name)
         if codes is not None:
@@ -154,9 +156,11 @@ def pointer_distances(retriever: Retriever) -> PointerDistances:
             )
             retriever.recompute_dists = True
 
+    keys = retriever.datastore.require_keys(f"RetoMaton with the index {retriever.metadata['factory']}")
+
     def exact(queries: np.ndarray, entries: np.ndarray, counts: np.ndarray) -> np.ndarray:
         entries = np.where(np.arange(entries.shape[1]) < counts[:, None], entries, -1)
-        return exact_distances(retriever.datastore.keys, queries, entries, retriever.sim_func)
+        return exact_distances(keys, queries, entries, retriever.sim_func)
 
     return exact
 
@@ -168,7 +172,7 @@ def _open_datastore(path: str | os.PathLike | None) -> Datastore:
             "knn-hf needs a datastore: give --model_args datastore=FOLDER, or set the environment variable "
             f"{DATASTORE_VARIABLE}; make one with `knn-lm-eval dump_datastore` and `knn-lm-eval build_index`."
         )
-    return Datastore.open(Path(path))
+    return open_datastore(path)
 
 
 def _check_ranges(settings: dict[str, Any]) -> None:

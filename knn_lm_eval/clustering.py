@@ -31,7 +31,7 @@ from knn_lm_eval.clusters import (
     clusters_folder,
     entry_dtype,
 )
-from knn_lm_eval.datastore import Datastore
+from knn_lm_eval.datastore import Datastore, record_derived
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.files import (
     check_free_space,
@@ -85,6 +85,7 @@ def cluster_kmeans(
         Where the numbers do not fit the store, the sample does not fit the memory, the name is taken, or the
         disk is full.
     """
+    datastore.require_keys("clustering")
     count = len(datastore)
     num_clusters = max(1, count // ENTRIES_PER_CLUSTER) if num_clusters is None else num_clusters
     if not 1 <= num_clusters <= count:
@@ -152,6 +153,7 @@ def cluster_greedy_merge(
         Where the store has no such index or fewer than ``k`` other entries, the name is taken, or the disk is
         full.
     """
+    datastore.require_keys("clustering")
     if not 1 <= k < len(datastore):
         raise UserError(f"k={k} must be at least 1 and less than the store's {len(datastore):,} entries.")
     if probe is not None and probe < 1:
@@ -323,6 +325,8 @@ class _Work:
             "faiss": faiss.__version__,
         }
         write_json(self.folder / METADATA, metadata)
+        names = [METADATA, *metadata["files"]]
+        record_derived(self.datastore.path, [f"clusters/{self.name}/{name}" for name in names])
         self._remove_states()
         return Clusters.open(self.datastore, self.name)
 
@@ -398,7 +402,7 @@ def _fill(
 
 
 def _read_keys(datastore: Datastore, entries: slice | np.ndarray) -> np.ndarray:
-    keys = datastore.keys[entries].astype(np.float32)
+    keys = datastore.require_keys("clustering")[entries].astype(np.float32)
     if not np.isfinite(keys).all():
         raise UserError("The datastore's keys hold NaN or infinity: the files are damaged; dump it again.")
     return keys

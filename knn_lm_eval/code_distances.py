@@ -70,7 +70,8 @@ class CodeDistances:
             codebooks = np.broadcast_to(signs.astype(np.float32), (index.d // 8, 256, 8)).copy()
         else:
             return None
-        centroids = index.quantizer.reconstruct_n(0, index.nlist)
+        # A tensor in a process that has imported faiss.contrib.torch_utils.
+        centroids = np.asarray(index.quantizer.reconstruct_n(0, index.nlist))
         folder = IndexFiles(datastore.path, name).index.with_suffix(".codes")
         identity = {
             "keys_sha256": datastore.keys_checksum,
@@ -160,6 +161,7 @@ def _write(
     is_rabitq: bool,
 ) -> None:
     count, code_bytes = len(datastore), codebooks.shape[0]
+    keys = datastore.require_keys("RetoMaton with a RaBitQ index") if is_rabitq else None
     folder.mkdir(exist_ok=True)
     check_free_space(folder, count * (12 + code_bytes), "the codes in text order")
     shapes = {"codes": (count, code_bytes)}
@@ -179,8 +181,8 @@ def _write(
     for start in tqdm(range(0, count, CHUNK), desc="Laying out codes in text order", unit=" chunks"):
         rows = slice(start, start + CHUNK)
         centroid = centroids[arrays["lists"][rows]]
-        if is_rabitq:
-            residual = datastore.keys[rows].astype(np.float32) - centroid
+        if keys is not None:
+            residual = keys[rows].astype(np.float32) - centroid
             positive = residual > 0
             arrays["codes"][rows] = np.packbits(positive, axis=1, bitorder="little")
             squared, absolute = (residual**2).sum(1), np.abs(residual).sum(1)

@@ -37,6 +37,44 @@ def take_fingerprint(model: CausalLM, tokenizer: Any) -> dict[str, Any]:
     return fingerprint
 
 
+def check_store_model(manifest: dict[str, Any], model: CausalLM, tokenizer: Any, used_by: str) -> None:
+    """Check that the datastore of this manifest was made by the model at hand, as far as that can be told.
+
+    A store that was imported without its model has no fingerprint: its dimension and its largest value are
+    compared with the model's, and that this was all is said.
+
+    Raises
+    ------
+    UserError
+        Where it was made by another model.
+    """
+    made_by = manifest["model"]["pretrained"] or "a model that it does not name"
+    current = take_fingerprint(model, tokenizer)
+    if manifest["fingerprint"] is not None:
+        check_fingerprint(manifest["fingerprint"], current, made_by, used_by)
+        return
+    check_model_sizes(manifest, len(current["key"]), model.vocabulary_size, used_by)
+    logger.warning(
+        "The datastore has no fingerprint of its model: only its dimension and vocabulary were compared with %s. "
+        "Import it with --pretrained to record one.",
+        used_by,
+    )
+
+
+def check_model_sizes(manifest: dict[str, Any], dimension: int, vocabulary: int, used_by: str) -> None:
+    """Raise UserError unless the store's keys and values can be those of a model of these sizes."""
+    if manifest["dimension"] != dimension:
+        raise UserError(
+            f"The datastore's keys have {manifest['dimension']} numbers and those of {used_by} {dimension}: "
+            f"it was made by another model."
+        )
+    if manifest["largest_value"] >= vocabulary:
+        raise UserError(
+            f"The datastore's values go up to {manifest['largest_value']} and {used_by} has {vocabulary} tokens: "
+            f"it was made by another model, or is of another layout than it was imported as."
+        )
+
+
 def check_fingerprint(stored: dict[str, Any], current: dict[str, Any], made_by: str, used_by: str) -> None:
     """Compare the store's fingerprint with that of the model at hand.
 

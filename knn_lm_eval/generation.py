@@ -215,23 +215,26 @@ class MixedForward:
         neighbours: Neighbours
         if (automaton := how.automaton) is None:
 
-            def neighbours(start: int, stop: int) -> tuple[Tensor, Tensor]:
-                return how.retriever.search(queries[start:stop])[:2]
+            def neighbours(start: int, stop: int) -> tuple[Tensor, Tensor, Tensor | None]:
+                found = how.retriever.search(queries[start:stop])
+                return found.distances, found.values, found.counts
 
         else:
             known = np.zeros((len(logits), 0), np.int64) if sequences is None else sequences.cpu().numpy()
             steps = self._walk(automaton, queries, rows.numpy(), from_end[columns.numpy()], known, generating)
 
-            def neighbours(start: int, stop: int) -> tuple[Tensor, Tensor]:
-                return padded_neighbours(steps[start:stop], automaton.values)
+            def neighbours(start: int, stop: int) -> tuple[Tensor, Tensor, Tensor | None]:
+                return *padded_neighbours(steps[start:stop], automaton.values), None
 
         block = max(1, NEIGHBOURS_PER_BLOCK // how.retriever.k)
         chunk = max(1, LOGITS_BYTES // (4 * log_probs.shape[-1]))
         for start in range(0, len(rows), block):
             stop = min(start + block, len(rows))
-            distances, values = neighbours(start, stop)
+            distances, values, counts = neighbours(start, stop)
             start_time = time.perf_counter()
-            weights, values = neighbour_log_weights(distances.to(logits.device), how.knn_temp), values.to(logits.device)
+            counts = None if counts is None else counts.to(logits.device)
+            weights = neighbour_log_weights(distances.to(logits.device), how.knn_temp, counts)
+            values = values.to(logits.device)
             for at in range(start, stop, chunk):
                 part, here = slice(at - start, at - start + chunk), slice(at, min(at + chunk, stop))
                 place = rows[here], columns[here]

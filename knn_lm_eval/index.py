@@ -2,6 +2,10 @@
 
 The JSON says what the index was built from (the checksum of the keys), how (factory string, metric), which
 ``probe`` was found good enough, and how well it retrieves; see ``build_index.py`` for the figures.
+
+An imported index may be in parts, each of a run of entries: its JSON lists them under ``parts``, with ``start``,
+``stop`` and ``bytes``, and says under ``part_ids`` whether a part numbers its entries from 0 (``relative``) or as
+the store does (``absolute``). Part i lies in ``NAME.00i.faiss``.
 """
 
 from __future__ import annotations
@@ -42,6 +46,9 @@ class IndexFiles:
     def metadata(self) -> Path:
         return self.folder / f"{self.name}.json"
 
+    def part(self, number: int) -> Path:
+        return self.folder / f"{self.name}.{number:03d}.faiss"
+
 
 def open_index(datastore: Datastore, name: str = DEFAULT_INDEX) -> tuple[faiss.Index, dict[str, Any]]:
     """Open the index ``name`` of ``datastore``, memory-mapped where faiss can do so for its type.
@@ -57,8 +64,8 @@ def open_index(datastore: Datastore, name: str = DEFAULT_INDEX) -> tuple[faiss.I
         Where there is none, it is damaged, or it was built for other keys.
     """
     files = IndexFiles(datastore.path, name)
-    if not files.index.is_file() or not files.metadata.is_file():
-        built = sorted(path.stem for path in datastore.path.glob("*.faiss") if path.with_suffix(".json").exists())
+    if not files.metadata.is_file() or not (files.index.is_file() or files.part(0).is_file()):
+        built = index_names(datastore)
         have = f"it has {', '.join(built)}" if built else "build one with build_index"
         raise UserError(f"The datastore {datastore.path} has no index called {name!r}: {have}.")
     metadata = read_json(files.metadata)
@@ -66,17 +73,20 @@ def open_index(datastore: Datastore, name: str = DEFAULT_INDEX) -> tuple[faiss.I
         raise UserError(
             f"The index {files.index} was built for other keys than those in {datastore.path}; build it again."
         )
-    if (size := files.index.stat().st_size) != metadata.get("bytes"):
-        raise UserError(
-            f"The index {files.index} is damaged: it has {size} bytes, {files.metadata.name} says "
-            f"{metadata.get('bytes')}; build it again."
-        )
-    try:
-        index = faiss.read_index(str(files.index), faiss.IO_FLAG_MMAP_IFC)
-    except RuntimeError as error:
-        raise UserError(
-            f"The index {files.index} is damaged: faiss cannot read it ({_reason(error)}); build it again."
-        ) from error
+    parts = metadata.get("parts")
+    paths = [files.index] if parts is None else [files.part(number) for number in range(len(parts))]
+    sizes = [metadata.get("bytes")] if parts is None else [part["bytes"] for part in parts]
+    opened = []
+    for path, size in zip(paths, sizes, strict=True):
+        if not path.is_file():
+            raise UserError(f"The index {files.index} is incomplete: {path.name} is missing; build or import it again.")
+        if (actual := path.stat().st_size) != size:
+            raise UserError(
+                f"The index {path} is damaged: it has {actual} bytes, {files.metadata.name} says "
+                f"{size}; build it again."
+            )
+        opened.append(read_index(path))
+    index = opened[0] if parts is None else join_parts(opened, metadata.get("part_ids") == "relative")
     if index.ntotal != len(datastore) or index.d != datastore.dimension:
         raise UserError(
             f"The index {files.index} holds {index.ntotal} vectors of {index.d} numbers, the datastore "
@@ -85,18 +95,55 @@ def open_index(datastore: Datastore, name: str = DEFAULT_INDEX) -> tuple[faiss.I
     return index, metadata
 
 
-def inverted_file(index: faiss.Index) -> faiss.IndexIVF | None:
-    """The IVF index inside ``index`` (below a pre-transform, say), or None where there is none."""
+def index_names(datastore: Datastore) -> list[str]:
+    """The names of the finished indexes of ``datastore``."""
+    names = [path.stem for path in datastore.path.glob("*.json")]
+    files = [IndexFiles(datastore.path, name) for name in sorted(names)]
+    return [f.name for f in files if f.index.is_file() or f.part(0).is_file()]
+
+
+def read_index(path: Path) -> faiss.Index:
+    """Read an index file, memory-mapped where faiss can do so; raises UserError where it is none."""
     try:
-        return faiss.extract_index_ivf(index)
-    except RuntimeError:
-        return None
+        return faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
+    except RuntimeError as error:
+        raise UserError(
+            f"The index {path} is damaged: faiss cannot read it ({_reason(error)}); build it or copy it again."
+        ) from error
+
+
+def join_parts(parts: list[faiss.Index], relative_ids: bool) -> faiss.IndexShards:
+    """One index over parts that hold runs of entries in order.
+
+    Parameters
+    ----------
+    relative_ids : each part numbers its entries from 0; otherwise as the store does.
+    """
+    shards: Any = faiss.IndexShards(parts[0].d, False, relative_ids)  # type: ignore[call-arg]
+    for part in parts:
+        shards.add_shard(part)
+    return shards
+
+
+def inverted_file(index: faiss.Index) -> faiss.IndexIVF | None:
+    """The IVF index inside ``index`` (below a pre-transform, say; of several parts the first's), or None."""
+    return next(iter(_inverted_files(index)), None)
 
 
 def set_probe(index: faiss.Index, probe: int) -> None:
     """Set the number of inverted lists that a search visits; nothing to set in an index without lists."""
-    if (ivf := inverted_file(index)) is not None:
+    for ivf in _inverted_files(index):
         ivf.nprobe = min(probe, ivf.nlist)
+
+
+def _inverted_files(index: faiss.Index) -> list[faiss.IndexIVF]:
+    if isinstance(index, faiss.IndexShards):
+        shards: Any = index
+        return [ivf for number in range(shards.count()) for ivf in _inverted_files(shards.at(number))]
+    try:
+        return [faiss.extract_index_ivf(index)]
+    except RuntimeError:
+        return []
 
 
 def faiss_gpus() -> int:

@@ -19,11 +19,12 @@ import torch
 from faiss.contrib.exhaustive_search import knn_ground_truth
 from tqdm import tqdm
 
-from knn_lm_eval.datastore import Datastore
+from knn_lm_eval.datastore import Datastore, record_derived
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.files import check_free_space, disk_errors_in, read_json, replace_file, write_json
 from knn_lm_eval.index import DEFAULT_INDEX, METRICS, IndexFiles, faiss_gpus, inverted_file, search, set_probe
 from knn_lm_eval.mixture import knn_log_prob, neighbour_log_weights
+from knn_lm_eval.retrieval import entry_counts
 
 logger = logging.getLogger(__name__)
 
@@ -86,9 +87,10 @@ def build_index(
     """
     if sim_func not in METRICS:
         raise UserError(f"sim_func={sim_func!r} is unknown; use l2 or dot.")
+    datastore.require_keys("building an index")
     factory = choose_factory(len(datastore)) if factory == "auto" else factory
     files = IndexFiles(datastore.path, name)
-    if files.index.exists() and not overwrite:
+    if (files.index.exists() or files.part(0).exists()) and not overwrite:
         raise UserError(f"The index {files.index} exists already; choose another --name or give --overwrite.")
     checkpoint = files.folder / f"{name}.faiss.part"
     settings = {
@@ -120,6 +122,7 @@ def build_index(
         files.metadata.unlink(missing_ok=True)
         replace_file(checkpoint, files.index)
         write_json(files.metadata, metadata)
+        record_derived(datastore.path, [files.index.name, files.metadata.name])
         _state(checkpoint).unlink(missing_ok=True)
     return metadata
 
@@ -163,6 +166,7 @@ def _train(
     wanted = train_sample or max(2**16, VECTORS_PER_LIST * (ivf.nlist if ivf else 0))
     if ivf is not None and ivf.nlist > len(datastore):
         raise UserError(f"{factory} has more lists than the store has entries ({len(datastore)}); choose fewer.")
+    keys = datastore.require_keys("training an index")
     sample = np.sort(np.random.default_rng(seed).permutation(len(datastore))[: min(wanted, len(datastore))])
     if ivf is not None and faiss_gpus():
         # Only k-means, the slow part of training, moves to the GPUs.
@@ -171,7 +175,7 @@ def _train(
     with tqdm(total=len(sample), desc=f"Training {factory} on {len(sample):,} keys", unit=" keys") as bar:
         vectors = np.empty((len(sample), datastore.dimension), dtype=np.float32)
         for begin in range(0, len(sample), ADD_CHUNK):
-            vectors[begin : begin + ADD_CHUNK] = _finite(datastore.keys[sample[begin : begin + ADD_CHUNK]])
+            vectors[begin : begin + ADD_CHUNK] = _finite(keys[sample[begin : begin + ADD_CHUNK]])
         index.train(vectors)
         bar.update(len(sample))
     seconds["train"] = time.perf_counter() - start
@@ -186,19 +190,20 @@ def _add(
     seconds: dict[str, float],
 ) -> None:
     """Add the keys that are not in the index yet, in order."""
+    keys = datastore.require_keys("an index")
     ivf, assigner = inverted_file(index), None
     if ivf is not None and faiss_gpus() and isinstance(index, faiss.IndexIVF):
         assigner = faiss.index_cpu_to_all_gpus(faiss.downcast_index(ivf.quantizer))
     start = saved = time.perf_counter()
     with tqdm(total=len(datastore), initial=index.ntotal, desc="Adding keys", unit=" keys", unit_scale=True) as bar:
         while index.ntotal < len(datastore):
-            keys = _finite(datastore.keys[index.ntotal : index.ntotal + ADD_CHUNK])
+            chunk = _finite(keys[index.ntotal : index.ntotal + ADD_CHUNK])
             if assigner is None or ivf is None:
-                index.add(keys)
+                index.add(chunk)
             else:
-                lists = assigner.search(keys, 1)[1][:, 0].copy()
-                ivf.add_core(len(keys), faiss.swig_ptr(keys), None, faiss.swig_ptr(lists))
-            bar.update(len(keys))
+                lists = assigner.search(chunk, 1)[1][:, 0].copy()
+                ivf.add_core(len(chunk), faiss.swig_ptr(chunk), None, faiss.swig_ptr(lists))
+            bar.update(len(chunk))
             if time.perf_counter() - saved > CHECKPOINT_SECONDS and index.ntotal < len(datastore):
                 _write(index, checkpoint)
                 write_json(_state(checkpoint), {"settings": settings, "seconds": seconds})
@@ -236,7 +241,8 @@ def measure_quality(
     ``p_knn`` (its mean by exact search) and ``microseconds`` per query. ``probe`` is None without lists.
     """
     chosen = np.sort(np.random.default_rng(seed + 1).permutation(len(datastore))[:queries])
-    keys, targets = _finite(datastore.keys[chosen]), torch.from_numpy(datastore.values[chosen].copy())
+    all_keys = datastore.require_keys("measuring an index")
+    keys, targets = _finite(all_keys[chosen]), torch.from_numpy(datastore.values[chosen].copy())
     k = min(k, len(datastore) - 1)
     if k < 1:
         return {"probe": None, "quality": []}
@@ -247,10 +253,11 @@ def measure_quality(
         distances, entries = np.take_along_axis(distances, order, 1), np.take_along_axis(entries, order, 1)
         distances[entries == chosen[:, None]] = np.inf
         values = torch.from_numpy(datastore.values[np.maximum(entries, 0)])
-        log_weights = neighbour_log_weights(torch.from_numpy(distances), knn_temp)
+        counts = entry_counts(datastore.weights, entries)
+        log_weights = neighbour_log_weights(torch.from_numpy(distances), knn_temp, counts)
         return knn_log_prob(log_weights, values, targets).exp(), entries
 
-    chunks = (_finite(datastore.keys[i : i + ADD_CHUNK]) for i in range(0, len(datastore), ADD_CHUNK))
+    chunks = (_finite(all_keys[i : i + ADD_CHUNK]) for i in range(0, len(datastore), ADD_CHUNK))
     bar = tqdm(chunks, total=-(-len(datastore) // ADD_CHUNK), desc="Exact search to compare with", unit=" chunks")
     scores, entries = knn_ground_truth(keys, bar, k + 1, METRICS[sim_func])
     exact_p, exact_entries = held_out_p_knn(-scores if sim_func == "dot" else scores, entries)

@@ -98,14 +98,14 @@ def _inspect_window(
         lm_log_probs = torch.log_softmax(model.logits(hidden[here]).float(), dim=-1).cpu()
         lm_log_prob = lm_log_probs.gather(-1, target[:, None])[:, 0]
         if automaton is None:
-            distances, values, entries = retriever.search(keys[here])
+            distances, values, entries, counts = retriever.search(keys[here])
         else:
-            steps = walk.neighbours[here]
+            steps, counts = walk.neighbours[here], None
             distances, values = padded_neighbours(steps, automaton.values)
             entries = torch.full(distances.shape, -1)
             for row, (_, found) in zip(entries, steps, strict=True):
                 row[: len(found)] = torch.from_numpy(found)
-        log_weights = neighbour_log_weights(distances, settings["knn_temp"])
+        log_weights = neighbour_log_weights(distances, settings["knn_temp"], counts)
         knn = knn_log_prob(log_weights, values, target)
         mixed = mix(lm_log_prob.double(), knn.double(), settings["lmbda"])
         heaviest = log_weights.topk(min(num_neighbours, log_weights.shape[1]), dim=-1).indices

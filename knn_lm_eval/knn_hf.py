@@ -40,7 +40,8 @@ class KNNHF(CausalHFLM):
     Parameters
     ----------
     pretrained : as for lm-eval's ``hf``; None takes the model that made the datastore.
-    datastore : the datastore's folder; None takes the environment variable ``KNN_LM_EVAL_DATASTORE``.
+    datastore : the datastore's folder or address (https://... or hf://datasets/...); None takes the environment
+        variable ``KNN_LM_EVAL_DATASTORE``.
     k : neighbours per token (default 1024).
     lmbda : the weight of p_kNN in the mixture, 0 to 1 (default 0.25).
     knn_temp : the temperature of the softmax over distances (default 1).
@@ -119,6 +120,8 @@ class KNNHF(CausalHFLM):
         if pretrained is None:
             kwargs = {name: value for name, value in made_by["args"].items() if name != "trust_remote_code"} | kwargs
             pretrained = kwargs.pop("pretrained", made_by["pretrained"])
+            if pretrained is None:
+                raise UserError(f"The datastore {store.path} does not know its model; give pretrained=MODEL.")
         super().__init__(pretrained, **kwargs)
         if not 1 <= context_len <= self.max_length:
             raise UserError(f"context_len={context_len} must be between 1 and max_length={self.max_length}.")
@@ -303,7 +306,7 @@ class KNNHF(CausalHFLM):
         """What the results depend on."""
         return {
             **self.settings,
-            "model": self.retriever.datastore.manifest["fingerprint"]["tokenizer_sha256"],
+            "fingerprint": self.retriever.datastore.manifest["fingerprint"],
             "pretrained": str(self.pretrained) if isinstance(self.pretrained, str) else self.config.to_json_string(),
             "revision": str(self.revision),
             "peft": str(self.peft),

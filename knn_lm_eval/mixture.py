@@ -15,13 +15,16 @@ import torch
 from torch import Tensor
 
 
-def neighbour_log_weights(distances: Tensor, temperature: float) -> Tensor:
-    """log softmax(-d / T) over the neighbours.
+def neighbour_log_weights(distances: Tensor, temperature: float, counts: Tensor | None) -> Tensor:
+    """log softmax(-d / T) over the neighbours, where each may count several times.
 
     Parameters
     ----------
     distances : float32 ``[n, k]``, the smaller the nearer; infinity for an empty slot.
     temperature : T > 0.
+    counts : integer ``[n, k]``, 1 or more: a neighbour of count w weighs as much as w of count 1 at its place,
+        at any temperature; None for 1 throughout. (He et al.'s code, which merges entries, takes w to the power
+        of 1 / T. At T = 1 it is the same.)
 
     Returns
     -------
@@ -31,6 +34,8 @@ def neighbour_log_weights(distances: Tensor, temperature: float) -> Tensor:
     # lose the digits that the softmax is about.
     nearest = distances.amin(dim=-1, keepdim=True)
     scores = (torch.where(torch.isinf(nearest), 0.0, nearest) - distances) / temperature
+    if counts is not None:
+        scores = scores + counts.log()
     normaliser = scores.logsumexp(dim=-1, keepdim=True)
     return scores - torch.where(torch.isinf(normaliser), 0.0, normaliser)
 

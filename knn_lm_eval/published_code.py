@@ -66,7 +66,7 @@ class PublishedCode:
         name = (str(folder), self.model.config.model_type, len(store), store.dimension)
         store.values.tofile(f"{get_dstore_path(*name)}_vals.npy")
         if settings["recompute_dists"]:
-            store.keys.tofile(f"{get_dstore_path(*name)}_keys.npy")
+            store.require_keys("recompute_dists=True").tofile(f"{get_dstore_path(*name)}_keys.npy")
         Path(get_index_path(*name)).symlink_to(store.path.resolve() / f"{settings['index']}.faiss")
         key_module = lm.scorer.model.key_module
         key_type = KEY_TYPE.from_string(settings["knn_keytype"])

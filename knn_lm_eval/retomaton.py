@@ -110,8 +110,8 @@ class RetomatonScorer(Scorer):
         hidden = reading.hidden[torch.cat([torch.arange(end - length, end) for end, length in walks])]
         steps = [neighbours for walk in walks.values() for neighbours in walk.neighbours]
 
-        def neighbours(start: int, stop: int) -> tuple[Tensor, Tensor]:
-            return padded_neighbours(steps[start:stop], self.values)
+        def neighbours(start: int, stop: int) -> tuple[Tensor, Tensor, None]:
+            return *padded_neighbours(steps[start:stop], self.values), None
 
         rows = torch.cat([torch.arange(len(c)) + first_step[end, len(c)] for end, c in reading.asked])
         targets = reading.pairs()[1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -32,6 +33,23 @@ class RetrievalStatistics:
     searches: int = 0
     entries_compared: int = 0
     seconds: dict[str, float] = field(default_factory=lambda: {"search": 0.0, "distances": 0.0, "values": 0.0})
+
+
+class Found(NamedTuple):
+    """The neighbours of ``n`` queries.
+
+    Attributes
+    ----------
+    distances : float32 ``[n, k]`` (squared L2 or negated inner product); infinity in empty slots.
+    values : int32 ``[n, k]``; 0 in empty slots.
+    entries : int64 ``[n, k]``; -1 in empty slots.
+    counts : int32 ``[n, k]``, how many merged entries each stands for; None in a store without weights.
+    """
+
+    distances: Tensor
+    values: Tensor
+    entries: Tensor
+    counts: Tensor | None
 
 
 class Retriever:
@@ -72,6 +90,8 @@ class Retriever:
             )
         if probe is not None and probe < 1:
             raise UserError(f"probe={probe} must be at least 1.")
+        if recompute_dists:
+            datastore.require_keys("recompute_dists=True")
         self.index, self.metadata = open_index(datastore, index)
         index_sim_func = self.metadata["sim_func"]
         self.sim_func = sim_func or index_sim_func
@@ -92,7 +112,7 @@ class Retriever:
             self.index = to_gpus(self.index)
         self.statistics = RetrievalStatistics()
 
-    def search(self, queries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def search(self, queries: Tensor) -> Found:
         """The ``k`` nearest entries of each query, nearest (by the index) first.
 
         Parameters
@@ -101,17 +121,15 @@ class Retriever:
 
         Returns
         -------
-        distances : float32 ``[n, k]`` (squared L2 or negated inner product); infinity in empty slots.
-        values : int32 ``[n, k]``; 0 in empty slots.
-        entries : int64 ``[n, k]``; -1 in empty slots.
-            All on the CPU.
+        All on the CPU.
         """
         distances, entries = self.find(queries.float().cpu().numpy())
         start = time.perf_counter()
         values = self.datastore.values[np.maximum(entries, 0)]
         values[entries < 0] = 0
         self.statistics.seconds["values"] += time.perf_counter() - start
-        return torch.from_numpy(distances), torch.from_numpy(values), torch.from_numpy(entries)
+        counts = entry_counts(self.datastore.weights, entries)
+        return Found(torch.from_numpy(distances), torch.from_numpy(values), torch.from_numpy(entries), counts)
 
     def find(self, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """As ``search``, for float32 arrays and without the values."""
@@ -122,9 +140,20 @@ class Retriever:
         statistics.seconds["search"] += time.perf_counter() - start
         if self.recompute_dists:
             start = time.perf_counter()
-            distances = exact_distances(self.datastore.keys, queries, entries, self.sim_func)
+            distances = exact_distances(
+                self.datastore.require_keys("recompute_dists=True"), queries, entries, self.sim_func
+            )
             statistics.seconds["distances"] += time.perf_counter() - start
         return distances, entries
+
+
+def entry_counts(weights: np.ndarray | None, entries: np.ndarray) -> Tensor | None:
+    """How often each neighbour counts: the store's weights at ``entries`` (1 in empty slots); None without any."""
+    if weights is None:
+        return None
+    counts = weights[np.maximum(entries, 0)]
+    counts[entries < 0] = 1
+    return torch.from_numpy(counts)
 
 
 def exact_distances(keys: np.ndarray, queries: np.ndarray, entries: np.ndarray, sim_func: str) -> np.ndarray:
@@ -134,7 +163,7 @@ def exact_distances(keys: np.ndarray, queries: np.ndarray, entries: np.ndarray, 
 
     Parameters
     ----------
-    keys : float16 ``[count, dimension]``, may be memory-mapped.
+    keys : float16 or float32 ``[count, dimension]``, may be memory-mapped.
     queries : float32 ``[n, dimension]``.
     entries : int64 ``[n, k]``; -1 in empty slots.
 

@@ -26,8 +26,8 @@ from knn_lm_eval.retrieval import Retriever
 LOGITS_BYTES = 2**25
 NEIGHBOURS_PER_BLOCK = 2**21
 
-# (first row, end row) -> distances [rows, k] and values [rows, k] of these rows' neighbours.
-Neighbours = Callable[[int, int], tuple[Tensor, Tensor]]
+# (first row, end row) -> distances [rows, k], values [rows, k] and counts [rows, k] or None of these rows' neighbours.
+Neighbours = Callable[[int, int], tuple[Tensor, Tensor, Tensor | None]]
 
 
 @dataclass
@@ -132,8 +132,9 @@ class Scorer:
         if retriever := self.retriever:
             block = max(1, NEIGHBOURS_PER_BLOCK // retriever.k)
 
-            def neighbours(start: int, stop: int) -> tuple[Tensor, Tensor]:
-                return retriever.search(reading.queries[start:stop])[:2]
+            def neighbours(start: int, stop: int) -> tuple[Tensor, Tensor, Tensor | None]:
+                found = retriever.search(reading.queries[start:stop])
+                return found.distances, found.values, found.counts
 
         rows, targets = reading.pairs()
         log_probs, greedy = self._score_pairs(reading.hidden, rows, targets, neighbours, block, want_greedy)
@@ -179,10 +180,12 @@ class Scorer:
             block_end = min(block_start + block, len(hidden))
             weights, values = None, None
             if neighbours:
-                distances, values = neighbours(block_start, block_end)
+                distances, values, counts = neighbours(block_start, block_end)
                 with self._timed("mixture"):
-                    weights, values = neighbour_log_weights(distances.to(device), self.knn_temp), values.to(device)
-                    del distances
+                    counts = None if counts is None else counts.to(device)
+                    weights = neighbour_log_weights(distances.to(device), self.knn_temp, counts)
+                    values = values.to(device)
+                    del distances, counts
                     begin, end = torch.searchsorted(rows, torch.tensor([block_start, block_end])).tolist()
                     for pairs in range(begin, end, block):
                         here = slice(pairs, min(pairs + block, end))

@@ -15,6 +15,7 @@ from knn_lm_eval.clusters import Clusters
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.knn_hf import KNNHF
 from knn_lm_eval.mixture import knn_log_prob, mix, neighbour_log_weights
+from knn_lm_eval.retrieval import entry_counts
 from knn_lm_eval.scoring import Passage, Score, Scorer
 
 POSITIONS_AT_ONCE = 2**13  # with all their neighbours in memory: 12 bytes each
@@ -117,7 +118,8 @@ class SweepScorer(Scorer):
             queries = reading.queries.float().cpu().numpy()
             distances, entries = self.retriever.find(queries)
             values = torch.from_numpy(self.values[np.maximum(entries, 0)])
-            weights = neighbour_log_weights(torch.from_numpy(distances), self.knn_temp)
+            counts = entry_counts(self.retriever.datastore.weights, entries)
+            weights = neighbour_log_weights(torch.from_numpy(distances), self.knn_temp, counts)
             knn = mix(base, knn_log_prob(weights[rows], values[rows], targets).double(), self.lmbda)
             self.base.log_prob += float(base.sum())
             self.knn_lm.log_prob += float(knn.sum())

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import logging
-from pathlib import Path
 
 from knn_lm_eval.errors import report_user_errors
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--datastore", type=Path, required=True, help="the datastore's folder")
+    parser.add_argument("--datastore", required=True, help="the datastore's folder or address")
     parser.add_argument(
         "--factory",
         default="auto",
@@ -41,11 +40,11 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     logging.getLogger("faiss").setLevel(logging.WARNING)
 
-    from knn_lm_eval.datastore import Datastore
+    from knn_lm_eval.fetching import open_datastore
     from knn_lm_eval.indexing import build_index
 
     settings = vars(arguments)
-    metadata = build_index(Datastore.open(settings.pop("datastore")), **settings)
+    metadata = build_index(open_datastore(settings.pop("datastore")), **settings)
     print(
         f"{metadata['factory']}: {metadata['count']:,} entries, {metadata['bytes'] / metadata['count']:.0f} bytes each"
     )

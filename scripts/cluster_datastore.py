@@ -18,7 +18,7 @@ OPTIONS = {
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, argument_default=argparse.SUPPRESS)
-    parser.add_argument("--datastore", type=Path, required=True, help="the datastore's folder")
+    parser.add_argument("--datastore", required=True, help="the datastore's folder or address")
     way = parser.add_mutually_exclusive_group(required=True)
     way.add_argument(
         "--method",
@@ -54,9 +54,9 @@ def main() -> None:
             raise UserError(f"--{name} does not go with the method {method}; leave it out.")
 
     from knn_lm_eval.clustering import cluster_greedy_merge, cluster_kmeans, import_members
-    from knn_lm_eval.datastore import Datastore
+    from knn_lm_eval.fetching import open_datastore
 
-    datastore = Datastore.open(settings.pop("datastore"))
+    datastore = open_datastore(settings.pop("datastore"))
     settings.setdefault("name", method)
     if method == "import":
         clusters = import_members(datastore, pickle_file=settings.pop("members"), **settings)

@@ -72,7 +72,7 @@ def test_flat_index_searches_exactly(tmp_path: Path, sim_func: str) -> None:
     metadata = build_index(store, "auto", sim_func=sim_func)
     assert metadata["factory"] == "Flat" and metadata["quality"][0]["recall"] > 0.999
     queries = np.random.default_rng(1).standard_normal((7, store.dimension)).astype(np.float32)
-    distances, values, entries = Retriever(store, k=40).search(torch.from_numpy(queries))
+    distances, values, entries, _ = Retriever(store, k=40).search(torch.from_numpy(queries))
     expected, order = brute_force(store, queries, 40, sim_func == "dot")
     np.testing.assert_allclose(distances.numpy(), expected, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(np.sort(entries.numpy()), np.sort(order))
@@ -84,7 +84,7 @@ def test_recomputed_distances_are_exact_whatever_the_index(pristine: Datastore, 
     monkeypatch.setattr("knn_lm_eval.retrieval.GATHER_BYTES", 2**13)  # several blocks
     queries = np.random.default_rng(1).standard_normal((9, pristine.dimension)).astype(np.float32)
     retriever = Retriever(pristine, k=30, index="rabitq", sim_func=sim_func, recompute_dists=True)
-    distances, _, entries = retriever.search(torch.from_numpy(queries))
+    distances, _, entries, _ = retriever.search(torch.from_numpy(queries))
     keys = pristine.keys[entries.numpy()].astype(np.float64)
     inner = (keys * queries[:, None]).sum(-1)
     expected = -inner if sim_func == "dot" else ((keys - queries[:, None]) ** 2).sum(-1)

@@ -33,7 +33,7 @@ def neighbourhoods(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, float, floa
 def test_target_probability_equals_the_paper_formula(case) -> None:
     distances, values, temperature, lmbda = case
     distances32 = torch.tensor(distances, dtype=torch.float32)
-    log_weights = neighbour_log_weights(distances32, temperature)
+    log_weights = neighbour_log_weights(distances32, temperature, None)
     for target in range(VOCABULARY):
         targets = torch.full((len(values),), target)
         p = knn_log_prob(log_weights, torch.tensor(values), targets).exp().double().numpy()
@@ -47,7 +47,7 @@ def test_target_probability_equals_the_paper_formula(case) -> None:
 def test_greedy_token_is_the_argmax_of_the_dense_mixture(case, seed) -> None:
     distances, values, temperature, lmbda = case
     lm_log_probs = torch.randn(len(values), VOCABULARY, generator=torch.Generator().manual_seed(seed)).log_softmax(-1)
-    log_weights = neighbour_log_weights(torch.tensor(distances, dtype=torch.float32), temperature)
+    log_weights = neighbour_log_weights(torch.tensor(distances, dtype=torch.float32), temperature, None)
     greedy = greedy_tokens(lm_log_probs, log_weights, torch.tensor(values), lmbda)
     for row in range(len(values)):
         p_knn = mixture_weights(distances[row], values[row], temperature, VOCABULARY)
@@ -63,7 +63,7 @@ def test_the_whole_distribution_equals_the_paper_formula(case, seed, knn_alone) 
     lm_log_probs = torch.randn(len(values), VOCABULARY, generator=torch.Generator().manual_seed(seed)).log_softmax(-1)
     # An empty slot at the end of each row, which says nothing about token 0.
     padded = torch.nn.functional.pad(torch.tensor(distances, dtype=torch.float32), (0, 1), value=float("inf"))
-    log_weights = neighbour_log_weights(padded, temperature)
+    log_weights = neighbour_log_weights(padded, temperature, None)
     actual = mixed_log_probs(lm_log_probs, log_weights, torch.nn.functional.pad(torch.tensor(values), (0, 1)), lmbda)
     for row in range(len(values)):
         p_knn = mixture_weights(padded[row, :-1].double().numpy(), values[row], temperature, VOCABULARY)
@@ -81,7 +81,7 @@ def test_greedy_token_takes_the_smallest_id_of_a_tie() -> None:
 
 def test_empty_slots_have_no_weight() -> None:
     distances = torch.tensor([[1.0, float("inf")], [float("inf"), float("inf")]])
-    log_weights = neighbour_log_weights(distances, 1.0)
+    log_weights = neighbour_log_weights(distances, 1.0, None)
     assert log_weights[0].tolist() == [0.0, -float("inf")]
     p = knn_log_prob(log_weights, torch.tensor([[2, 0], [0, 0]]), torch.tensor([2, 0])).exp()
     assert p.tolist() == [1.0, 0.0]  # without a neighbour, p_kNN is 0 and not NaN
@@ -92,3 +92,20 @@ def test_mixture_is_exact_at_its_ends() -> None:
     assert mix(lm, knn, 0).tolist() == lm.tolist()
     assert mix(lm, knn, 1).tolist() == knn.tolist()
     assert mix(lm, knn, 0.5)[0].item() == pytest.approx(-1.0 + np.log(0.5))
+
+
+@settings(max_examples=150, deadline=None)
+@given(neighbourhoods(), st.data())
+def test_a_neighbour_of_count_w_weighs_as_w_copies(case, data) -> None:
+    distances, values, temperature, _ = case
+    distances = torch.tensor(distances, dtype=torch.float32)
+    k = distances.shape[1]
+    counts = torch.tensor(data.draw(st.lists(st.integers(1, 6), min_size=k, max_size=k)))
+    copies = torch.arange(k).repeat_interleave(counts)
+    weighted = neighbour_log_weights(distances, temperature, counts.expand_as(distances))
+    copied = neighbour_log_weights(distances[:, copies], temperature, None)
+    for target in range(VOCABULARY):
+        targets = torch.full((len(distances),), target)
+        actual = knn_log_prob(weighted, torch.tensor(values), targets)
+        expected = knn_log_prob(copied, torch.tensor(values)[:, copies], targets)
+        torch.testing.assert_close(actual.exp(), expected.exp(), rtol=1e-5, atol=1e-6)
