@@ -26,7 +26,7 @@ FEATURES = LM_FEATURES + NEIGHBOUR_FEATURES
 # A weight of 1 would make a token that no neighbour has impossible, however little text said so.
 LARGEST_LMBDA = 0.999
 HIDDEN_UNITS = 16
-WEIGHT_DECAY = 1e-4
+WEIGHT_DECAY = 3e-3
 
 
 @dataclass(frozen=True)

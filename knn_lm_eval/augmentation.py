@@ -84,7 +84,7 @@ class Augmentation:
         UserError
             Where a setting is out of range, or does not fit the datastore or the index.
         """
-        store = _open_datastore(datastore)
+        store = open_datastore(datastore)
         tuned, source = find_params(params, store)
         given = {"k": k, "lmbda": lmbda, "knn_temp": knn_temp, "probe": probe}
         if retomaton:
@@ -183,7 +183,8 @@ def pointer_distances(retriever: Retriever) -> PointerDistances:
     return exact
 
 
-def _open_datastore(path: str | os.PathLike | None) -> Datastore:
+def open_datastore(path: str | os.PathLike | None) -> Datastore:
+    """The datastore in the folder ``path``, or in that of the environment variable ``KNN_LM_EVAL_DATASTORE``."""
     path = path or os.environ.get(DATASTORE_VARIABLE)
     if not path:
         raise UserError(

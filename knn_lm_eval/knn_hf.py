@@ -336,7 +336,7 @@ class KNNHF(CausalHFLM):
                 "saved_searches": 1 - walks.searches / max(1, walks.steps),
                 "mean_candidates": walks.candidates / max(1, walks.steps),
             }
-        elif isinstance(self.mixed_forward.augmentation.lmbda, Gate):
+        elif isinstance(gate := self.mixed_forward.augmentation.lmbda, Gate) and gate.threshold is not None:
             rows = self.scorer.rows_scored + self.mixed_forward.positions
             skipped = self.scorer.rows_skipped + self.mixed_forward.skipped
             walked = {"saved_searches": skipped / max(1, rows)}

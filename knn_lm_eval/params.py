@@ -81,14 +81,17 @@ class Params:
             raise UserError(f"{path} is damaged: it has no settings, or not what they were tuned for; tune again.")
         if unknown := sorted(set(settings) - set(NAMES)):
             raise UserError(f"{path} has the unknown setting {unknown[0]!r}; a params file has {', '.join(NAMES)}.")
+        if settings.get("min_knns") == "inf":
+            settings["min_knns"] = float("inf")
+        for name, value in settings.items():
+            if name != "lmbda" and (isinstance(value, bool) or not isinstance(value, (int, float))):
+                raise UserError(f"{path} is damaged: {name}={value!r} is not a number; tune again.")
         if tuned_for.get("keys_sha256") != store.keys_checksum:
             model = store.manifest["model"]["pretrained"]
             raise UserError(
                 f"{path} was tuned for another datastore ({tuned_for.get('datastore')}, of the model "
                 f"{tuned_for.get('model')}) than {store.path} (of {model}); tune again for this one."
             )
-        if settings.get("min_knns") == "inf":
-            settings["min_knns"] = float("inf")
         return cls(settings, tuned_for)
 
     def check_conditions(self, settings: dict[str, Any]) -> None:
