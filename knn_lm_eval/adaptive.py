@@ -11,7 +11,7 @@ A position without neighbours (none found, or not searched) is the LM's alone.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -83,22 +83,26 @@ class Gate:
     threshold: float | None = None
 
     def __call__(self, features: Tensor) -> Tensor:
-        """The weights, float32 ``[n]``, from features ``[n, len(FEATURES)]``."""
+        """The weights, float32 ``[n]``, from features ``[n, len(FEATURES)]``; 0 below the threshold."""
+        weights = self.before_threshold(features)
+        if self.threshold is not None:
+            weights = torch.where(weights < self.threshold, 0.0, weights)
+        return weights.float()
+
+    def before_threshold(self, features: Tensor) -> Tensor:
+        """The network's weights, float64 ``[n]``."""
         inputs = _log_scale(features[:, [FEATURES.index(name) for name in self.features]].double())
 
         def tensor(numbers: Any) -> Tensor:
             return torch.tensor(numbers, dtype=torch.float64, device=inputs.device)
 
-        weights = _network(
+        return _network(
             (inputs - tensor(self.mean)) / tensor(self.std),
             tensor(self.hidden),
             tensor(self.hidden_bias),
             tensor(self.output),
             tensor(self.bias),
         )
-        if self.threshold is not None:
-            weights = torch.where(weights < self.threshold, 0.0, weights)
-        return weights.float()
 
     def plain(self) -> dict[str, Any]:
         """As it stands in a params file."""
@@ -307,12 +311,8 @@ def fit_gate(
         return value
 
     optimiser.step(loss)
-    threshold = None
-    if saved_searches:
-        with torch.no_grad():
-            threshold = float(np.quantile(_network(inputs, *parameters).numpy(), saved_searches))
     hidden_rows, hidden_bias, output, bias = (parameter.tolist() for parameter in parameters)
-    return Gate(
+    gate = Gate(
         tuple(names),
         _plain_numbers(mean),
         _plain_numbers(std),
@@ -320,8 +320,11 @@ def fit_gate(
         _plain_numbers(hidden_bias),
         _plain_numbers(output),
         _plain_number(bias),
-        threshold,
     )
+    if not saved_searches:
+        return gate
+    weights = gate.before_threshold(torch.from_numpy(features))
+    return replace(gate, threshold=float(np.quantile(weights.numpy(), saved_searches)))
 
 
 def gate_loss(lmbda: Tensor, lm_log_prob: Tensor, knn_log_prob: Tensor) -> Tensor:

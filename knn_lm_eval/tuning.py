@@ -352,7 +352,7 @@ def knn_log_probs(
         scores = torch.empty_like(distance)
         for number, (begin, end) in enumerate(segments):
             torch.sub(nearest[:, number, None], distance[:, begin:end], out=scores[:, begin:end])
-        shrink = (nearest[:, :, None] - nearest[:, None, :]).double()
+        shrink = (nearest[:, :, None] - nearest[:, None, :]).double().clamp_(max=0.0)  # above 0: only empty slots
         for number, temperature in enumerate(knn_temp):
             weight = (scores / temperature).exp_()
             sums = torch.stack([weight @ in_segment, weight.mul_(matches) @ in_segment]).double()
