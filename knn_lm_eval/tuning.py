@@ -187,6 +187,8 @@ class TuningScorer(Scorer):
         self._retrievers: list[Retriever] = []
         self._walkers: list[Automaton] = []
         settings = lm.settings
+        if settings.get("no_pointer"):
+            raise UserError("With no_pointer=True RetoMaton is kNN-LM: leave retomaton and no_pointer out to tune it.")
         if "retomaton" not in settings:
             for probe in grid.probe:
                 retriever = lm.retriever if probe is None else _with_probe(lm, probe)

@@ -68,6 +68,8 @@ def main() -> None:
     model_args = simple_parse_args_string(arguments.model_args)
     if given := [name for name in TUNED if name in model_args]:
         raise UserError(f"{given[0]} is what tune looks for: leave it out of --model_args (--k sets a grid).")
+    if model_args.get("carry_state"):
+        raise UserError("carry_state=True cannot be tuned with: leave it out of --model_args.")
     check(arguments, bool(model_args.get("retomaton")))
     grid = read_grid(arguments, model_args)
     manager = TaskManager(metadata=model_args | simple_parse_args_string(arguments.metadata))
@@ -75,8 +77,6 @@ def main() -> None:
 
     # Any lmbda and temperature will do; they are given so that no saved default counts.
     lm = KNNHF(**model_args, batch_size=arguments.batch_size, k=grid.k[-1], lmbda=0.5, knn_temp=1.0, params=False)
-    if lm.carry_state:
-        raise UserError("carry_state=True cannot be tuned with: leave it out of --model_args.")
     scorer = TuningScorer(lm, grid, None if arguments.adaptive == "none" else arguments.seed)
     lm.scorer = scorer
     lm_eval.simple_evaluate(
@@ -154,13 +154,11 @@ def read_grid(arguments: argparse.Namespace, model_args: dict[str, Any]) -> Grid
 
 def load_tasks(arguments: argparse.Namespace, manager: Any) -> list[Any]:
     """The tasks, none of which is scored on its test split unless that is allowed."""
-    from lm_eval.tasks import get_task_dict
-
     tasks: list[Any] = []
     for name in arguments.tasks.split(","):
         if name not in manager.all_subtasks:
             raise UserError(f"There is no task called {name!r}; `lm_eval ls tasks` lists them.")
-        task = get_task_dict([name], manager)[name]
+        task = manager.load([name])["tasks"][name]
         if task.OUTPUT_TYPE != "loglikelihood_rolling":
             raise UserError(f"{name} is no perplexity task: tune on one that is, such as wikitext103_valid.")
         if task.has_test_docs() and not arguments.allow_test:
