@@ -40,7 +40,7 @@ from knn_lm_eval.scoring import NEIGHBOURS_PER_BLOCK, Passage, Reading, Score, S
 WALKED_AT_ONCE = 2**11  # positions whose neighbours are in memory, for walks to have company
 ROWS_AT_ONCE = 2**7  # whose weights stay in the processor's cache
 SAMPLE_TOKENS = 2**16
-BUCKETS = 32
+MOST_BUCKETS, TOKENS_PER_BUCKET = 32, 200
 
 
 @dataclass(frozen=True)
@@ -460,7 +460,8 @@ def fit_adaptive(
     for place, knn_temp in enumerate(best.surface.knn_temp):
         fitted: Buckets | Gate
         if kind == "buckets":
-            fitted = fit_buckets(features[:, FEATURES.index("nearest")], lm, knn[:, place], BUCKETS)
+            number_of_buckets = max(2, min(MOST_BUCKETS, len(lm) // TOKENS_PER_BUCKET))
+            fitted = fit_buckets(features[:, FEATURES.index("nearest")], lm, knn[:, place], number_of_buckets)
         else:
             fitted = fit_gate(features, lm, knn[:, place], saved_searches, seed)
         weights = torch.where(found, fitted(torch.from_numpy(features).nan_to_num(posinf=0.0)), 0.0)

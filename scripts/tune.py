@@ -281,7 +281,7 @@ def draw(path: Path, title: str, best: Best, tokens: int) -> None:
 
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
-        from matplotlib.colors import LogNorm
+        from matplotlib.colors import Normalize
     except ImportError:
         logging.warning("No plot: matplotlib is not installed (pip install 'knn-lm-eval[plot]').")
         return
@@ -293,7 +293,7 @@ def draw(path: Path, title: str, best: Best, tokens: int) -> None:
     figure, panels = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
     values = np.exp(-surface.log_prob / tokens)
     # Most of a wide grid is hopeless; colours are spent on what is less than twice as bad as the best.
-    norm = LogNorm(values.min(), min(values.max(), 2 * values.min()) * (1 + 1e-9))
+    norm = Normalize(values.min(), min(values.max(), 2 * values.min()))
     for axes, name, table, marked in (
         (panels[0], "lmbda", values[:, k, :], lmbda),
         (panels[1], "k", values[:, :, lmbda], k),
@@ -302,12 +302,12 @@ def draw(path: Path, title: str, best: Best, tokens: int) -> None:
         axes.plot(marked, temperature, marker="*", color="red", markersize=14, markeredgecolor="white")
         for axis, ticks in ((axes.xaxis, getattr(surface, name)), (axes.yaxis, surface.knn_temp)):
             places = range(0, len(ticks), max(1, math.ceil(len(ticks) / 11)))
-            axis.set_ticks(list(places), [f"{ticks[place]:.3g}" for place in places])
+            axis.set_ticks(list(places), [f"{ticks[place]:.4g}" for place in places])
         axes.set_xlabel(name)
         axes.set_ylabel("knn_temp")
         fixed = f"k = {surface.k[k]}" if name == "lmbda" else f"lmbda = {surface.lmbda[lmbda]:g}"
         axes.set_title(f"{title}, {fixed}")
-    figure.colorbar(picture, ax=panels, label="perplexity per token (twice the best and above: one colour)")
+    figure.colorbar(picture, ax=panels, label="token perplexity (one colour from twice the best on)")
     for suffix, metadata in ((".png", None), (".svg", {"Date": None})):
         figure.savefig(path.with_suffix(suffix), dpi=150, metadata=metadata)
     plt.close(figure)
