@@ -46,8 +46,8 @@ def retrieval_augmented(
     model : a transformers causal LM, or a PEFT model around one, in evaluation mode.
     datastore : the datastore's folder; None takes the environment variable ``KNN_LM_EVAL_DATASTORE``.
     tokenizer : where given, it is checked to be the datastore's.
-    **settings : retrieval settings as for ``KNNHF``: ``k``, ``lmbda``, ``knn_temp``, ``probe``, ``retomaton``,
-        ``min_knns``, ``clusters``, ...
+    **settings : retrieval settings as for ``KNNHF``: ``params``, ``k``, ``lmbda``, ``knn_temp``, ``probe``,
+        ``retomaton``, ``min_knns``, ``clusters``, ...
 
     Returns
     -------
