@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from knn_lm_eval.adaptive import Lmbda, plain_lmbda, read_lmbda
 from knn_lm_eval.automaton import Automaton, AutomatonSettings, PointerDistances
 from knn_lm_eval.clusters import Clusters
 from knn_lm_eval.code_distances import CodeDistances
@@ -21,13 +22,14 @@ from knn_lm_eval.fetching import open_datastore
 from knn_lm_eval.fingerprint import check_store_model
 from knn_lm_eval.index import DEFAULT_INDEX
 from knn_lm_eval.language_model import CausalLM
+from knn_lm_eval.params import find_params
 from knn_lm_eval.retrieval import Retriever, exact_distances
 
 logger = logging.getLogger(__name__)
 
 DATASTORE_VARIABLE = "KNN_LM_EVAL_DATASTORE"
-# The kNN-LM papers' settings.
-DEFAULTS = {"k": 1024, "lmbda": 0.25, "knn_temp": 1.0}
+# The papers' settings.
+DEFAULTS = {"k": 1024, "lmbda": 0.25, "knn_temp": 1.0, "min_knns": 1, "max_knns": 1024}
 
 
 @dataclass(frozen=True)
@@ -38,15 +40,16 @@ class Augmentation:
     ----------
     retriever : the store, its index, and how they are searched.
     automaton : RetoMaton's; None where every position is searched.
-    lmbda, knn_temp : the mixture's weight and temperature.
+    lmbda, knn_temp : the mixture's weight (a number or an adaptive one) and temperature.
     key_type, key_module : which hidden state is the key, as for ``CausalLM``.
-    settings : all settings as they are in force.
-    sources : where they come from: ``given``, ``default`` or ``index``; the store for all others.
+    settings : all settings as they are in force; an adaptive lmbda in its plain form.
+    sources : where they come from: ``given``, ``params``, ``store default``, ``default`` or ``index``; the store for
+        all others.
     """
 
     retriever: Retriever
     automaton: Automaton | None
-    lmbda: float
+    lmbda: Lmbda
     knn_temp: float
     key_type: str
     key_module: str | None
@@ -58,8 +61,9 @@ class Augmentation:
         cls,
         datastore: str | os.PathLike | None = None,
         *,
+        params: str | os.PathLike | bool | None = None,
         k: int | None = None,
-        lmbda: float | None = None,
+        lmbda: float | dict | None = None,
         knn_temp: float | None = None,
         probe: int | None = None,
         knn_sim_func: str | None = None,
@@ -69,8 +73,8 @@ class Augmentation:
         knn_gpu: bool = False,
         index: str = DEFAULT_INDEX,
         retomaton: bool = False,
-        min_knns: float = 1,
-        max_knns: int = 1024,
+        min_knns: float | None = None,
+        max_knns: int | None = None,
         no_pointer: bool = False,
         clusters: str | None = None,
         duplicates: Literal["keep", "merge"] = "merge",
@@ -82,26 +86,48 @@ class Augmentation:
         UserError
             Where a setting is out of range, or does not fit the datastore or the index.
         """
-        store = _open_datastore(datastore)
-        given = {"k": k, "lmbda": lmbda, "knn_temp": knn_temp}
-        settings: dict[str, Any] = DEFAULTS | {name: value for name, value in given.items() if value is not None}
-        sources = {name: "default" if value is None else "given" for name, value in given.items()}
+        store = find_datastore(datastore)
+        tuned, source = find_params(params, store)
+        given = {"k": k, "lmbda": lmbda, "knn_temp": knn_temp, "probe": probe}
+        if retomaton:
+            given |= {"min_knns": min_knns, "max_knns": max_knns}
+        settings: dict[str, Any] = {}
+        sources: dict[str, str] = {}
+        for name, value in given.items():
+            if value is not None:
+                settings[name], sources[name] = value, "given"
+            elif tuned and name in tuned.settings:
+                settings[name], sources[name] = tuned.settings[name], source
+            else:
+                settings[name] = DEFAULTS.get(name)
+                sources[name] = "index" if name == "probe" else "default"
+        weight = read_lmbda(settings["lmbda"])
         _check_ranges(settings)
+        settings["lmbda"] = plain_lmbda(weight)
+        if tuned is None and weight != 0 and "default" in (sources["lmbda"], sources["knn_temp"]):
+            logger.warning(
+                "knn-hf runs untuned defaults (lmbda=%s, knn_temp=%s), and the best ones differ between LMs and "
+                "datastores by more than a factor of ten: tune them with `knn-lm-eval tune`.",
+                *(settings[name] if sources[name] == "default" else "given" for name in ("lmbda", "knn_temp")),
+            )
         key_type = store.manifest["key_type"]
         if knn_keytype not in (None, key_type):
             raise UserError(
                 f"knn_keytype={knn_keytype}, but the keys of the datastore {store.path} are {key_type}; "
                 f"leave knn_keytype out, or dump a datastore with --knn_keytype {knn_keytype}."
             )
-        retriever = Retriever(store, settings["k"], probe, knn_sim_func, recompute_dists, knn_gpu, index)
-        sources["probe"] = "given" if probe is not None else "index"
+        retriever = Retriever(store, settings["k"], settings["probe"], knn_sim_func, recompute_dists, knn_gpu, index)
         automaton = None
         if retomaton:
             store.require_text_order("RetoMaton")
-            walk = AutomatonSettings(settings["k"], settings["knn_temp"], min_knns, max_knns, duplicates)
+            walk = AutomatonSettings(
+                settings["k"], settings["knn_temp"], settings["min_knns"], settings["max_knns"], duplicates
+            )
             _check_automaton(walk)
+            if not isinstance(weight, float) and weight.threshold is not None:
+                raise UserError("A gate with a threshold decides where kNN-LM searches; RetoMaton has min_knns for it.")
             chosen = None if clusters is None else Clusters.open(store, str(clusters))
-            if not no_pointer and settings["lmbda"] > 0:
+            if not no_pointer and weight != 0:
                 automaton = open_automaton(retriever, walk, chosen)
         elif clusters is not None:
             raise UserError("clusters is for RetoMaton; give retomaton=True as well.")
@@ -115,15 +141,14 @@ class Augmentation:
         if retomaton:
             settings |= {
                 "retomaton": True,
-                "min_knns": min_knns,
-                "max_knns": max_knns,
                 "no_pointer": no_pointer,
                 "clusters": clusters,
                 "duplicates": duplicates,
             }
+        if tuned:
+            tuned.check_conditions(settings)
         key_module = key_module or store.manifest.get("key_module")
-        lmbda, knn_temp = settings["lmbda"], settings["knn_temp"]
-        return cls(retriever, automaton, lmbda, knn_temp, key_type, key_module, settings, sources)
+        return cls(retriever, automaton, weight, settings["knn_temp"], key_type, key_module, settings, sources)
 
     def check_model(self, model: CausalLM, tokenizer: Any, name: str) -> None:
         """Raise UserError where the datastore was not made by this model (and tokenizer, unless it is None)."""
@@ -165,7 +190,8 @@ def pointer_distances(retriever: Retriever) -> PointerDistances:
     return exact
 
 
-def _open_datastore(path: str | os.PathLike | None) -> Datastore:
+def find_datastore(path: str | os.PathLike | None) -> Datastore:
+    """The datastore at ``path`` (a folder or an address), or that ``KNN_LM_EVAL_DATASTORE`` names."""
     path = path or os.environ.get(DATASTORE_VARIABLE)
     if not path:
         raise UserError(
@@ -176,14 +202,12 @@ def _open_datastore(path: str | os.PathLike | None) -> Datastore:
 
 
 def _check_ranges(settings: dict[str, Any]) -> None:
-    k, lmbda, knn_temp = settings["k"], settings["lmbda"], settings["knn_temp"]
-    for name, value in settings.items():
+    k, knn_temp = settings["k"], settings["knn_temp"]
+    for name, value in (("k", k), ("knn_temp", knn_temp)):
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise UserError(f"{name}={value!r} is not a number.")
     if int(k) != k:
         raise UserError(f"k={k} is not a whole number.")
-    if not 0 <= lmbda <= 1:
-        raise UserError(f"lmbda={lmbda} is not between 0 and 1.")
     if not 0 < knn_temp < float("inf"):
         raise UserError(f"knn_temp={knn_temp} must be a number above 0.")
 

@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from knn_lm_eval.adaptive import lm_features_for, weights, worth_searching
 from knn_lm_eval.augmentation import Augmentation
 from knn_lm_eval.automaton import Automaton, Walk
 from knn_lm_eval.errors import UserError
@@ -45,8 +46,8 @@ def retrieval_augmented(
     model : a transformers causal LM, or a PEFT model around one, in evaluation mode.
     datastore : the datastore's folder; None takes the environment variable ``KNN_LM_EVAL_DATASTORE``.
     tokenizer : where given, it is checked to be the datastore's.
-    **settings : retrieval settings as for ``KNNHF``: ``k``, ``lmbda``, ``knn_temp``, ``probe``, ``retomaton``,
-        ``min_knns``, ``clusters``, ...
+    **settings : retrieval settings as for ``KNNHF``: ``params``, ``k``, ``lmbda``, ``knn_temp``, ``probe``,
+        ``retomaton``, ``min_knns``, ``clusters``, ...
 
     Returns
     -------
@@ -83,12 +84,13 @@ class MixedForward:
     Attributes
     ----------
     positions : how many were mixed.
+    skipped : those of them at which a gate wanted no search.
     seconds : by stage; searches and walks count theirs in ``augmentation``.
     """
 
     def __init__(self, model: CausalLM, augmentation: Augmentation) -> None:
         self.model, self.augmentation = model, augmentation
-        self.positions = 0
+        self.positions, self.skipped = 0, 0
         self.seconds = {"forward": 0.0, "mixture": 0.0}
         self._inside: ExitStack | None = None
         # In ``generate``: the sequences of the step at hand, and the candidates after each sequence of the last one.
@@ -211,36 +213,49 @@ class MixedForward:
         self.positions += len(rows)
         if how.lmbda == 0 or not len(rows):
             return log_probs
+        chunk = max(1, LOGITS_BYTES // (4 * log_probs.shape[-1]))
+        if not isinstance(how.lmbda, float) and how.lmbda.threshold is not None:
+            pieces = zip(rows.split(chunk), columns.split(chunk), strict=True)
+            worth = torch.cat([self._worth(log_probs[piece]) for piece in pieces])
+            self.skipped += int((~worth).sum())
+            rows, columns = rows[worth], columns[worth]
         queries = keys[rows, columns]
         neighbours: Neighbours
         if (automaton := how.automaton) is None:
 
-            def neighbours(start: int, stop: int) -> tuple[Tensor, Tensor, Tensor | None]:
-                found = how.retriever.search(queries[start:stop])
+            def neighbours(some: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+                found = how.retriever.search(queries[some])
                 return found.distances, found.values, found.counts
 
         else:
             known = np.zeros((len(logits), 0), np.int64) if sequences is None else sequences.cpu().numpy()
             steps = self._walk(automaton, queries, rows.numpy(), from_end[columns.numpy()], known, generating)
 
-            def neighbours(start: int, stop: int) -> tuple[Tensor, Tensor, Tensor | None]:
-                return *padded_neighbours(steps[start:stop], automaton.values), None
+            def neighbours(some: Tensor) -> tuple[Tensor, Tensor, None]:
+                return *padded_neighbours([steps[i] for i in some.tolist()], automaton.values), None
 
         block = max(1, NEIGHBOURS_PER_BLOCK // how.retriever.k)
-        chunk = max(1, LOGITS_BYTES // (4 * log_probs.shape[-1]))
         for start in range(0, len(rows), block):
             stop = min(start + block, len(rows))
-            distances, values, counts = neighbours(start, stop)
+            distances, values, counts = neighbours(torch.arange(start, stop))
             start_time = time.perf_counter()
+            distances, values = distances.to(logits.device), values.to(logits.device)
             counts = None if counts is None else counts.to(logits.device)
-            weights = neighbour_log_weights(distances.to(logits.device), how.knn_temp, counts)
-            values = values.to(logits.device)
+            log_weights = neighbour_log_weights(distances, how.knn_temp, counts)
             for at in range(start, stop, chunk):
                 part, here = slice(at - start, at - start + chunk), slice(at, min(at + chunk, stop))
                 place = rows[here], columns[here]
-                log_probs[place] = mixed_log_probs(log_probs[place], weights[part], values[part], how.lmbda)
+                table = log_probs[place]
+                lmbda = weights(how.lmbda, lm_features_for(how.lmbda, table), distances[part], values[part])
+                log_probs[place] = mixed_log_probs(table, log_weights[part], values[part], lmbda)
             self.seconds["mixture"] += time.perf_counter() - start_time
         return log_probs
+
+    def _worth(self, log_probs: Tensor) -> Tensor:
+        lmbda = self.augmentation.lmbda
+        worth = worth_searching(lmbda, lm_features_for(lmbda, log_probs))
+        assert worth is not None
+        return worth.cpu()
 
     def _walk(
         self,

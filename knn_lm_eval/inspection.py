@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from knn_lm_eval.adaptive import lm_features_for, read_lmbda, weights, worth_searching
 from knn_lm_eval.automaton import Walk
 from knn_lm_eval.knn_hf import KNNHF
 from knn_lm_eval.mixture import knn_log_prob, mix, neighbour_log_weights
@@ -91,7 +92,7 @@ def _inspect_window(
     walk = Walk(keys.float().cpu().numpy(), np.array(targets))
     if automaton is not None:
         automaton.walk([walk], keep_neighbours=True)
-    inspected = []
+    inspected, used = [], read_lmbda(settings["lmbda"])
     for start in range(0, len(targets), POSITIONS_AT_ONCE):
         here = slice(start, start + POSITIONS_AT_ONCE)
         target = torch.tensor(targets[here])
@@ -107,7 +108,11 @@ def _inspect_window(
                 row[: len(found)] = torch.from_numpy(found)
         log_weights = neighbour_log_weights(distances, settings["knn_temp"], counts)
         knn = knn_log_prob(log_weights, values, target)
-        mixed = mix(lm_log_prob.double(), knn.double(), settings["lmbda"])
+        of_lm = lm_features_for(used, lm_log_probs)
+        lmbda = weights(used, of_lm, distances, values)
+        mixed = mix(lm_log_prob.double(), knn.double(), lmbda)
+        worth = worth_searching(used, of_lm)
+        searched = walk.searched[here] if automaton is not None else [True] * len(target) if worth is None else worth
         heaviest = log_weights.topk(min(num_neighbours, log_weights.shape[1]), dim=-1).indices
         for i, slots in enumerate(heaviest):
             neighbours = [
@@ -127,7 +132,7 @@ def _inspect_window(
                     p_lm=float(lm_log_prob[i].exp()),
                     p_knn=float(knn[i].exp()),
                     p=float(mixed[i].exp()),
-                    searched=automaton is None or bool(walk.searched[start + i]),
+                    searched=bool(searched[i]),
                     neighbours=neighbours,
                 )
             )

@@ -16,6 +16,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
+from knn_lm_eval.adaptive import Gate
 from knn_lm_eval.augmentation import Augmentation
 from knn_lm_eval.errors import UserError, report_user_errors
 from knn_lm_eval.generation import MixedForward
@@ -42,8 +43,10 @@ class KNNHF(CausalHFLM):
     pretrained : as for lm-eval's ``hf``; None takes the model that made the datastore.
     datastore : the datastore's folder or address (https://... or hf://datasets/...); None takes the environment
         variable ``KNN_LM_EVAL_DATASTORE``.
+    params : a file that ``tune`` wrote; None takes the one that the datastore has, if any, False takes none. It gives
+        what is not given here of ``k``, ``lmbda``, ``knn_temp``, ``probe``, ``min_knns`` and ``max_knns``.
     k : neighbours per token (default 1024).
-    lmbda : the weight of p_kNN in the mixture, 0 to 1 (default 0.25).
+    lmbda : the weight of p_kNN in the mixture, 0 to 1 (default 0.25), or the plain form of an adaptive weight.
     knn_temp : the temperature of the softmax over distances (default 1).
     probe : inverted lists that a search visits; None takes what the index was found to need when built.
     knn_sim_func : ``l2`` or ``dot``; None takes the index's.
@@ -75,8 +78,9 @@ class KNNHF(CausalHFLM):
         pretrained: str | transformers.PreTrainedModel | None = None,
         *,
         datastore: str | os.PathLike | None = None,
+        params: str | os.PathLike | bool | None = None,
         k: int | None = None,
-        lmbda: float | None = None,
+        lmbda: float | dict | None = None,
         knn_temp: float | None = None,
         probe: int | None = None,
         knn_sim_func: str | None = None,
@@ -87,8 +91,8 @@ class KNNHF(CausalHFLM):
         index: str = DEFAULT_INDEX,
         context_len: int = 1,
         retomaton: bool = False,
-        min_knns: float = 1,
-        max_knns: int = 1024,
+        min_knns: float | None = None,
+        max_knns: int | None = None,
         no_pointer: bool = False,
         clusters: str | None = None,
         duplicates: Literal["keep", "merge"] = "merge",
@@ -98,6 +102,7 @@ class KNNHF(CausalHFLM):
         # All that can be wrong without the model is looked at before minutes are spent on loading it.
         opened = Augmentation.open(
             datastore,
+            params=params,
             k=k,
             lmbda=lmbda,
             knn_temp=knn_temp,
@@ -133,12 +138,14 @@ class KNNHF(CausalHFLM):
         self.retriever = opened.retriever
         self.scorer: Scorer
         if opened.automaton:
+            if carry_state and not isinstance(opened.lmbda, float):
+                raise UserError("carry_state=True needs a number for lmbda, not an adaptive one.")
             self.scorer = RetomatonScorer(
                 model, self.retriever, opened.lmbda, opened.automaton, self.softmax_dtype, carry_state
             )
         else:
             # With lmbda=0 the neighbours would count for nothing: the search is left out.
-            searched = self.retriever if opened.lmbda > 0 else None
+            searched = self.retriever if opened.lmbda != 0 else None
             self.scorer = Scorer(model, searched, opened.lmbda, opened.knn_temp, self.softmax_dtype)
         self.mixed_forward = MixedForward(model, opened)
         self.carry_state = retomaton and carry_state
@@ -146,7 +153,8 @@ class KNNHF(CausalHFLM):
         if retomaton:
             self.settings["carry_state"] = carry_state
         self.setting_sources = sources = opened.sources
-        shown = (f"{name}={value} ({sources.get(name, 'store')})" for name, value in self.settings.items())
+        adaptive = {} if isinstance(opened.lmbda, float) else {"lmbda": type(opened.lmbda).__name__.lower()}
+        shown = (f"{name}={value} ({sources.get(name, 'store')})" for name, value in (self.settings | adaptive).items())
         logger.info("knn-hf with the datastore %s (%s entries): %s", store.path, f"{len(store):,}", ", ".join(shown))
 
     @classmethod
@@ -279,7 +287,7 @@ class KNNHF(CausalHFLM):
 
     def _model_generate(self, context: Any, max_length: int, stop: list[str], **generation_kwargs: Any) -> Any:
         # HFLM's generate_until with the mixture in each decoding step. With lmbda=0 the LM is alone, as in hf.
-        with self.mixed_forward if self.settings["lmbda"] > 0 else nullcontext():
+        with self.mixed_forward if self.settings["lmbda"] != 0 else nullcontext():
             return super()._model_generate(context, max_length, stop, **generation_kwargs)
 
     def _detect_batch_size(self, requests: Any = None, pos: int = 0) -> int:
@@ -334,6 +342,10 @@ class KNNHF(CausalHFLM):
                 "saved_searches": 1 - walks.searches / max(1, walks.steps),
                 "mean_candidates": walks.candidates / max(1, walks.steps),
             }
+        elif isinstance(gate := self.mixed_forward.augmentation.lmbda, Gate) and gate.threshold is not None:
+            rows = self.scorer.rows_scored + self.mixed_forward.positions
+            skipped = self.scorer.rows_skipped + self.mixed_forward.skipped
+            walked = {"saved_searches": skipped / max(1, rows)}
         return super().get_model_info() | {
             "knn": {
                 **walked,

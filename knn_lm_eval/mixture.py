@@ -56,8 +56,10 @@ def knn_log_prob(log_weights: Tensor, values: Tensor, targets: Tensor) -> Tensor
     return log_weights.masked_fill(values != targets[:, None], -math.inf).logsumexp(dim=-1)
 
 
-def mix(lm_log_prob: Tensor, knn_log_prob: Tensor, lmbda: float) -> Tensor:
-    """log((1 - lmbda) p_LM + lmbda p_kNN), elementwise; exact at lmbda 0 and 1."""
+def mix(lm_log_prob: Tensor, knn_log_prob: Tensor, lmbda: float | Tensor) -> Tensor:
+    """log((1 - lmbda) p_LM + lmbda p_kNN), elementwise, lmbda too; exact at lmbda 0 and 1."""
+    if isinstance(lmbda, Tensor):
+        return torch.logaddexp(lm_log_prob + torch.log1p(-lmbda), knn_log_prob + lmbda.log())
     if lmbda == 0:
         return lm_log_prob
     if lmbda == 1:
@@ -65,13 +67,14 @@ def mix(lm_log_prob: Tensor, knn_log_prob: Tensor, lmbda: float) -> Tensor:
     return torch.logaddexp(lm_log_prob + math.log1p(-lmbda), knn_log_prob + math.log(lmbda))
 
 
-def mixed_log_probs(lm_log_probs: Tensor, log_weights: Tensor, values: Tensor, lmbda: float) -> Tensor:
+def mixed_log_probs(lm_log_probs: Tensor, log_weights: Tensor, values: Tensor, lmbda: float | Tensor) -> Tensor:
     """log p of every token of the vocabulary.
 
     Parameters
     ----------
     lm_log_probs : float32 ``[n, vocabulary]``, the LM's log-probabilities.
     log_weights, values : ``[n, k]``, as for ``knn_log_prob``.
+    lmbda : a number, or one for each row, ``[n]``.
 
     Returns
     -------
@@ -80,12 +83,12 @@ def mixed_log_probs(lm_log_probs: Tensor, log_weights: Tensor, values: Tensor, l
     values = values.long()
     p_knn = torch.zeros_like(lm_log_probs).scatter_add_(-1, values, log_weights.exp()).gather(-1, values)
     # Logarithms are taken of the neighbours' values alone: all other tokens have the LM's share.
+    lmbda = lmbda[:, None] if isinstance(lmbda, Tensor) else torch.tensor(lmbda)
     theirs = mix(lm_log_probs.gather(-1, values), p_knn.log(), lmbda)
-    others = math.log1p(-lmbda) if lmbda < 1 else -math.inf
-    return (lm_log_probs + others).scatter_(-1, values, theirs)
+    return (lm_log_probs + torch.log1p(-lmbda)).scatter_(-1, values, theirs)
 
 
-def greedy_tokens(lm_log_probs: Tensor, log_weights: Tensor, values: Tensor, lmbda: float) -> Tensor:
+def greedy_tokens(lm_log_probs: Tensor, log_weights: Tensor, values: Tensor, lmbda: float | Tensor) -> Tensor:
     """The most probable token of the mixture for each row, the smallest id where several tie.
 
     Only the neighbours' distinct values can beat the LM's own best token, so only they are mixed.
@@ -94,13 +97,14 @@ def greedy_tokens(lm_log_probs: Tensor, log_weights: Tensor, values: Tensor, lmb
     ----------
     lm_log_probs : ``[n, vocabulary]``, the LM's log-probabilities.
     log_weights, values : ``[n, k]``, as for ``knn_log_prob``.
+    lmbda : a number, or one for each row, ``[n]``.
 
     Returns
     -------
     int64 ``[n]``.
     """
     lm_best, lm_best_token = lm_log_probs.max(dim=-1)
-    if lmbda == 0:
+    if not isinstance(lmbda, Tensor) and lmbda == 0:
         return lm_best_token
     values, order = values.long().sort(dim=-1)
     # Weights are summed over runs of one value: differences of the running sum at the runs' ends. In float64,
@@ -111,10 +115,11 @@ def greedy_tokens(lm_log_probs: Tensor, log_weights: Tensor, values: Tensor, lmb
     before = torch.zeros_like(running)
     before[:, 1:] = torch.where(run_ends, running, 0.0)[:, :-1].cummax(dim=-1).values
     knn_log_probs = torch.where(run_ends, running - before, 0.0).log()
-    mixed = mix(lm_log_probs.gather(-1, values).double(), knn_log_probs, lmbda)
+    share = torch.as_tensor(lmbda, dtype=torch.float64, device=lm_log_probs.device).expand(len(lm_log_probs))
+    mixed = mix(lm_log_probs.gather(-1, values).double(), knn_log_probs, share[:, None])
     mixed = mixed.masked_fill(~run_ends, -math.inf)
     best, slot = mixed.max(dim=-1)
     knn_best_token = values.gather(-1, slot[:, None])[:, 0]
-    lm_only = lm_best.double() + (math.log1p(-lmbda) if lmbda < 1 else -math.inf)
+    lm_only = lm_best.double() + torch.log1p(-share)
     knn_wins = (best > lm_only) | ((best == lm_only) & (knn_best_token < lm_best_token))
     return torch.where(knn_wins, knn_best_token, lm_best_token)

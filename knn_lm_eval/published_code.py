@@ -37,8 +37,10 @@ def why_not(lm: KNNHF) -> str | None:
         return f"it needs an index with inverted lists, which {retriever.metadata['factory']} has not"
     if not hasattr(model.inner, "lm_head"):
         return f"{type(model.inner).__name__} has no head of the name lm_head"
-    if retriever.sim_func != "l2" or model.inner.dtype != torch.float32 or not lm.scorer.lmbda:
-        return "it needs knn_sim_func=l2, dtype=float32 and lmbda above 0"
+    if retriever.sim_func != "l2" or model.inner.dtype != torch.float32:
+        return "it needs knn_sim_func=l2 and dtype=float32"
+    if not isinstance(lm.scorer.lmbda, float) or not lm.scorer.lmbda:
+        return "it needs a constant lmbda above 0"
     longest = getattr(model.inner.config, "max_position_embeddings", math.inf)
     if longest <= lm.max_length:
         return f"it reads the last target too, which needs --max_length below {longest}"

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from knn_lm_eval.adaptive import Lmbda
 from knn_lm_eval.automaton import Automaton, Walk
 from knn_lm_eval.language_model import CausalLM
 from knn_lm_eval.mixture import mix
@@ -32,7 +33,7 @@ class RetomatonScorer(Scorer):
         self,
         model: CausalLM,
         retriever: Retriever,
-        lmbda: float,
+        lmbda: Lmbda,
         automaton: Automaton,
         softmax_dtype: torch.dtype | None = None,
         carry_state: bool = False,
@@ -49,9 +50,9 @@ class RetomatonScorer(Scorer):
         return max(1, WAITING_BYTES // (8 * max(width, self.automaton.settings.k)))
 
     def score(self, batches: Sequence[Sequence[Passage]], want_greedy: bool) -> list[list[Score]]:
-        """As ``Scorer.score``; the automaton walks all batches together."""
-        if want_greedy:
-            return [scores for batch in batches for scores in self._score_with_neighbours(batch)]
+        """As ``Scorer.score``; the automaton walks all batches together, where each step's neighbours aren't kept."""
+        if want_greedy or not isinstance(self.lmbda, float):
+            return [scores for batch in batches for scores in self._score_with_neighbours(batch, want_greedy)]
         readings, lm_log_probs, walks = [], [], []
         for batch in batches:
             reading = self._read(batch)
@@ -96,8 +97,8 @@ class RetomatonScorer(Scorer):
             ):
                 walk.log_p_knn, walk.searched = log_p_knn, searched
 
-    def _score_with_neighbours(self, passages: Sequence[Passage]) -> list[list[Score]]:
-        """Scores with is_greedy, for which each step's neighbours must be kept."""
+    def _score_with_neighbours(self, passages: Sequence[Passage], want_greedy: bool) -> list[list[Score]]:
+        """Scores with is_greedy or an adaptive lmbda, for which each step's neighbours must be kept."""
         reading = self._read(passages)
         queries = reading.queries.float().cpu().numpy()
         # Continuations of one length at one place differ in their last token only: they share a walk.
@@ -110,13 +111,13 @@ class RetomatonScorer(Scorer):
         hidden = reading.hidden[torch.cat([torch.arange(end - length, end) for end, length in walks])]
         steps = [neighbours for walk in walks.values() for neighbours in walk.neighbours]
 
-        def neighbours(start: int, stop: int) -> tuple[Tensor, Tensor, None]:
-            return *padded_neighbours(steps[start:stop], self.values), None
+        def neighbours(rows: Tensor) -> tuple[Tensor, Tensor, None]:
+            return *padded_neighbours([steps[row] for row in rows.tolist()], self.values), None
 
         rows = torch.cat([torch.arange(len(c)) + first_step[end, len(c)] for end, c in reading.asked])
         targets = reading.pairs()[1]
         block = max(1, WAITING_BYTES // (16 * (self.automaton.settings.k + self.automaton.settings.max_knns)))
-        log_probs, greedy = self._score_pairs(hidden, rows, targets, neighbours, block, True)
+        log_probs, greedy, _ = self._score_pairs(hidden, rows, targets, neighbours, block, want_greedy)
         return self._sum_up(reading, log_probs, greedy, [walks[end, len(c)].searches for end, c in reading.asked])
 
 

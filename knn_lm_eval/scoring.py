@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from knn_lm_eval.adaptive import Lmbda, lm_features_for, weights, worth_searching
 from knn_lm_eval.language_model import CausalLM
 from knn_lm_eval.mixture import greedy_tokens, knn_log_prob, mix, neighbour_log_weights
 from knn_lm_eval.retrieval import Retriever
@@ -26,8 +27,16 @@ from knn_lm_eval.retrieval import Retriever
 LOGITS_BYTES = 2**25
 NEIGHBOURS_PER_BLOCK = 2**21
 
-# (first row, end row) -> distances [rows, k], values [rows, k] and counts [rows, k] or None of these rows' neighbours.
-Neighbours = Callable[[int, int], tuple[Tensor, Tensor, Tensor | None]]
+# rows int64 [n] -> distances [n, k], values [n, k] and counts [n, k] or None of these rows' neighbours.
+Neighbours = Callable[[Tensor], tuple[Tensor, Tensor, Tensor | None]]
+
+
+class Near(NamedTuple):
+    """Neighbours of some rows, on the LM's device: distances, log weights and values ``[rows, k]``."""
+
+    distances: Tensor
+    log_weights: Tensor
+    values: Tensor
 
 
 @dataclass
@@ -93,7 +102,7 @@ class Scorer:
     ----------
     model : the LM.
     retriever : None for the LM alone.
-    lmbda : the weight of p_kNN, 0 to 1.
+    lmbda : the weight of p_kNN, 0 to 1, or an adaptive one.
     knn_temp : the softmax temperature over distances.
     softmax_dtype : dtype of the LM's log-softmax; None is the logits' own, as in lm-eval's ``hf``.
     """
@@ -102,7 +111,7 @@ class Scorer:
         self,
         model: CausalLM,
         retriever: Retriever | None,
-        lmbda: float,
+        lmbda: Lmbda,
         knn_temp: float,
         softmax_dtype: torch.dtype | None = None,
     ) -> None:
@@ -110,6 +119,7 @@ class Scorer:
         self.lmbda, self.knn_temp, self.softmax_dtype = lmbda, knn_temp, softmax_dtype
         self._table: Tensor | None = None
         self.tokens_scored = 0
+        self.rows_scored, self.rows_skipped = 0, 0  # positions, and those at which a gate wanted no search
         self.seconds = {"forward": 0.0, "head": 0.0, "mixture": 0.0}
 
     @property
@@ -132,13 +142,16 @@ class Scorer:
         if retriever := self.retriever:
             block = max(1, NEIGHBOURS_PER_BLOCK // retriever.k)
 
-            def neighbours(start: int, stop: int) -> tuple[Tensor, Tensor, Tensor | None]:
-                found = retriever.search(reading.queries[start:stop])
+            def neighbours(rows: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+                found = retriever.search(reading.queries[rows])
                 return found.distances, found.values, found.counts
 
         rows, targets = reading.pairs()
-        log_probs, greedy = self._score_pairs(reading.hidden, rows, targets, neighbours, block, want_greedy)
-        return self._sum_up(reading, log_probs, greedy)
+        log_probs, greedy, searched = self._score_pairs(reading.hidden, rows, targets, neighbours, block, want_greedy)
+        if searched is None:
+            return self._sum_up(reading, log_probs, greedy)
+        parts = searched.split([len(continuation) for _, continuation in reading.asked])
+        return self._sum_up(reading, log_probs, greedy, [int(part.sum()) for part in parts])
 
     def _read(self, passages: Sequence[Passage]) -> Reading:
         with self._timed("forward"):
@@ -163,84 +176,88 @@ class Scorer:
         neighbours: Neighbours | None,
         block: int,
         want_greedy: bool,
-    ) -> tuple[Tensor, Tensor]:
-        """log p and "is the greedy token" of each (row of ``hidden``, target) pair.
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """log p, "is the greedy token" and "was searched" (None: all were) of each (row of ``hidden``, target) pair.
 
-        ``neighbours`` is asked for ``block`` rows at a time; None is the LM alone.
+        ``neighbours`` is asked for ``block`` rows at a time, or for those that are worth it; None is the LM alone.
         """
         device = hidden.device
+        self.rows_scored += len(hidden)
         order = rows.argsort(stable=True)
         rows, targets = rows[order], targets[order].to(device)
-        chunk = max(1, LOGITS_BYTES // (4 * self.model.vocabulary_size))
+        choosy = not isinstance(self.lmbda, float) and self.lmbda.threshold is not None
         # Results have their place beforehand. Small tensors that were made between two tables of logits and
         # lived on would break up the heap, which would then grow by a table again and again.
         lm_log_probs, knn_log_probs = None, torch.empty(len(rows), device=device)
+        lmbdas = self.lmbda if isinstance(self.lmbda, float) else torch.empty(len(rows), device=device)
+        searched = torch.empty(len(rows), dtype=torch.bool, device=device) if choosy else None
         greedy = torch.zeros(len(rows), dtype=torch.bool, device=device)
         for block_start in range(0, len(hidden), block):
             block_end = min(block_start + block, len(hidden))
-            weights, values = None, None
-            if neighbours:
-                distances, values, counts = neighbours(block_start, block_end)
-                with self._timed("mixture"):
-                    counts = None if counts is None else counts.to(device)
-                    weights = neighbour_log_weights(distances.to(device), self.knn_temp, counts)
-                    values = values.to(device)
-                    del distances, counts
-                    begin, end = torch.searchsorted(rows, torch.tensor([block_start, block_end])).tolist()
-                    for pairs in range(begin, end, block):
-                        here = slice(pairs, min(pairs + block, end))
-                        at = (rows[here] - block_start).to(device)
-                        knn_log_probs[here] = knn_log_prob(weights[at], values[at], targets[here])
-            # Chunks of one size, so that none is left with a few rows, for which the head is slow.
-            step = math.ceil((block_end - block_start) / math.ceil((block_end - block_start) / chunk))
-            for start in range(block_start, block_end, step):
-                stop = min(start + step, block_end)
+            found = None
+            if neighbours and not choosy:
+                found = self._weigh(*neighbours(torch.arange(block_start, block_end)), device)
+            for start, stop, table in self._tables(hidden, block_start, block_end):
                 begin, end = torch.searchsorted(rows, torch.tensor([start, stop])).tolist()
                 at = (rows[begin:end] - start).to(device)
-                lm_log_prob, best = self._run_head(
-                    hidden[start:stop],
-                    at,
-                    targets[begin:end],
-                    None if weights is None else weights[start - block_start : stop - block_start],
-                    None if values is None else values[start - block_start : stop - block_start],
-                    want_greedy,
-                )
                 if lm_log_probs is None:
-                    lm_log_probs = lm_log_prob.new_empty(len(rows))
-                lm_log_probs[begin:end] = lm_log_prob
+                    lm_log_probs = table.new_empty(len(rows))
+                lm_log_probs[begin:end] = table[at, targets[begin:end]]
+                best = None
+                if neighbours:
+                    of_lm = lm_features_for(self.lmbda, table)
+                    if found is not None:
+                        near = Near(*(part[start - block_start : stop - block_start] for part in found))
+                    else:
+                        worth = worth_searching(self.lmbda, of_lm)
+                        assert worth is not None and searched is not None
+                        searched[begin:end] = worth[at]
+                        self.rows_skipped += int((~worth).sum())
+                        near = self._weigh(*_neighbours_where(worth.cpu(), start, neighbours), device)
+                    with self._timed("mixture"):
+                        lmbda = weights(self.lmbda, of_lm, near.distances, near.values)
+                        if isinstance(lmbdas, Tensor) and isinstance(lmbda, Tensor):
+                            lmbdas[begin:end] = lmbda[at]
+                        for pairs in range(begin, end, block):  # a row may have many
+                            here = slice(pairs, min(pairs + block, end))
+                            of = at[here.start - begin : here.stop - begin]
+                            knn_log_probs[here] = knn_log_prob(near.log_weights[of], near.values[of], targets[here])
+                        if want_greedy:
+                            best = greedy_tokens(table, near.log_weights, near.values, lmbda)
+                elif want_greedy:
+                    best = table.argmax(dim=-1)
                 if best is not None:
                     greedy[begin:end] = best[at] == targets[begin:end]
         assert lm_log_probs is not None
-        log_probs = mix(lm_log_probs.float(), knn_log_probs, self.lmbda) if neighbours else lm_log_probs
+        log_probs = lm_log_probs
+        if neighbours:
+            log_probs = mix(lm_log_probs.float(), knn_log_probs, lmbdas)
         back = order.argsort()
-        return log_probs.cpu()[back], greedy.cpu()[back]
+        return log_probs.cpu()[back], greedy.cpu()[back], None if searched is None else searched.cpu()[back]
 
-    def _run_head(
-        self,
-        hidden: Tensor,
-        at: Tensor,
-        targets: Tensor,
-        weights: Tensor | None,
-        values: Tensor | None,
-        want_greedy: bool,
-    ) -> tuple[Tensor, Tensor | None]:
-        """log p_LM of the pairs (row ``at`` of ``hidden``, target), and where asked the greedy token of each row.
+    def _tables(self, hidden: Tensor, begin: int, end: int) -> Iterator[tuple[int, int, Tensor]]:
+        """The LM's log-probabilities over the vocabulary for rows of ``hidden``, some rows (start, stop) at a time.
 
         The only place with tables over the vocabulary: the logits, and one for their softmax that is used again.
         """
-        with self._timed("head"):
-            logits = self.model.logits(hidden)
-            dtype = self.softmax_dtype or logits.dtype
-            if self._table is None or len(self._table) < len(logits):
-                self._table = torch.empty(logits.shape, dtype=dtype, device=logits.device)
-            table = torch.log_softmax(logits, dim=-1, dtype=dtype, out=self._table[: len(logits)])
-            log_prob = table[at, targets]
-        if not want_greedy:
-            return log_prob, None
+        chunk = max(1, LOGITS_BYTES // (4 * self.model.vocabulary_size))
+        # Chunks of one size, so that none is left with a few rows, for which the head is slow.
+        step = math.ceil((end - begin) / math.ceil((end - begin) / chunk))
+        for start in range(begin, end, step):
+            stop = min(start + step, end)
+            with self._timed("head"):
+                logits = self.model.logits(hidden[start:stop])
+                dtype = self.softmax_dtype or logits.dtype
+                if self._table is None or len(self._table) < len(logits):
+                    self._table = torch.empty(logits.shape, dtype=dtype, device=logits.device)
+                table = torch.log_softmax(logits, dim=-1, dtype=dtype, out=self._table[: len(logits)])
+                del logits
+            yield start, stop, table
+
+    def _weigh(self, distances: Tensor, values: Tensor, counts: Tensor | None, device: torch.device) -> Near:
         with self._timed("mixture"):
-            if weights is None or values is None:
-                return log_prob, table.argmax(dim=-1)
-            return log_prob, greedy_tokens(table, weights, values, self.lmbda)
+            distances, counts = distances.to(device), None if counts is None else counts.to(device)
+            return Near(distances, neighbour_log_weights(distances, self.knn_temp, counts), values.to(device))
 
     def _sum_up(
         self,
@@ -265,3 +282,19 @@ class Scorer:
         start = time.perf_counter()
         yield
         self.seconds[stage] += time.perf_counter() - start
+
+
+def _neighbours_where(worth: Tensor, start: int, neighbours: Neighbours) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The neighbours of those rows from ``start`` on that are ``worth`` it; empty slots for the others."""
+    (some,) = worth.nonzero(as_tuple=True)
+    if not len(some):
+        return torch.full((len(worth), 1), math.inf), torch.zeros(len(worth), 1, dtype=torch.int32), None
+    found_distances, found_values, found_counts = neighbours(some + start)
+    distances = found_distances.new_full((len(worth), found_distances.shape[1]), math.inf)
+    values = found_values.new_zeros(distances.shape)
+    distances[some], values[some] = found_distances, found_values
+    if found_counts is None:
+        return distances, values, None
+    counts = found_counts.new_ones(distances.shape)
+    counts[some] = found_counts
+    return distances, values, counts

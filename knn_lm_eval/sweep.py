@@ -71,7 +71,10 @@ class SweepScorer(Scorer):
         clusterings: Sequence[Clusters | None],
         settings: AutomatonSettings,
     ) -> None:
-        super().__init__(lm.scorer.model, lm.retriever, lm.settings["lmbda"], lm.settings["knn_temp"], lm.softmax_dtype)
+        if not isinstance(lm.settings["lmbda"], float):
+            raise UserError("A curve needs a number for lmbda, not an adaptive one: give lmbda=... or params=False.")
+        self.constant: float = lm.settings["lmbda"]
+        super().__init__(lm.scorer.model, lm.retriever, self.constant, lm.settings["knn_temp"], lm.softmax_dtype)
         store = lm.retriever.datastore
         self.values = np.asarray(store.values)
         self.base, self.knn_lm = CurvePoint("base"), CurvePoint("knn-lm")
@@ -120,7 +123,7 @@ class SweepScorer(Scorer):
             values = torch.from_numpy(self.values[np.maximum(entries, 0)])
             counts = entry_counts(self.retriever.datastore.weights, entries)
             weights = neighbour_log_weights(torch.from_numpy(distances), self.knn_temp, counts)
-            knn = mix(base, knn_log_prob(weights[rows], values[rows], targets).double(), self.lmbda)
+            knn = mix(base, knn_log_prob(weights[rows], values[rows], targets).double(), self.constant)
             self.base.log_prob += float(base.sum())
             self.knn_lm.log_prob += float(knn.sum())
             self.knn_lm.searches += len(rows)
@@ -134,7 +137,7 @@ class SweepScorer(Scorer):
             before = automaton.statistics.candidates
             automaton.walk(walks)
             log_p_knn = torch.from_numpy(np.concatenate([walk.log_p_knn for walk in walks]))
-            point.log_prob += float(mix(base, log_p_knn, self.lmbda).sum())
+            point.log_prob += float(mix(base, log_p_knn, self.constant).sum())
             point.searches += sum(walk.searches for walk in walks)
             point.candidates += automaton.statistics.candidates - before
         for point in self.points:

@@ -1,0 +1,398 @@
+"""A weight lmbda that differs from token to token: by how near the neighbours are, or by a small network.
+
+``Buckets`` (Drozdov et al. 2022) has a weight per range of nearest-neighbour distances. ``Gate`` (He et al. 2021)
+computes it from features of the LM's distribution and of the neighbours, with one hidden layer; with a threshold
+it looks at the LM alone, and where it gives retrieval less than the threshold no search is made.
+
+Both are fitted by maximum likelihood of the mixture on validation text, and both are plain numbers in a file.
+A position without neighbours (none found, or not searched) is the LM's alone.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from knn_lm_eval.errors import UserError
+
+LM_FEATURES = ("confidence", "entropy")
+NEIGHBOUR_FEATURES = ("nearest", "mean_of_8", "distinct_in_8", "distinct_in_64")
+FEATURES = LM_FEATURES + NEIGHBOUR_FEATURES
+# A weight of 1 would make a token that no neighbour has impossible, however little text said so.
+LARGEST_LMBDA = 0.999
+HIDDEN_UNITS = 16
+WEIGHT_DECAY = 3e-3
+
+
+@dataclass(frozen=True)
+class Buckets:
+    """A weight per range of nearest-neighbour distances.
+
+    Attributes
+    ----------
+    edges : ascending distances; a bucket reaches from its edge (included) to the next.
+    lmbdas : one weight more than there are edges.
+    """
+
+    edges: tuple[float, ...]
+    lmbdas: tuple[float, ...]
+
+    features = ("nearest",)
+    threshold = None
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """The weights, float32 ``[n]``, from features ``[n, len(FEATURES)]``."""
+        edges = torch.tensor(self.edges, dtype=torch.float32, device=features.device)
+        lmbdas = torch.tensor(self.lmbdas, dtype=torch.float32, device=features.device)
+        nearest = features[:, FEATURES.index("nearest")].float().contiguous()
+        return lmbdas[torch.bucketize(nearest, edges, right=True)]
+
+    def plain(self) -> dict[str, Any]:
+        """As it stands in a params file."""
+        return {"kind": "buckets", "edges": list(self.edges), "lmbdas": list(self.lmbdas)}
+
+
+@dataclass(frozen=True)
+class Gate:
+    """A weight from a network with one hidden layer: ``sigmoid(output · tanh(hidden x + hidden_bias) + bias)``.
+
+    x are the features on a logarithmic scale, standardised.
+
+    Attributes
+    ----------
+    features : names from ``FEATURES``.
+    mean, std : of the features on that scale, ``[features]``.
+    hidden : ``[units][features]``.
+    hidden_bias, output : ``[units]``.
+    bias : a number.
+    threshold : where the weight is smaller, no search is made; None searches everywhere.
+    """
+
+    features: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    hidden: tuple[tuple[float, ...], ...]
+    hidden_bias: tuple[float, ...]
+    output: tuple[float, ...]
+    bias: float
+    threshold: float | None = None
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """The weights, float32 ``[n]``, from features ``[n, len(FEATURES)]``; 0 below the threshold."""
+        weights = self.before_threshold(features)
+        if self.threshold is not None:
+            weights = torch.where(weights < self.threshold, 0.0, weights)
+        return weights.float()
+
+    def before_threshold(self, features: Tensor) -> Tensor:
+        """The network's weights, float64 ``[n]``."""
+        inputs = _log_scale(features[:, [FEATURES.index(name) for name in self.features]].double())
+
+        def tensor(numbers: Any) -> Tensor:
+            return torch.tensor(numbers, dtype=torch.float64, device=inputs.device)
+
+        return _network(
+            (inputs - tensor(self.mean)) / tensor(self.std),
+            tensor(self.hidden),
+            tensor(self.hidden_bias),
+            tensor(self.output),
+            tensor(self.bias),
+        )
+
+    def plain(self) -> dict[str, Any]:
+        """As it stands in a params file."""
+        return {
+            "kind": "gate",
+            "features": list(self.features),
+            "mean": list(self.mean),
+            "std": list(self.std),
+            "hidden": [list(row) for row in self.hidden],
+            "hidden_bias": list(self.hidden_bias),
+            "output": list(self.output),
+            "bias": self.bias,
+            "threshold": self.threshold,
+        }
+
+
+Lmbda = float | Buckets | Gate
+
+
+def read_lmbda(plain: Any) -> Lmbda:
+    """What ``plain`` or a number stands for.
+
+    Raises
+    ------
+    UserError
+        Where it is neither a number from 0 to 1 nor a well-formed adaptive weight.
+    """
+    if isinstance(plain, dict):
+        try:
+            if plain["kind"] == "buckets":
+                return _read_buckets(plain)
+            if plain["kind"] == "gate":
+                return _read_gate(plain)
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"The adaptive lmbda is malformed ({error!r}); tune it again.") from error
+        raise UserError(f"The adaptive lmbda is of the unknown kind {plain['kind']!r}; this program has buckets, gate.")
+    if isinstance(plain, bool) or not isinstance(plain, (int, float)):
+        raise UserError(f"lmbda={plain!r} is not a number.")
+    if not 0 <= plain <= 1:
+        raise UserError(f"lmbda={plain} is not between 0 and 1.")
+    return float(plain)
+
+
+def plain_lmbda(lmbda: Lmbda) -> float | dict[str, Any]:
+    """A number, or the adaptive weight's plain form: what ``read_lmbda`` takes."""
+    return lmbda if isinstance(lmbda, float) else lmbda.plain()
+
+
+def lm_features(log_probs: Tensor) -> Tensor:
+    """``LM_FEATURES`` of the LM's distributions: the log-probability of the likeliest token, and the entropy (nats).
+
+    Parameters
+    ----------
+    log_probs : ``[n, vocabulary]``.
+
+    Returns
+    -------
+    float32 ``[n, 2]``.
+    """
+    log_probs = log_probs.float()
+    # A token that cannot be has log-probability minus infinity, and no share of the entropy.
+    entropy = -log_probs.exp().mul_(log_probs).nan_to_num_(0.0).sum(dim=-1)
+    return torch.stack([log_probs.amax(dim=-1), entropy], dim=-1)
+
+
+def neighbour_features(distances: Tensor, values: Tensor) -> Tensor:
+    """``NEIGHBOUR_FEATURES``: the smallest distance, the mean of the 8 smallest, and how many values the nearest have.
+
+    Parameters
+    ----------
+    distances : ``[n, k]``; infinity in empty slots.
+    values : int ``[n, k]``.
+
+    Returns
+    -------
+    float32 ``[n, 4]``; distances of infinity where there is no neighbour at all.
+    """
+    nearest, slots = distances.topk(min(64, distances.shape[1]), dim=-1, largest=False)
+    found = ~torch.isinf(nearest)
+    few = nearest[:, :8]
+    mean = few.masked_fill(~found[:, :8], 0.0).sum(dim=-1) / found[:, :8].sum(dim=-1)
+    # Empty slots become a value of their own, which is not counted.
+    theirs = values.gather(-1, slots).masked_fill(~found, -1)
+    distinct = []
+    for count in (8, 64):
+        some = theirs[:, :count].sort(dim=-1).values
+        distinct.append((some[:, 1:] != some[:, :-1]).sum(dim=-1) + 1 - (some[:, 0] == -1).long())
+    return torch.stack([nearest[:, 0], mean.nan_to_num(math.inf), *distinct], dim=-1).float()
+
+
+def lm_features_for(lmbda: Lmbda, log_probs: Tensor) -> Tensor | None:
+    """``lm_features`` where ``lmbda`` asks for them, else None."""
+    if isinstance(lmbda, float) or not set(lmbda.features) & set(LM_FEATURES):
+        return None
+    return lm_features(log_probs)
+
+
+def worth_searching(lmbda: Lmbda, of_lm: Tensor | None) -> Tensor | None:
+    """Where a gate with a threshold wants a search, bool ``[n]``; None is everywhere.
+
+    Parameters
+    ----------
+    of_lm : from ``lm_features_for``.
+    """
+    if isinstance(lmbda, float) or lmbda.threshold is None:
+        return None
+    assert of_lm is not None, "a gate with a threshold looks at the LM"
+    return lmbda(torch.nn.functional.pad(of_lm, (0, len(NEIGHBOUR_FEATURES)))) > 0
+
+
+def weights(lmbda: Lmbda, of_lm: Tensor | None, distances: Tensor, values: Tensor) -> float | Tensor:
+    """The weight of p_kNN at each position: a number where it is the same for all, else float32 ``[n]``.
+
+    Parameters
+    ----------
+    of_lm : from ``lm_features_for``.
+    distances, values : ``[n, k]``, on the same device; infinity in empty slots.
+    """
+    if isinstance(lmbda, float):
+        return lmbda
+    of_neighbours = neighbour_features(distances, values)
+    if of_lm is None:
+        of_lm = torch.zeros(len(distances), len(LM_FEATURES), device=distances.device)
+    nothing_found = torch.isinf(of_neighbours[:, 0])
+    return torch.where(nothing_found, 0.0, lmbda(torch.cat([of_lm, of_neighbours], dim=-1).nan_to_num(posinf=0.0)))
+
+
+# --------------------------------------------------------------------------------------------------- Fitting
+
+
+def fit_buckets(nearest: np.ndarray, lm_log_prob: np.ndarray, knn_log_prob: np.ndarray, number: int) -> Buckets:
+    """Buckets with about as many tokens each, and the likeliest weight for each by EM.
+
+    A step of EM has the closed form lmbda = mean of lmbda p_kNN / p. One token for the LM is added to each bucket,
+    so that no weight becomes 1.
+
+    Parameters
+    ----------
+    nearest : float ``[n]``, the nearest neighbours' distances.
+    lm_log_prob, knn_log_prob : float ``[n]``, log p_LM and log p_kNN of the tokens that came.
+    number : of buckets; fewer where distances are equal.
+    """
+    found = np.isfinite(nearest)
+    edges = np.unique(np.quantile(nearest[found], np.arange(1, number) / number).astype(np.float32))
+    bucket = np.searchsorted(edges, nearest[found].astype(np.float32), side="right")
+    # p_kNN / (p_LM + p_kNN): all that the likelihood depends on, and safe from underflow.
+    share = 1 / (1 + np.exp(np.clip(lm_log_prob[found] - knn_log_prob[found], -700, 700)))
+    counts = np.bincount(bucket, minlength=len(edges) + 1)
+    lmbdas = np.full(len(edges) + 1, 0.5)
+    for _ in range(5000):
+        mine = lmbdas[bucket] * share
+        responsibility = mine / (mine + (1 - lmbdas[bucket]) * (1 - share))
+        new = np.bincount(bucket, responsibility, minlength=len(edges) + 1) / (counts + 1)
+        change, lmbdas = np.abs(new - lmbdas).max(), new
+        if change < 1e-9:
+            break
+    return Buckets(_plain_numbers(edges), _plain_numbers(np.minimum(lmbdas, LARGEST_LMBDA)))
+
+
+def fit_gate(
+    features: np.ndarray,
+    lm_log_prob: np.ndarray,
+    knn_log_prob: np.ndarray,
+    saved_searches: float = 0.0,
+    seed: int = 0,
+) -> Gate:
+    """The likeliest gate: L-BFGS over all tokens at once, with a little weight decay.
+
+    Parameters
+    ----------
+    features : float ``[n, len(FEATURES)]``.
+    lm_log_prob, knn_log_prob : float ``[n]``, log p_LM and log p_kNN of the tokens that came.
+    saved_searches : the fraction of searches to do without: the gate then sees the LM's features alone, and its
+        threshold is that quantile of its weights.
+    seed : of the hidden layer's start.
+    """
+    names = LM_FEATURES if saved_searches else FEATURES
+    found = np.isfinite(features).all(axis=1)
+    columns = [FEATURES.index(name) for name in names]
+    inputs = _log_scale(torch.from_numpy(features[found][:, columns]).double())
+    mean, std = inputs.mean(dim=0), inputs.std(dim=0, correction=0).clamp(min=1e-6)
+    inputs = (inputs - mean) / std
+    lm = torch.from_numpy(lm_log_prob[found]).double()
+    knn = torch.from_numpy(knn_log_prob[found]).double()
+
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(HIDDEN_UNITS, len(names), generator=generator, dtype=torch.float64) / math.sqrt(len(names))
+    # From a constant weight on: the outputs of the hidden layer count for nothing at first.
+    parameters = [
+        hidden,
+        torch.zeros(HIDDEN_UNITS, dtype=torch.float64),
+        torch.zeros(HIDDEN_UNITS, dtype=torch.float64),
+        torch.zeros((), dtype=torch.float64),
+    ]
+    for parameter in parameters:
+        parameter.requires_grad_()
+    optimiser = torch.optim.LBFGS(
+        parameters, max_iter=300, history_size=20, tolerance_change=1e-10, line_search_fn="strong_wolfe"
+    )
+
+    def loss() -> Tensor:
+        optimiser.zero_grad()
+        decay = sum(parameter.square().sum() for parameter in parameters[:3])
+        value = gate_loss(_network(inputs, *parameters), lm, knn) + WEIGHT_DECAY * decay
+        value.backward()
+        return value
+
+    optimiser.step(loss)
+    hidden_rows, hidden_bias, output, bias = (parameter.tolist() for parameter in parameters)
+    gate = Gate(
+        tuple(names),
+        _plain_numbers(mean),
+        _plain_numbers(std),
+        tuple(_plain_numbers(row) for row in hidden_rows),
+        _plain_numbers(hidden_bias),
+        _plain_numbers(output),
+        _plain_number(bias),
+    )
+    if not saved_searches:
+        return gate
+    weights = gate.before_threshold(torch.from_numpy(features))
+    return replace(gate, threshold=float(np.quantile(weights.numpy(), saved_searches)))
+
+
+def gate_loss(lmbda: Tensor, lm_log_prob: Tensor, knn_log_prob: Tensor) -> Tensor:
+    """Minus the mean log-probability of the mixture, per token; differentiable in ``lmbda`` ``[n]``."""
+    larger = torch.maximum(lm_log_prob, knn_log_prob)
+    lm, knn = (lm_log_prob - larger).exp(), (knn_log_prob - larger).exp()
+    return -(larger + (lm + lmbda * (knn - lm)).log()).mean()
+
+
+def _network(inputs: Tensor, hidden: Tensor, hidden_bias: Tensor, output: Tensor, bias: Tensor) -> Tensor:
+    return LARGEST_LMBDA * torch.sigmoid(torch.tanh(inputs @ hidden.T + hidden_bias) @ output + bias)
+
+
+def _log_scale(features: Tensor) -> Tensor:
+    """Logarithmic on both sides of 0: inner products and log-probabilities are negative."""
+    return features.sign() * features.abs().log1p()
+
+
+def _plain_number(number: Any) -> float:
+    """To nine digits: all that float32 holds, and short in a file."""
+    return float(f"{float(number):.9g}")
+
+
+def _plain_numbers(numbers: Any) -> tuple[float, ...]:
+    return tuple(_plain_number(number) for number in numbers)
+
+
+def _read_buckets(plain: dict[str, Any]) -> Buckets:
+    buckets = Buckets(_numbers(plain["edges"]), _numbers(plain["lmbdas"]))
+    if len(buckets.lmbdas) != len(buckets.edges) + 1:
+        raise ValueError(f"{len(buckets.edges)} edges need {len(buckets.edges) + 1} lmbdas")
+    if list(buckets.edges) != sorted(buckets.edges):
+        raise ValueError("edges must ascend")
+    if not all(0 <= lmbda <= 1 for lmbda in buckets.lmbdas):
+        raise ValueError("lmbdas must be between 0 and 1")
+    return buckets
+
+
+def _read_gate(plain: dict[str, Any]) -> Gate:
+    features = tuple(plain["features"])
+    if unknown := set(features) - set(FEATURES):
+        raise ValueError(f"unknown features {sorted(unknown)}")
+    threshold = plain["threshold"]
+    if threshold is not None and not set(features) <= set(LM_FEATURES):
+        raise ValueError("a gate with a threshold can only have the LM's features")
+    gate = Gate(
+        features,
+        _numbers(plain["mean"]),
+        _numbers(plain["std"]),
+        tuple(_numbers(row) for row in plain["hidden"]),
+        _numbers(plain["hidden_bias"]),
+        _numbers(plain["output"]),
+        _numbers([plain["bias"]])[0],
+        None if threshold is None else _numbers([threshold])[0],
+    )
+    units = len(gate.hidden)
+    if not (
+        len(gate.mean) == len(gate.std) == len(features)
+        and all(len(row) == len(features) for row in gate.hidden)
+        and len(gate.hidden_bias) == len(gate.output) == units
+        and all(std > 0 for std in gate.std)
+    ):
+        raise ValueError("its numbers do not fit together")
+    return gate
+
+
+def _numbers(numbers: Any) -> tuple[float, ...]:
+    for number in numbers:
+        if isinstance(number, bool) or not isinstance(number, (int, float)) or not math.isfinite(number):
+            raise ValueError(f"{number!r} is not a number")
+    return tuple(float(number) for number in numbers)
