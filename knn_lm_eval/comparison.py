@@ -131,6 +131,7 @@ def compare(
             if against is not row:
                 for difference in differences(row.result, against.result, chosen):
                     _say(one.warnings, f"{row.label} and {against.label} may not compare: {difference}")
+        one.rows.sort(key=lambda row: not row.is_baseline)
         tasks.append(one)
     if not tasks:
         have = sorted({name for result in results for name in result.metrics})

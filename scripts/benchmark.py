@@ -68,10 +68,11 @@ def print_plan(estimates: list[Estimate]) -> None:
         table.add_column(heading, justify="right", no_wrap=True)
     for one in estimates:
         tokens = "" if one.state == "finished" else "?" if one.tokens_read is None else f"{one.tokens_read:,}"
-        memory = "?" if one.memory is None else f"{one.memory / 2**30:.2f} GiB"
+        memory = "?" if one.memory is None else size(one.memory)
         spent = "" if one.state == "finished" else duration(one.seconds) + ("" if one.measured else " *")
         table.add_row(str(one.cell), one.state, tokens, memory, spent)
-    Console().print(table)
+    console = Console()
+    (console if console.is_terminal else Console(width=160)).print(table)
     todo = [one for one in estimates if one.state != "finished"]
     # The LM's pass over a task is shared: counted once it is the least, counted for each cell the most.
     known = [(one.seconds, one) for one in todo if one.seconds is not None]
@@ -90,6 +91,10 @@ def print_plan(estimates: list[Estimate]) -> None:
             "* from the LM's size and the speed of a matrix product here, without searches; "
             "finished cells of the same model and method make it better."
         )
+
+
+def size(number: int) -> str:
+    return f"{number / 2**20:,.0f} MiB" if number < 2**30 else f"{number / 2**30:,.1f} GiB"
 
 
 def duration(seconds: float | None) -> str:

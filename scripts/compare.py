@@ -16,6 +16,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--metric", help="for all tasks that have it (default: one for each task)")
     parser.add_argument("--format", choices=["terminal", "markdown", "csv", "latex"], default="terminal")
     parser.add_argument("--output", type=Path, help="the file for Markdown, CSV or LaTeX (default: print it)")
+    parser.add_argument("--report", type=Path, help="write a page with tables and charts to this HTML file as well")
     parser.add_argument("--no_published", action="store_true", help="leave out published figures")
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (default: %(default)s)")
     parser.add_argument("--resamples", type=int, default=10_000, help="of the bootstrap (default: %(default)s)")
@@ -36,7 +37,7 @@ def main() -> None:
     from knn_lm_eval.comparison import compare
     from knn_lm_eval.results import read_folder
 
-    results, _others = read_folder(arguments.results)
+    results, others = read_folder(arguments.results)
     comparison = compare(
         results,
         arguments.baseline,
@@ -46,6 +47,14 @@ def main() -> None:
         resamples=arguments.resamples,
         confidence=arguments.confidence,
     )
+    if arguments.report is not None:
+        from knn_lm_eval.report import report_page
+
+        grids = [file for folder in arguments.results for file in sorted(folder.rglob("*.csv"))]
+        title = "Results in " + ", ".join(path.name or str(path) for path in arguments.results)
+        page = report_page(comparison, others, grids, title)
+        arguments.report.parent.mkdir(parents=True, exist_ok=True)
+        arguments.report.write_text(page, encoding="utf-8")
     made = tables.tables_of(comparison)
     if arguments.format == "terminal":
         tables.print_tables(made)
