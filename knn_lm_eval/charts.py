@@ -162,8 +162,8 @@ def heat_map(
             f'<rect x="{bar_left}" y="{scale(step + 1):.1f}" width="14" height="{scale(0) - scale(1) + 0.5:.1f}" '
             f'fill="{_colour(1 - (step + 0.5) / steps)}"/>'
         )
-    parts.append(_text(bar_left + 19, HEIGHT - BOTTOM, f"{best:,.2f}"))
-    parts.append(_text(bar_left + 19, TOP + 10, f"≥{worst:,.2f}" if worst < known[-1] else f"{worst:,.2f}"))
+    parts.append(_text(bar_left + 19, HEIGHT - BOTTOM, f"{best:.4g}"))
+    parts.append(_text(bar_left + 19, TOP + 10, ("≥" if worst < known[-1] else "") + f"{worst:.4g}"))
     return _figure(title, "".join(parts), HEIGHT)
 
 

@@ -46,6 +46,7 @@ KNN = [
 ]
 NAME = re.compile(r"[\w.+=-]*\w[\w.+=-]*")  # a folder gets this name
 DEFAULT_SEED = 1234
+STORE_DEFAULT = "params.json"  # in a datastore: settings that count where none are given
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,8 @@ class Cell:
                 contents["keys"] = read_manifest(self.args["datastore"])["files"]
                 index = IndexFiles(Path(self.args["datastore"]), self.args.get("index", DEFAULT_INDEX))
                 contents["index"] = read_json(index.metadata)
+                if (default := index.folder / STORE_DEFAULT).is_file():
+                    contents["default"] = sha256(default, progress=False)
             except (UserError, OSError, KeyError):
                 contents["keys"] = None  # to be reported when the cell is run
         return {

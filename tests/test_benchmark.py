@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -192,9 +193,8 @@ def test_generated_text_in_a_matrix(content, tmp_path) -> None:
     assert texts[0] != texts[1]
 
 
-@pytest.mark.parametrize("kill_after", [1, 4])
-def test_a_killed_benchmark_goes_on_to_the_same_files(content, tmp_path, kill_after: int) -> None:
-    # A new process each time: nothing but the files may carry over.
+def test_a_killed_benchmark_goes_on_to_the_same_files(content, tmp_path) -> None:
+    kill_after = 2  # of the three cells that share a pass
     expected = matrix_of(content | {"output": str(tmp_path / "expected")}, tmp_path)
     run(expected)
     matrix = matrix_of(content, tmp_path)
@@ -217,6 +217,31 @@ def test_a_killed_benchmark_goes_on_to_the_same_files(content, tmp_path, kill_af
     for cell in matrix.cells:
         assert figures(matrix.output / cell.folder) == figures(expected.output / cell.folder)
     assert not list(matrix.output.rglob(".*"))
+
+
+def test_what_a_cell_depends_on_is_part_of_its_checksum(content, tmp_path, store) -> None:
+    copy = tmp_path / "store"
+    shutil.copytree(store.path, copy)
+    (tmp_path / "tuned.json").write_text("{}")
+    content["datastores"] = {"topics": str(copy)}
+    content["methods"] = {"knn": METHODS["knn"] | {"clusters": str(tmp_path / "tuned.json")}}
+    content["tasks"] = {"law": {}}
+
+    def checksum(**changes: Any) -> str:
+        (cell,) = matrix_of(content | changes, tmp_path).cells
+        return cell.checksum()
+
+    first = checksum()
+    assert checksum(batch_size=1) == checksum(output="elsewhere") == first
+    others = [checksum(seed=5), checksum(tasks={"law": {"limit": 9}}), checksum(metadata={"data_dir": "other"})]
+    (tmp_path / "tuned.json").write_text("{ }")
+    others.append(checksum())
+    (copy / "params.json").write_text("{}")
+    others.append(checksum())
+    index = json.loads((copy / "index.json").read_text())
+    (copy / "index.json").write_text(json.dumps(index | {"probe": 3}))
+    others.append(checksum())
+    assert len({first, *others}) == 7
 
 
 @pytest.mark.parametrize(
