@@ -199,7 +199,9 @@ def _method(kind: str, knn: dict[str, Any]) -> str:
     if not knn or not knn.get("datastore"):
         return kind
     parts = ["RetoMaton" if knn.get("retomaton") else "kNN-LM"]
-    parts += [f"{name}={knn[name]}" for name in ("k", "lmbda", "knn_temp") if name in knn]
-    if knn.get("retomaton"):
-        parts += [f"{name}={knn[name]}" for name in ("min_knns", "clusters") if knn.get(name) is not None]
+    names = ["k", "lmbda", "knn_temp", *(("min_knns", "clusters") if knn.get("retomaton") else ())]
+    for name in names:
+        if (value := knn.get(name)) is not None:
+            # An lmbda that differs from token to token is many numbers; its kind will do.
+            parts.append(f"{name}={value.get('kind', 'adaptive') if isinstance(value, dict) else value}")
     return " ".join(parts)

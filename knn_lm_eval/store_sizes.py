@@ -65,6 +65,8 @@ class StoreSizeScorer(Scorer):
 
     def __init__(self, lm: KNNHF, k: int, fractions: Sequence[float], seed: int = DEFAULT_SEED) -> None:
         super().__init__(lm.scorer.model, lm.retriever, lm.settings["lmbda"], lm.settings["knn_temp"], lm.softmax_dtype)
+        if not isinstance(lm.settings["lmbda"], (int, float)):
+            raise UserError("Sizes are compared with one lmbda for all tokens: give lmbda=NUMBER in --model_args.")
         if wrong := [fraction for fraction in fractions if not 0 < fraction <= 1]:
             raise UserError(f"The fraction {wrong[0]:g} of the datastore must be above 0 and at most 1.")
         self.k, self.seed = k, seed
@@ -87,7 +89,7 @@ class StoreSizeScorer(Scorer):
         assert self.retriever is not None
         reading = self._read(batch)
         rows, targets = reading.pairs()
-        base, greedy = self._score_pairs(reading.hidden, rows, targets, None, len(reading.hidden), False)
+        base = self._score_pairs(reading.hidden, rows, targets, None, len(reading.hidden), False)[0]
         self.base.log_prob += float(base.double().sum())
         block = max(1, NEIGHBOURS_PER_BLOCK // self.retriever.k)
         for start in range(0, len(rows), block):
@@ -103,4 +105,4 @@ class StoreSizeScorer(Scorer):
                 part.neighbours += int(inside.sum())
         for point in self.points:
             point.tokens += len(rows)
-        return self._sum_up(reading, base, greedy)
+        return self._sum_up(reading, base, torch.zeros(len(rows), dtype=torch.bool))
