@@ -259,13 +259,17 @@ class KNNHF(CausalHFLM):
                 rows += sum(max(map(len, passages[shared].continuations)) for shared in batches[-1])
                 start += size
                 if rows >= self.scorer.rows_at_once or start >= len(order):
-                    results = self.scorer.score(
+                    results = self._score_passages(
                         [[passages[shared] for shared in batch] for batch in batches], want_greedy
                     )
                     for shared, scores in zip((s for batch in batches for s in batch), results, strict=True):
                         yield from zip(askers[shared], scores, strict=True)
                         bar.update(len(scores))
                     batches, rows = [], 0
+
+    def _score_passages(self, batches: list[list[Passage]], want_greedy: bool) -> list[list[Score]]:
+        """The scorer's ``score``; the place for what has scores from elsewhere."""
+        return self.scorer.score(batches, want_greedy)
 
     def _size_of_batch(self, longest: Passage) -> int:
         if self.batch_size != "auto":
@@ -278,7 +282,7 @@ class KNNHF(CausalHFLM):
 
             @find_executable_batch_size(starting_batch_size=self.max_batch_size)
             def try_batch(batch_size: int) -> int:
-                self.scorer.score([[probe] * batch_size], want_greedy=True)
+                self._score_passages([[probe] * batch_size], want_greedy=True)
                 return batch_size
 
             # A size that holds for this length holds for all that follow, which are shorter.

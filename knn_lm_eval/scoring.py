@@ -118,6 +118,7 @@ class Scorer:
         self.model, self.retriever = model, retriever
         self.lmbda, self.knn_temp, self.softmax_dtype = lmbda, knn_temp, softmax_dtype
         self._table: Tensor | None = None
+        self._readings: dict[int, Reading] = {}  # by the batch's id: those that ``score_together`` has
         self.tokens_scored = 0
         self.rows_scored, self.rows_skipped = 0, 0  # positions, and those at which a gate wanted no search
         self.seconds = {"forward": 0.0, "head": 0.0, "mixture": 0.0}
@@ -154,6 +155,8 @@ class Scorer:
         return self._sum_up(reading, log_probs, greedy, [int(part.sum()) for part in parts])
 
     def _read(self, passages: Sequence[Passage]) -> Reading:
+        if (reading := self._readings.get(id(passages))) is not None:
+            return reading
         with self._timed("forward"):
             padded = pad_sequence([torch.tensor(passage.tokens) for passage in passages], batch_first=True)
             keys, hidden = self.model.encode(padded)
@@ -298,3 +301,36 @@ def _neighbours_where(worth: Tensor, start: int, neighbours: Neighbours) -> tupl
     counts = found_counts.new_ones(distances.shape)
     counts[some] = found_counts
     return distances, values, counts
+
+
+def score_together(
+    scorers: Sequence[Scorer], batches: Sequence[Sequence[Passage]], want_greedy: bool
+) -> list[list[list[Score]] | Exception]:
+    """Score batches by several scorers of one LM, which reads each batch once.
+
+    All that read keys (those with a retriever) must read the same ones. Each scorer counts the seconds of the
+    reading as its own, as if it had been alone.
+
+    Returns
+    -------
+    What each scorer's ``score`` gives, or the exception that it ended with. Where memory runs out it is raised,
+    so that the caller can try smaller batches.
+    """
+    reader = next((scorer for scorer in scorers if scorer.retriever), scorers[0])
+    before = reader.seconds["forward"]
+    readings = {id(batch): reader._read(batch) for batch in batches}
+    spent = reader.seconds["forward"] - before
+    results: list[list[list[Score]] | Exception] = []
+    for scorer in scorers:
+        if scorer is not reader:
+            scorer.seconds["forward"] += spent
+        scorer._readings = readings
+        try:
+            results.append(scorer.score(batches, want_greedy))
+        except (torch.OutOfMemoryError, MemoryError):
+            raise
+        except Exception as error:  # whatever it is, the others' scores are worth having
+            results.append(error)
+        finally:
+            scorer._readings = {}
+    return results

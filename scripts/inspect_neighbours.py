@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +24,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--neighbours", type=int, default=5, help="neighbours shown per token (default: 5)")
     parser.add_argument("--context", type=int, default=16, help="tokens shown before a neighbour (default: 16)")
     parser.add_argument("--html", type=Path, help="write a page to this file instead")
+    parser.add_argument("--json", type=Path, help="write the figures to this file instead; compare --report shows them")
     return parser.parse_args()
 
 
@@ -46,14 +49,22 @@ def main() -> None:
 
     lm = KNNHF(**simple_parse_args_string(arguments.model_args))
     tokens = inspect_text(lm, text, num_neighbours=arguments.neighbours, context_tokens=arguments.context)
-    if arguments.html is None:
+    if arguments.html is None and arguments.json is None:
         print_tokens(tokens)
         return
     names = ["k", "lmbda", "knn_temp", "probe", *(("min_knns", "clusters") if "retomaton" in lm.settings else ())]
-    settings = f"{lm.retriever.datastore.path.name}: " + ", ".join(f"{name}={lm.settings[name]}" for name in names)
-    arguments.html.parent.mkdir(parents=True, exist_ok=True)
-    arguments.html.write_text(token_page(tokens, "Neighbours of a text", settings), encoding="utf-8")
-    print(f"Wrote {arguments.html}.")
+    settings = f"{lm.retriever.datastore.path.name}: " + ", ".join(
+        f"{name}={lm.settings[name]}" for name in names if lm.settings[name] is not None
+    )
+    written = {
+        arguments.html: lambda: token_page(tokens, "Neighbours of a text", settings),
+        arguments.json: lambda: json.dumps({"settings": settings, "tokens": [asdict(token) for token in tokens]}),
+    }
+    for path, make in written.items():
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(make(), encoding="utf-8")
+            print(f"Wrote {path}.")
 
 
 def print_tokens(tokens: list[InspectedToken]) -> None:

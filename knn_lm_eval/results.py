@@ -1,0 +1,207 @@
+"""Reading what lm-eval wrote: results files of any model and of several of its releases, and their samples."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from knn_lm_eval.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Result:
+    """One task's metrics in one results file.
+
+    Attributes
+    ----------
+    file : the results file.
+    task, model : names; ``model`` is the LM.
+    method : what the benchmark's file calls it, or lm-eval's model with the settings that were given.
+    kind : lm-eval's model, such as ``hf``; empty where the file does not say.
+    datastore : the datastore's name; empty without.
+    metrics : by name; a filter other than ``none`` is part of it, as in ``exact_match,strict-match``.
+    higher_is_better : as far as the file says.
+    aggregations : how a metric of many documents comes about, as far as the file says.
+    date : seconds since 1970; 0 where unknown.
+    limit, version, num_fewshot, documents, max_length, context_len, special_tokens : what must agree before two
+        results can be compared; None where the file does not say.
+    tokens_per_second, saved_searches, retrieval_bytes : None where the file does not say. Speed is that of the
+        whole run; bytes are those of index and values.
+    """
+
+    file: Path
+    task: str
+    model: str
+    method: str
+    kind: str
+    datastore: str
+    metrics: dict[str, float]
+    higher_is_better: dict[str, bool]
+    aggregations: dict[str, str]
+    date: float = 0.0
+    limit: Any = None
+    version: Any = None
+    num_fewshot: int | None = None
+    documents: int | None = None
+    max_length: int | None = None
+    context_len: int | None = None
+    special_tokens: str | None = None
+    tokens_per_second: float | None = None
+    saved_searches: float | None = None
+    retrieval_bytes: int | None = None
+    _samples: list[dict[str, Any]] | None = field(default=None, repr=False)
+
+    @property
+    def samples(self) -> list[dict[str, Any]]:
+        """The logged samples, in the order of the documents; none where they were not logged."""
+        if self._samples is None:
+            date = self.file.stem.removeprefix("results")
+            file = self.file.with_name(f"samples_{self.task}{date}.jsonl")
+            self._samples = []
+            if file.is_file():
+                try:
+                    lines = file.read_text(encoding="utf-8").splitlines()
+                    self._samples = sorted(map(json.loads, lines), key=lambda sample: sample["doc_id"])
+                except (OSError, ValueError, KeyError, TypeError):
+                    logger.warning("%s is damaged or half-written: its documents are left out.", file)
+        return self._samples
+
+
+def read_folder(folders: Iterable[Path]) -> tuple[list[Result], list[dict[str, Any]]]:
+    """All results below some folders, and all else there that a report can show.
+
+    Of several results for the same thing the newest counts. Damaged files are named in a warning and skipped.
+
+    Returns
+    -------
+    results : in the order of their files' names.
+    others : other JSON objects, such as the points of ``foss_curve``, each with its file's path as ``file``.
+
+    Raises
+    ------
+    UserError
+        Where there are no results.
+    """
+    folders = list(folders)
+    found: list[Result] = []
+    others: list[dict[str, Any]] = []
+    for folder in folders:
+        if not folder.exists():
+            raise UserError(f"There is no {folder}.")
+        for file in [folder] if folder.is_file() else sorted(folder.rglob("*.json")):
+            if any(part.startswith(".") for part in file.relative_to(folder).parts):
+                continue  # a benchmark's unfinished cell
+            try:
+                content = json.loads(file.read_text(encoding="utf-8"))
+            except (OSError, ValueError):
+                logger.warning("%s is damaged or half-written (it is not valid JSON): left out.", file)
+                continue
+            if not isinstance(content, dict):
+                continue
+            if not isinstance(content.get("results"), dict):
+                others.append(content | {"file": file})
+                continue
+            try:
+                found += _results(file, content)
+            except (KeyError, TypeError, ValueError, AttributeError) as error:
+                logger.warning("%s is not a results file as lm-eval writes it (%r): left out.", file, error)
+    if not found:
+        raise UserError(f"There are no lm-eval results in {', '.join(map(str, folders))}.")
+    newest: dict[tuple, Result] = {}
+    for result in found:
+        key = result.model, result.method, result.datastore, result.task
+        if (older := newest.get(key)) is None or result.date >= older.date:
+            newest[key] = result
+    if len(newest) < len(found):
+        logger.warning("%d older results for the same method and task are left out.", len(found) - len(newest))
+    return list(newest.values()), others
+
+
+def _results(file: Path, content: dict[str, Any]) -> Iterator[Result]:
+    config = content.get("config") or {}
+    knn = config.get("knn") or {}
+    benchmark = config.get("benchmark") or {}
+    model_args = config.get("model_args")
+    if isinstance(model_args, str):
+        model_args = dict(part.split("=", 1) for part in model_args.split(",") if "=" in part)
+    model_args = model_args or {}
+    general = content.get("config_general") or {}  # early leaderboards'
+    kind = str(config.get("model") or content.get("model_source") or "")
+    store = knn.get("datastore") or {}
+    datastore = benchmark.get("datastore") or Path(store.get("path", "")).name
+    model = (
+        benchmark.get("model")
+        or model_args.get("pretrained")
+        or store.get("model")
+        or content.get("model_name")
+        or general.get("model_name")
+        or kind
+    )
+    speed = None
+    if knn.get("tokens_scored") and (seconds := sum(knn["seconds"].values())):
+        speed = knn["tokens_scored"] / seconds
+    tokens = [content.get(f"tokenizer_{name}_token") for name in ("bos", "eos", "pad")]
+    for task, values in content["results"].items():
+        metrics = {
+            _metric_name(name): float(value)
+            for name, value in values.items()
+            if isinstance(value, (int, float)) and not isinstance(value, bool) and _is_metric(name)
+        }
+        if not metrics:
+            continue
+        counts = (content.get("n-samples") or {}).get(task) or {}
+        listed = ((content.get("configs") or {}).get(task) or {}).get("metric_list") or []
+        task_name = task.split("|")[1] if task.count("|") >= 2 else task  # harness|arc:challenge|25
+        yield Result(
+            file=file,
+            task=task_name,
+            model=str(model),
+            method=benchmark.get("method") or _method(kind or str(model), knn),
+            kind=kind,
+            datastore=datastore,
+            metrics=metrics,
+            higher_is_better={
+                name: better
+                for name, better in ((content.get("higher_is_better") or {}).get(task) or {}).items()
+                if isinstance(better, bool)
+            },
+            aggregations={one["metric"]: str(one.get("aggregation")) for one in listed if "metric" in one},
+            date=float(content.get("date") or 0.0),
+            limit=config.get("limit"),
+            version=(content.get("versions") or {}).get(task),
+            num_fewshot=(content.get("n-shot") or {}).get(task),
+            documents=counts.get("effective"),
+            max_length=content.get("max_length"),
+            context_len=knn.get("context_len", 1 if kind == "hf" else None),
+            special_tokens=None if tokens == [None] * 3 else json.dumps(tokens),
+            tokens_per_second=speed,
+            saved_searches=metrics.get("saved_searches", knn.get("saved_searches")),
+            retrieval_bytes=knn["index_bytes"] + 4 * store["entries"] if "index_bytes" in knn else None,
+        )
+
+
+def _is_metric(name: str) -> bool:
+    return "_stderr" not in name and name not in ("name", "alias", "sample_len", "sample_count", " ")
+
+
+def _metric_name(name: str) -> str:
+    return name.removesuffix(",none")
+
+
+def _method(kind: str, knn: dict[str, Any]) -> str:
+    """A name for results that no benchmark named: the settings that somebody chose."""
+    if not knn or not knn.get("datastore"):
+        return kind
+    parts = ["RetoMaton" if knn.get("retomaton") else "kNN-LM"]
+    names = ["k", "lmbda", "knn_temp", *(("min_knns", "clusters") if knn.get("retomaton") else ())]
+    for name in names:
+        if (value := knn.get(name)) is not None:
+            # An lmbda that differs from token to token is many numbers; its kind will do.
+            parts.append(f"{name}={value.get('kind', 'adaptive') if isinstance(value, dict) else value}")
+    return " ".join(parts)
