@@ -69,7 +69,7 @@ class StoreSizeScorer(Scorer):
             raise UserError("Sizes are compared with one lmbda for all tokens: give lmbda=NUMBER in --model_args.")
         if wrong := [fraction for fraction in fractions if not 0 < fraction <= 1]:
             raise UserError(f"The fraction {wrong[0]:g} of the datastore must be above 0 and at most 1.")
-        self.k, self.seed = k, seed
+        self.k, self.seed, self.weight = k, seed, float(lm.settings["lmbda"])
         count = len(lm.retriever.datastore)
         self.base = SizePoint(0.0, 0)
         self.parts = [SizePoint(fraction, round(fraction * count)) for fraction in sorted(set(fractions))]
@@ -101,7 +101,7 @@ class StoreSizeScorer(Scorer):
                 inside &= inside.cumsum(dim=-1) <= self.k
                 weights = neighbour_log_weights(distances.masked_fill(~inside, math.inf), self.knn_temp)
                 log_p_knn = knn_log_prob(weights, values, targets[here])
-                part.log_prob += float(mix(base[here].double(), log_p_knn.double(), self.lmbda).sum())
+                part.log_prob += float(mix(base[here].double(), log_p_knn.double(), self.weight).sum())
                 part.neighbours += int(inside.sum())
         for point in self.points:
             point.tokens += len(rows)
