@@ -365,6 +365,7 @@ class KNNHF(CausalHFLM):
                 },
                 "index_factory": self.retriever.metadata["factory"],
                 "index_bytes": self.retriever.metadata["bytes"],
+                "processes": self.world_size,
                 "tokens_scored": self.scorer.tokens_scored,
                 "positions_generated": self.mixed_forward.positions,
                 "searches": statistics.searches,

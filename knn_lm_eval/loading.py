@@ -35,6 +35,10 @@ class CausalHFLM(HFLM):
             if not (unknown := re.search(r"unexpected keyword argument '(.*)'", str(error))):
                 raise
             raise UserError(f"Unknown model argument {unknown[1]!r}.") from error
+        accelerator = getattr(self, "accelerator", None)
+        if accelerator is not None and not kwargs.get("tp_plan"):
+            # HFLM shares requests out only where it sees several GPUs: on CPUs every process would do all of them.
+            self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
 
     def _get_config(self, pretrained: str, **kwargs: Any) -> None:
         with _saying_what_cannot_be_loaded(pretrained):
