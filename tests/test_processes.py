@@ -1,4 +1,4 @@
-"""Several processes (``torchrun``, ``accelerate launch``) share an evaluation's requests and give what one process gives."""
+"""Several processes share an evaluation's requests and give what one process gives."""
 
 from __future__ import annotations
 
