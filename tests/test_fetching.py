@@ -353,9 +353,7 @@ def test_an_address_may_have_any_letters(serve, tmp_path: Path) -> None:
         assert (folder / "d_vals.npy").read_bytes() == b"x"
 
 
-@pytest.mark.parametrize(
-    "target, kept", [("https://hub/b", True), ("http://hub/b", False), ("https://other/b", False)]
-)
+@pytest.mark.parametrize("target, kept", [("https://hub/b", True), ("http://hub/b", False), ("https://other/b", False)])
 def test_a_redirect_keeps_the_token_on_the_same_host_and_encrypted(target: str, kept: bool) -> None:
     request = urllib.request.Request("https://hub/a", headers={"Authorization": "Bearer secret"})
     followed = fetching._Redirects().redirect_request(request, None, 302, "Found", {}, target)
