@@ -24,7 +24,7 @@ from lm_eval.loggers import EvaluationTracker
 from lm_eval.tasks import TaskManager
 
 from knn_lm_eval.errors import UserError
-from knn_lm_eval.files import fsync
+from knn_lm_eval.files import disk_errors_in, fsync
 from knn_lm_eval.matrix import Cell, Matrix
 from knn_lm_eval.paths import tasks_dir
 from knn_lm_eval.shared_pass import LoadedModel, ReadingEnds, SharedBaseLM, SharedLM, SharedPass
@@ -52,9 +52,9 @@ def finished_results(folder: Path, checksum: str) -> dict[str, Any] | None:
         results = json.loads(files[0].read_text(encoding="utf-8"))
         if results["config"]["benchmark"]["sha256"] != checksum:
             return None
+        date = files[0].stem.removeprefix("results")
         for task, count in results["n-samples"].items():
-            (samples,) = files[0].parent.glob(f"samples_{task}_*.jsonl")
-            with open(samples, encoding="utf-8") as lines:
+            with open(files[0].with_name(f"samples_{task}{date}.jsonl"), encoding="utf-8") as lines:
                 if len({json.loads(line)["doc_id"] for line in lines}) != count["effective"]:
                     return None
     except (OSError, ValueError, KeyError, TypeError):
@@ -75,7 +75,8 @@ def run_matrix(matrix: Matrix, report: Callable[[Outcome], None]) -> list[Outcom
         outcomes.append(Outcome(cell, state, error))
         report(outcomes[-1])
 
-    matrix.output.mkdir(parents=True, exist_ok=True)
+    with disk_errors_in(matrix.output):
+        matrix.output.mkdir(parents=True, exist_ok=True)
     for _, of_model in groupby(matrix.cells, lambda cell: cell.model):
         loaded = LoadedModel()
         for _, of_task in groupby(of_model, lambda cell: cell.task):
@@ -131,17 +132,17 @@ def _open(matrix: Matrix, cell: Cell, loaded: LoadedModel) -> SharedLM:
 def _sharing(opened: Sequence[tuple[Cell, SharedLM]]) -> Iterator[list[tuple[Cell, SharedLM]]]:
     """Those that read the same windows, and the same keys or none."""
     groups: dict[Any, list[tuple[Cell, SharedLM]]] = {}
-    keys: dict[int, str] = {}
+    keys: dict[int, Any] = {}
     # Cells without retrieval come last, to join one that reads keys.
     for cell, lm in sorted(opened, key=lambda one: one[1].scorer.retriever is None):
         if lm.carry_state:
             groups[id(lm)] = [(cell, lm)]  # it reads in an order of its own
             continue
         if lm.scorer.retriever is None:
-            key = keys.get(lm.context_len, "")
+            key = keys.get(lm.context_len)
         else:
-            key = keys.setdefault(lm.context_len, lm.settings["knn_keytype"])
-            key = lm.settings["knn_keytype"]
+            key = lm.settings["knn_keytype"], lm.settings["key_module"]
+            keys.setdefault(lm.context_len, key)
         groups.setdefault((lm.context_len, key), []).append((cell, lm))
     yield from groups.values()
 

@@ -250,11 +250,12 @@ def _higher_is_better(results: Sequence[Result], metric: str) -> bool:
 
 def _labels(results: Sequence[Result]) -> dict[int, str]:
     """A name for each result: its method, and what else tells it from others."""
-    several_models = len({result.model for result in results}) > 1
+    models = {result.model for result in results}
+    short = len({Path(model).name for model in models}) == len(models)
     several_stores = len({result.datastore for result in results if result.datastore}) > 1
     labels = {}
     for result in results:
-        parts = [Path(result.model).name] if several_models else []
+        parts = [Path(result.model).name if short else result.model] if len(models) > 1 else []
         if result.method not in parts:
             parts.append(result.method)
         if several_stores and result.datastore:

@@ -84,7 +84,9 @@ def _count_tokens(cell: Cell, include_path: Sequence[str]) -> int | None:
     try:
         args = cell.lm_args
         tokenizer = transformers.AutoTokenizer.from_pretrained(
-            args.get("tokenizer", args["pretrained"]), **{k: args[k] for k in ("gguf_file", "revision") if k in args}
+            args.get("tokenizer", args["pretrained"]),
+            trust_remote_code=bool(args.get("trust_remote_code")),
+            **{k: args[k] for k in ("gguf_file", "revision") if k in args},
         )
         tasks = task_manager(cell, include_path).load([settings["task"]])["tasks"].values()
         total = 0
@@ -106,17 +108,22 @@ def _count_tokens(cell: Cell, include_path: Sequence[str]) -> int | None:
 def _model_size(args: dict[str, Any]) -> tuple[int, int] | None:
     """The model's parameters and their bytes, from its configuration alone; None where that does not tell."""
     try:
+        trust = bool(args.get("trust_remote_code"))
         config = transformers.AutoConfig.from_pretrained(
-            args["pretrained"], revision=str(args.get("revision", "main")), gguf_file=args.get("gguf_file")
+            args["pretrained"],
+            revision=str(args.get("revision", "main")),
+            gguf_file=args.get("gguf_file"),
+            trust_remote_code=trust,
         )
         with init_empty_weights():
-            parameters = transformers.AutoModelForCausalLM.from_config(config).num_parameters()
-    except Exception:  # another kind of model, or none at all
+            model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
+        dtype = args.get("dtype", "auto")
+        if dtype == "auto":
+            dtype = config.dtype or torch.float32
+        parameters = model.num_parameters()
+        return parameters, parameters * (dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype)).itemsize
+    except Exception:  # another kind of model, none at all, or no such dtype
         return None
-    dtype = args.get("dtype", "auto")
-    if dtype == "auto":
-        dtype = config.dtype or torch.float32
-    return parameters, parameters * (dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype)).itemsize
 
 
 def _memory(cell: Cell, size: tuple[int, int] | None) -> int | None:

@@ -15,6 +15,7 @@ import logging
 import os
 import re
 import ssl
+import string
 import time
 import urllib.error
 import urllib.request
@@ -158,7 +159,8 @@ def locate(address: str, name: str | None = None) -> Remote:
     """The URL of ``address``, or of the file ``name`` in the folder that it is."""
     if not address.startswith("hf://"):
         parts = urlsplit(address)
-        path = parts.path if name is None else f"{parts.path.rstrip('/')}/{quote(name)}"
+        path = parts.path if name is None else f"{parts.path.rstrip('/')}/{name}"
+        path = quote(path, safe=string.punctuation)  # what is quoted already stays so
         return Remote(urlunsplit(parts._replace(path=path)), {})
     from huggingface_hub import constants, hf_hub_url
     from huggingface_hub.utils import build_hf_headers
@@ -210,23 +212,23 @@ def _hub_checksum(address: str, remote: Remote) -> str | None:
     if not address.startswith("hf://"):
         return None
     from huggingface_hub import get_hf_file_metadata
-    from huggingface_hub.errors import HfHubHTTPError
 
     try:
         etag = get_hf_file_metadata(remote.url).etag or ""
-    except (HfHubHTTPError, OSError) as error:
+    except Exception as error:  # network errors are those of another library in each of the hub's releases
         if getattr(getattr(error, "response", None), "status_code", None) == 404:
             raise FileNotFoundError(remote.url) from error
-        raise UserError(f"Cannot fetch {address}: {str(error).strip().splitlines()[0]}") from error
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"Cannot fetch {address}: {reason}") from error
     return etag if re.fullmatch(r"[0-9a-f]{64}", etag) else None
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Follows redirects, but shows the hub's token to no other host."""
+    """Follows redirects, but shows the hub's token to no other host, and to none in plain text."""
 
     def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
         request = super().redirect_request(req, fp, code, msg, headers, newurl)
-        if request is not None and urlsplit(newurl).netloc != urlsplit(req.full_url).netloc:
+        if request is not None and urlsplit(newurl)[:2] != urlsplit(req.full_url)[:2]:  # scheme and host
             request.remove_header("Authorization")
         return request
 

@@ -33,11 +33,16 @@ def replace_file(temporary: Path, final: Path) -> None:
     fsync(final.parent)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` in UTF-8, all at once."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    replace_file(temporary, path)
+
+
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write ``content`` as JSON, all at once."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    replace_file(temporary, path)
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:

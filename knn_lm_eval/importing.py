@@ -179,7 +179,7 @@ def import_datastore(
         Where the files are not a published datastore, do not fit each other or the model, or ``output`` holds
         something already.
     """
-    output = Path(output)
+    output = Path(os.path.abspath(output))  # "." has no name of its own
     if output.is_symlink() or (output.exists() and (not output.is_dir() or any(output.iterdir()))):
         raise UserError(f"{output} exists already; choose another --output.")
     published = find_published([Path(source) for source in sources], layout, count, dimension)
@@ -306,7 +306,7 @@ def _read_config(pretrained: str | None) -> dict[str, Any] | None:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(pretrained)
+        config = AutoConfig.from_pretrained(pretrained, trust_remote_code=False)
     except (OSError, ValueError) as error:
         first_line = str(error).strip().splitlines()[0]
         raise UserError(f"Cannot read the model --pretrained {pretrained}: {first_line}") from error

@@ -22,7 +22,7 @@ from knn_lm_eval.errors import UserError, report_user_errors
 from knn_lm_eval.generation import MixedForward
 from knn_lm_eval.index import DEFAULT_INDEX
 from knn_lm_eval.language_model import CausalLM
-from knn_lm_eval.loading import CausalHFLM
+from knn_lm_eval.loading import CausalHFLM, recorded_arguments
 from knn_lm_eval.loglikelihood import RollingLoglikelihood
 from knn_lm_eval.retomaton import RetomatonScorer
 from knn_lm_eval.scoring import Passage, Score, Scorer
@@ -121,10 +121,9 @@ class KNNHF(CausalHFLM):
             duplicates=duplicates,
         )
         store = opened.retriever.datastore
-        made_by = store.manifest["model"]
         if pretrained is None:
-            kwargs = {name: value for name, value in made_by["args"].items() if name != "trust_remote_code"} | kwargs
-            pretrained = kwargs.pop("pretrained", made_by["pretrained"])
+            kwargs = recorded_arguments(store.manifest["model"]) | kwargs
+            pretrained = kwargs.pop("pretrained")
             if pretrained is None:
                 raise UserError(f"The datastore {store.path} does not know its model; give pretrained=MODEL.")
         super().__init__(pretrained, **kwargs)

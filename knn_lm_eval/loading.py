@@ -18,6 +18,12 @@ from knn_lm_eval.errors import UserError
 logger = logging.getLogger(__name__)
 
 BITSANDBYTES_ARGUMENTS = ("load_in_4bit", "load_in_8bit", "bnb_4bit_", "llm_int8_")
+# What a datastore may say about loading its model: nothing that runs code, which the datastore's author could choose.
+RECORDED_ARGUMENTS = (
+    *("pretrained", "revision", "subfolder", "tokenizer", "use_fast_tokenizer", "truncation", "max_length", "dtype"),
+    *("softmax_dtype", "mixed_precision_dtype", "add_bos_token", "prefix_token_id", "peft", "delta", "gguf_file"),
+    *("parallelize", "batch_size", "max_batch_size", "device"),
+)
 
 
 class CausalHFLM(HFLM):
@@ -59,6 +65,22 @@ class CausalHFLM(HFLM):
             if quantization:
                 kwargs["quantization_config"] = transformers.BitsAndBytesConfig(**quantization)
             super()._create_model(pretrained, **kwargs)
+
+
+def recorded_arguments(model: dict[str, Any]) -> dict[str, Any]:
+    """The arguments with which to load a datastore's model, from what its manifest says of the model."""
+    said = {"pretrained": model["pretrained"]} | model["args"]
+    taken = {
+        name: value
+        for name, value in said.items()
+        if name in RECORDED_ARGUMENTS or name.startswith(BITSANDBYTES_ARGUMENTS)
+    }
+    if left_out := [f"{name}={value}" for name, value in said.items() if name not in taken]:
+        logger.warning(
+            "The datastore was made with %s, which is not taken from it: give it as an argument if you want it.",
+            ", ".join(left_out),
+        )
+    return taken
 
 
 @contextmanager

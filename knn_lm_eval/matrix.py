@@ -90,7 +90,11 @@ class Cell:
         contents: dict[str, Any] = {name: sha256(Path(name), progress=False) for name in sorted(files)}
         if "datastore" in self.args:
             try:
-                contents["keys"] = read_manifest(self.args["datastore"])["files"]
+                manifest = read_manifest(self.args["datastore"])
+                contents["keys"] = manifest["files"]
+                of_clusters = f"clusters/{self.args.get('clusters')}/"
+                derived = manifest.get("derived", {})
+                contents["clusters"] = {name: derived[name] for name in derived if name.startswith(of_clusters)}
                 index = IndexFiles(Path(self.args["datastore"]), self.args.get("index", DEFAULT_INDEX))
                 contents["index"] = read_json(index.metadata)
                 if (default := index.folder / STORE_DEFAULT).is_file():
@@ -166,10 +170,9 @@ def _cells(content: dict[str, Any], path: Path) -> Iterator[Cell]:
             for method, settings in methods.items():
                 kind = settings["model"]
                 for store_name in theirs if kind == "knn-hf" else [None]:
-                    args = model_args | _store_args(stores[store_name]) if store_name else dict(model_args)
-                    for key, value in settings.items():
-                        if key != "model":
-                            args[key] = _filled(value, model, store_name)
+                    own = {key: value for key, value in settings.items() if key != "model"}
+                    args = model_args | (_store_args(stores[store_name]) if store_name else {}) | own
+                    args = {key: _filled(value, model, store_name) for key, value in args.items()}
                     yield Cell(model, store_name, method, task, kind, args, task_settings, seed)
 
 

@@ -13,6 +13,8 @@ from knn_lm_eval.errors import UserError
 
 logger = logging.getLogger(__name__)
 
+TEXTS = ("doc", "target", "arguments", "resps", "filtered_resps")  # of a sample: large, and not compared
+
 
 @dataclass
 class Result:
@@ -59,16 +61,17 @@ class Result:
 
     @property
     def samples(self) -> list[dict[str, Any]]:
-        """The logged samples, in the order of the documents; none where they were not logged."""
+        """The logged samples without their texts, in the order of the documents; none where they were not logged."""
         if self._samples is None:
             date = self.file.stem.removeprefix("results")
             file = self.file.with_name(f"samples_{self.task}{date}.jsonl")
             self._samples = []
             if file.is_file():
                 try:
-                    lines = file.read_text(encoding="utf-8").splitlines()
-                    self._samples = sorted(map(json.loads, lines), key=lambda sample: sample["doc_id"])
-                except (OSError, ValueError, KeyError, TypeError):
+                    with open(file, encoding="utf-8") as lines:
+                        samples = [_without_texts(json.loads(line)) for line in lines]
+                    self._samples = sorted(samples, key=lambda sample: sample["doc_id"])
+                except (OSError, ValueError, KeyError, TypeError, AttributeError):
                     logger.warning("%s is damaged or half-written: its documents are left out.", file)
         return self._samples
 
@@ -184,6 +187,10 @@ def _results(file: Path, content: dict[str, Any]) -> Iterator[Result]:
             saved_searches=metrics.get("saved_searches", knn.get("saved_searches")),
             retrieval_bytes=knn["index_bytes"] + 4 * store["entries"] if "index_bytes" in knn else None,
         )
+
+
+def _without_texts(sample: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in sample.items() if name not in TEXTS}
 
 
 def _is_metric(name: str) -> bool:

@@ -66,6 +66,8 @@ class StoreSizeScorer(Scorer):
     def __init__(self, lm: KNNHF, k: int, fractions: Sequence[float], seed: int = DEFAULT_SEED) -> None:
         if not isinstance(lm.settings["lmbda"], (int, float)):
             raise UserError("Sizes are compared with one lmbda for all tokens: give lmbda=NUMBER in --model_args.")
+        if lm.settings.get("retomaton"):
+            raise UserError("Sizes are compared for kNN-LM: leave retomaton out of --model_args.")
         self.constant = float(lm.settings["lmbda"])
         super().__init__(lm.scorer.model, lm.retriever, self.constant, lm.settings["knn_temp"], lm.softmax_dtype)
         if wrong := [fraction for fraction in fractions if not 0 < fraction <= 1]:

@@ -32,9 +32,14 @@ def main() -> None:
         raise UserError(f"--resamples {arguments.resamples} must be at least 1.")
     if not 0 < arguments.confidence < 1:
         raise UserError(f"--confidence {arguments.confidence:g} must be between 0 and 1.")
+    if arguments.seed < 0:
+        raise UserError(f"--seed {arguments.seed} must be 0 or more.")
+    if arguments.output is not None and arguments.format == "terminal":
+        raise UserError(f"--output {arguments.output} needs --format markdown, csv or latex.")
 
     from knn_lm_eval import tables
     from knn_lm_eval.comparison import compare
+    from knn_lm_eval.files import disk_errors_in, write_text
     from knn_lm_eval.results import read_folder
 
     results, others = read_folder(arguments.results)
@@ -53,8 +58,9 @@ def main() -> None:
         grids = [file for folder in arguments.results for file in sorted(folder.rglob("*.csv"))]
         title = "Results in " + ", ".join(path.name or str(path) for path in arguments.results)
         page = report_page(comparison, others, grids, title)
-        arguments.report.parent.mkdir(parents=True, exist_ok=True)
-        arguments.report.write_text(page, encoding="utf-8")
+        with disk_errors_in(arguments.report):
+            arguments.report.parent.mkdir(parents=True, exist_ok=True)
+            write_text(arguments.report, page)
     made = tables.tables_of(comparison)
     if arguments.format == "terminal":
         tables.print_tables(made)
@@ -67,8 +73,9 @@ def main() -> None:
     if arguments.output is None:
         print(text, end="")
     else:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(text, encoding="utf-8")
+        with disk_errors_in(arguments.output):
+            arguments.output.parent.mkdir(parents=True, exist_ok=True)
+            write_text(arguments.output, text)
         print(f"Wrote {arguments.output}.")
 
 

@@ -37,12 +37,16 @@ def main() -> None:
             raise UserError(f"--{name} {getattr(arguments, name)} must be at least 1.")
     if arguments.file and not arguments.file.is_file():
         raise UserError(f"There is no {arguments.file}.")
-    text = arguments.file.read_text(encoding="utf-8") if arguments.file else arguments.text
+    try:
+        text = arguments.file.read_text(encoding="utf-8") if arguments.file else arguments.text
+    except UnicodeDecodeError as error:
+        raise UserError(f"{arguments.file} is not UTF-8 text ({error}); convert it.") from error
     if not text:
         raise UserError("The text is empty: there is nothing to inspect.")
 
     from lm_eval.utils import simple_parse_args_string
 
+    from knn_lm_eval.files import disk_errors_in, write_text
     from knn_lm_eval.inspection import inspect_text
     from knn_lm_eval.knn_hf import KNNHF
     from knn_lm_eval.token_page import token_page
@@ -62,8 +66,9 @@ def main() -> None:
     }
     for path, make in written.items():
         if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(make(), encoding="utf-8")
+            with disk_errors_in(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_text(path, make())
             print(f"Wrote {path}.")
 
 

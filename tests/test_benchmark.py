@@ -13,13 +13,17 @@ from typing import Any
 import lm_eval
 import pytest
 import yaml
-from conftest import EVAL_TEXT, MAX_LENGTH
+from conftest import EVAL_TEXT, MAX_LENGTH, TRAIN_TEXT
 from lm_eval.tasks import TaskManager
 
 from knn_lm_eval import KNNHF, Datastore
 from knn_lm_eval.benchmark import finished_results, run_matrix
+from knn_lm_eval.clustering import cluster_kmeans
+from knn_lm_eval.documents import cut_into_documents
+from knn_lm_eval.dump import dump_datastore
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.estimate import estimate
+from knn_lm_eval.indexing import build_index
 from knn_lm_eval.language_model import CausalLM
 from knn_lm_eval.loading import CausalHFLM
 from knn_lm_eval.matrix import Matrix, read_matrix
@@ -182,6 +186,41 @@ def test_an_error_in_the_middle_of_a_shared_pass_is_that_cells_own(content, tmp_
     assert "the automaton broke" in str(next(o.error for o in outcomes if o.error))
 
 
+def test_a_group_may_have_tasks_whose_names_begin_alike(content, tmp_path) -> None:
+    task = yaml.safe_load((tmp_path / "tasks" / "choose.yaml").read_text())
+    (tmp_path / "tasks" / "more.yaml").write_text(yaml.safe_dump(task | {"task": "local_choose_more"}))
+    group = {"group": "both", "task": ["local_choose", "local_choose_more"]}
+    (tmp_path / "tasks" / "group.yaml").write_text(yaml.safe_dump(group))
+    content |= {"tasks": {"both": {}}, "methods": {"base": {}}}
+    assert run(matrix_of(content, tmp_path)) == {"tiny/base/both": "done"}
+    assert run(matrix_of(content, tmp_path)) == {"tiny/base/both": "finished"}
+
+
+def test_stores_whose_keys_come_from_other_modules_share_no_pass(content, tmp_path, model_folder, store) -> None:
+    lm = CausalHFLM(str(model_folder))
+    other = dump_datastore(
+        lm,
+        cut_into_documents([TRAIN_TEXT[:2000]], "line"),
+        tmp_path / "other",
+        key_module="model.layers.0.mlp",
+        model_args={"pretrained": str(model_folder)},
+    )
+    build_index(other, "Flat")
+    content |= {
+        "datastores": {"topics": str(store.path), "other": str(other.path)},
+        "methods": {"knn": METHODS["knn"]},
+        "tasks": {"law": {"limit": 2}},
+    }
+    matrix = matrix_of(content, tmp_path)
+    assert set(run(matrix).values()) == {"done"}
+    together = [figures(matrix.output / cell.folder)[0]["law"]["token_perplexity,none"] for cell in matrix.cells]
+    for cell, figure in zip(matrix.cells, together, strict=True):
+        alone = {"datastores": {cell.datastore: cell.args["datastore"]}, "output": str(tmp_path / "alone")}
+        run(matrix_of(content | alone, tmp_path))
+        metrics, _ = figures(tmp_path / "alone" / cell.folder)
+        assert metrics["law"]["token_perplexity,none"] == pytest.approx(figure, rel=1e-5), cell.datastore
+
+
 def test_generated_text_in_a_matrix(content, tmp_path) -> None:
     task = yaml.safe_load((CHOICES.parent / "go_on.yaml").read_text())
     task["dataset_kwargs"]["data_files"]["test"] = str(CHOICES.parent / "go_on.jsonl")
@@ -241,7 +280,11 @@ def test_what_a_cell_depends_on_is_part_of_its_checksum(content, tmp_path, store
     index = json.loads((copy / "index.json").read_text())
     (copy / "index.json").write_text(json.dumps(index | {"probe": 3}))
     others.append(checksum())
-    assert len({first, *others}) == 7
+    content["methods"] = {"retomaton": METHODS["retomaton"] | {"clusters": "km"}}
+    for iterations in (1, 2):
+        cluster_kmeans(Datastore.open(copy), name="km", num_clusters=20, iterations=iterations, overwrite=True)
+        others.append(checksum())
+    assert len({first, *others}) == 9
 
 
 @pytest.mark.parametrize(
@@ -274,9 +317,15 @@ def test_mistakes_in_the_file_are_named(content, tmp_path, change: dict, message
     assert message in str(error.value) and "benchmark.yaml" in str(error.value)
 
 
+def test_an_output_that_cannot_be_made_is_named(content, tmp_path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="Cannot write to .*file/results"):
+        run(matrix_of(content | {"output": str(tmp_path / "file" / "results")}, tmp_path))
+
+
 def test_names_are_filled_into_settings_and_datastores_kept_to_their_models(content, tmp_path) -> None:
     content["models"]["other"] = {"pretrained": "x"}
-    content["datastores"] = {"a": {"path": "A", "models": "tiny"}, "b": "B"}
+    content["datastores"] = {"a": {"path": "A", "models": "tiny"}, "b": "{model}/B"}
     content["methods"] = {"base": {}, "knn": {"clusters": "{model}-{datastore}"}}
     cells = matrix_of(content, tmp_path).cells
     assert [(c.model, c.datastore, c.kind, c.args.get("clusters")) for c in cells if c.task == "law"] == [
@@ -286,6 +335,7 @@ def test_names_are_filled_into_settings_and_datastores_kept_to_their_models(cont
         ("other", None, "hf", None),
         ("other", "b", "knn-hf", "other-b"),
     ]
+    assert [c.args.get("datastore") for c in cells if c.task == "law"] == [None, "A", "tiny/B", None, "other/B"]
 
 
 def test_the_dry_run_counts_tokens_and_memory_and_learns_from_finished_cells(content, tmp_path, store) -> None:
@@ -303,6 +353,9 @@ def test_the_dry_run_counts_tokens_and_memory_and_learns_from_finished_cells(con
     assert law_knn.memory == law_retomaton.memory == expected
     assert law_retomaton.seconds > 0 and not law_retomaton.measured
     assert all(one.tokens_read > 0 for one in choose)
+    content["models"]["tiny"]["dtype"] = "float31"  # to be reported when the cell is run
+    assert all(one.memory is None for one in estimate(matrix_of(content, tmp_path)))
+    del content["models"]["tiny"]["dtype"]
     # The same cells as before are finished, and tell the speed of others.
     content["methods"] = {"knn": METHODS["knn"]}
     law, choose_knn = estimate(matrix_of(content, tmp_path))

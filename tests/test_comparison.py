@@ -293,6 +293,24 @@ def test_half_written_files_are_named_and_the_rest_is_read(folder: Path, caplog:
     assert task.rows[1].interval is None and f"{samples} is damaged" in caplog.text
 
 
+def test_texts_in_samples_may_hold_any_character(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for file in folder.rglob("samples_*.jsonl"):
+        lines = [json.loads(line) | {"doc": {"page": "a\x85b\u2028c\x1cd"}} for line in file.read_text().splitlines()]
+        file.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    results, _ = read_folder([folder])
+    (task,) = compare(results, "hf").tasks
+    assert task.rows[1].interval is not None and not caplog.text
+    assert "doc" not in results[0].samples[0]  # many texts would fill the memory
+
+
+def test_models_of_one_name_in_two_folders_have_rows_of_their_own(folder: Path) -> None:
+    _, baseline = documents(200, 0.3, seed=8)
+    theirs = {"model": "hf", "model_args": {"pretrained": "others/m"}, "limit": None}
+    write_results(folder / "hf" / "other", baseline, config=theirs)
+    (task,) = compare(read_folder([folder])[0], "hf").tasks
+    assert [row.label for row in task.rows if row.is_baseline] == ["models/m · hf", "others/m · hf"]
+
+
 def test_tables_in_every_format(folder: Path) -> None:
     results, _ = read_folder([folder])
     comparison = compare(results, "hf", resamples=1000)
@@ -335,6 +353,10 @@ def test_the_script(folder: Path) -> None:
     assert process.stderr.count("\n") == 1 and "results_broken.json is damaged" in process.stderr
     again = script(folder, "--baseline", "hf", "--resamples", 500)
     assert again.stdout == process.stdout
+    refused = script(folder, "--output", folder / "table.md")
+    assert refused.returncode == 1 and "table.md needs --format markdown, csv or latex" in refused.stderr
+    refused = script(folder, "--format", "csv", "--output", folder / "results_broken.json" / "table.csv")
+    assert refused.returncode == 1 and refused.stderr.splitlines()[-1].startswith("error: Cannot write to")
 
 
 def test_mistakes_end_with_one_sentence(folder: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -343,6 +344,22 @@ def test_published_files_are_fetched_and_gone_on_with_by_version(serve, tmp_path
         fetch_files([f"{server.url}/%2E%2E"])
 
 
+def test_an_address_may_have_any_letters(serve, tmp_path: Path) -> None:
+    (tmp_path / "remote" / "dépôt 1").mkdir(parents=True)
+    (tmp_path / "remote" / "dépôt 1" / "d_vals.npy").write_bytes(b"x")
+    server = serve(tmp_path / "remote")
+    for path in ("dépôt 1", "d%C3%A9p%C3%B4t%201"):
+        folder = fetch_files([f"{server.url}/{path}/d_vals.npy"])
+        assert (folder / "d_vals.npy").read_bytes() == b"x"
+
+
+@pytest.mark.parametrize("target, kept", [("https://hub/b", True), ("http://hub/b", False), ("https://other/b", False)])
+def test_a_redirect_keeps_the_token_on_the_same_host_and_encrypted(target: str, kept: bool) -> None:
+    request = urllib.request.Request("https://hub/a", headers={"Authorization": "Bearer secret"})
+    followed = fetching._Redirects().redirect_request(request, None, 302, "Found", {}, target)
+    assert followed.has_header("Authorization") == kept
+
+
 # ------------------------------------------------------------------------------------------------ the hub
 
 
@@ -375,6 +392,13 @@ def test_published_files_on_the_hub_are_checked_by_its_checksums(serve, tmp_path
     assert (cache_folder("hf://datasets/me/stores/d_vals.npy") / "d_vals.npy").read_bytes() == b"x" * 5000
     run = fetch_from_hub(server, cache, "hf://datasets/me/stores/e_vals.npy")
     assert run.returncode == 1 and "error: There is no file at hf://datasets/me/stores/e_vals.npy" in run.stderr
+
+
+def test_a_hub_that_cannot_be_reached_is_named(serve, tmp_path: Path, cache: Path) -> None:
+    server = Server(tmp_path, "http://127.0.0.1:9")  # nothing listens there
+    run = fetch_from_hub(server, cache, "hf://datasets/me/stores/d_vals.npy")
+    assert run.returncode == 1
+    assert "error: Cannot fetch hf://datasets/me/stores/d_vals.npy: " in run.stderr and "Traceback" not in run.stderr
 
 
 def test_the_hub_is_not_asked_when_it_is_switched_off() -> None:

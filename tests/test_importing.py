@@ -245,6 +245,14 @@ def test_keys_and_index_may_be_copied(tmp_path: Path, arrays: tuple) -> None:
     open_index(Datastore.open(tmp_path / "ours"))
 
 
+def test_the_output_may_be_the_current_folder(tmp_path: Path, arrays: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_knn_transformers(tmp_path / "theirs", *arrays)
+    (tmp_path / "ours").mkdir()
+    monkeypatch.chdir(tmp_path / "ours")
+    import_datastore(["../theirs"], ".")
+    assert len(Datastore.open(tmp_path / "ours")) == COUNT
+
+
 @pytest.mark.parametrize("in_parts", [False, True])
 def test_a_new_index_replaces_the_link_and_not_the_published_file(
     tmp_path: Path, arrays: tuple, in_parts: bool

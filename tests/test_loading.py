@@ -158,6 +158,20 @@ def test_a_models_own_code_runs_only_with_trust_remote_code(own_code, dump: Call
     assert not marker.exists()
 
 
+def test_a_datastore_cannot_ask_for_code_from_elsewhere(
+    tmp_path: Path, store: Datastore, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(store.path, tmp_path / "store")
+    manifest = json.loads((tmp_path / "store" / "manifest.json").read_text())
+    # Attention by that name is a kernel that transformers would fetch and run.
+    asked = {"attn_implementation": "somebody/kernel", "weights_only": False, "max_length": 32}
+    manifest["model"]["args"] |= asked
+    (tmp_path / "store" / "manifest.json").write_text(json.dumps(manifest))
+    lm = KNNHF(datastore=tmp_path / "store", k=5)
+    assert lm.max_length == 32
+    assert "made with attn_implementation=somebody/kernel, weights_only=False" in caplog.text
+
+
 # --------------------------------------------------------------------------------- models that don't fit
 
 

@@ -265,3 +265,6 @@ def test_sizes_out_of_range_are_named(store, model_folder) -> None:
     lm = KNNHF(str(model_folder), datastore=store.path, k=20)
     with pytest.raises(UserError, match="The fraction 1.5 of the datastore must be above 0 and at most 1."):
         StoreSizeScorer(lm, 20, [0.5, 1.5])
+    walking = KNNHF(str(model_folder), datastore=store.path, k=20, retomaton=True)
+    with pytest.raises(UserError, match="leave retomaton out"):
+        StoreSizeScorer(walking, 20, [0.5])
