@@ -131,17 +131,18 @@ def _open(matrix: Matrix, cell: Cell, loaded: LoadedModel) -> SharedLM:
 def _sharing(opened: Sequence[tuple[Cell, SharedLM]]) -> Iterator[list[tuple[Cell, SharedLM]]]:
     """Those that read the same windows, and the same keys or none."""
     groups: dict[Any, list[tuple[Cell, SharedLM]]] = {}
-    keys: dict[int, str] = {}
+    keys: dict[int, Any] = {}
     # Cells without retrieval come last, to join one that reads keys.
     for cell, lm in sorted(opened, key=lambda one: one[1].scorer.retriever is None):
         if lm.carry_state:
             groups[id(lm)] = [(cell, lm)]  # it reads in an order of its own
             continue
         if lm.scorer.retriever is None:
-            key = keys.get(lm.context_len, "")
+            key = keys.get(lm.context_len)
         else:
-            key = keys.setdefault(lm.context_len, lm.settings["knn_keytype"])
-            key = lm.settings["knn_keytype"]
+            # The module itself: it may go by several names.
+            key = lm.scorer.model.key_type, lm.scorer.model.key_module
+            keys.setdefault(lm.context_len, key)
         groups.setdefault((lm.context_len, key), []).append((cell, lm))
     yield from groups.values()
 

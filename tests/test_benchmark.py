@@ -13,13 +13,16 @@ from typing import Any
 import lm_eval
 import pytest
 import yaml
-from conftest import EVAL_TEXT, MAX_LENGTH
+from conftest import EVAL_TEXT, MAX_LENGTH, TRAIN_TEXT
 from lm_eval.tasks import TaskManager
 
 from knn_lm_eval import KNNHF, Datastore
 from knn_lm_eval.benchmark import finished_results, run_matrix
+from knn_lm_eval.documents import cut_into_documents
+from knn_lm_eval.dump import dump_datastore
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.estimate import estimate
+from knn_lm_eval.indexing import build_index
 from knn_lm_eval.language_model import CausalLM
 from knn_lm_eval.loading import CausalHFLM
 from knn_lm_eval.matrix import Matrix, read_matrix
@@ -121,6 +124,22 @@ def test_cells_that_share_a_pass_give_what_separate_runs_give(content, tmp_path,
             assert info["searches"] == alone.retriever.statistics.searches
             assert info["tokens_scored"] == alone.scorer.tokens_scored
             assert info["seconds"]["forward"] > 0
+
+
+def test_stores_of_other_keys_do_not_share_a_pass(content, tmp_path, store, lm, model_folder) -> None:
+    documents = cut_into_documents(TRAIN_TEXT[:3000].splitlines(keepends=True), "line")
+    args = {"pretrained": str(model_folder)}
+    early = dump_datastore(lm, documents, tmp_path / "early", model_args=args, key_module="layers.0.mlp")
+    build_index(early, "Flat")
+    content["methods"] = {"knn": METHODS["knn"]}
+    content["tasks"] = {"choose": {"task": "local_choose"}}
+    found = []
+    for name, stores in (("together", {"late": store, "early": early}), ("alone", {"early": early})):
+        changes = {"datastores": {key: str(one.path) for key, one in stores.items()}, "output": str(tmp_path / name)}
+        matrix = matrix_of(content | changes, tmp_path)
+        assert set(run(matrix).values()) == {"done"}
+        found.append(figures(matrix.output / matrix.cells[-1].folder)[1])
+    assert [sample["filtered_resps"] for sample in found[0]] == [sample["filtered_resps"] for sample in found[1]]
 
 
 def test_texts_are_read_once_for_all_methods_and_the_model_loaded_once(content, tmp_path, monkeypatch) -> None:
