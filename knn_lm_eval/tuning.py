@@ -89,7 +89,7 @@ def parse_axis(name: str, text: str, *, low: float, high: float = math.inf, whol
     for number in numbers:
         if not low <= number <= high or math.isnan(number):
             raise UserError(f"--{name} {number:g} is out of range: it must be from {low:g} to {high:g}.")
-        if whole and number != round(number):
+        if whole and number % 1 != 0:  # neither is infinity
             raise UserError(f"--{name} {number:g} is not a whole number.")
     return tuple(sorted({round(number) if whole else number for number in numbers}))
 

@@ -177,6 +177,7 @@ def test_grids_are_read_and_bad_ones_named() -> None:
     refuses("knn_temp", "many", "is no grid")
     refuses("lmbda", "0.5,1.5", "--lmbda 1.5 is out of range: it must be from 0 to 0.999", high=0.999)
     refuses("k", "2.5", "--k 2.5 is not a whole number", whole=True)
+    refuses("max_knns", "inf", "--max_knns inf is not a whole number", whole=True)
     refuses("min_knns", "nan", "out of range")
 
 
