@@ -125,7 +125,10 @@ class Augmentation:
             )
             _check_automaton(walk)
             if not isinstance(weight, float) and weight.threshold is not None:
-                raise UserError("A gate with a threshold decides where kNN-LM searches; RetoMaton has min_knns for it.")
+                raise UserError(
+                    f"The lmbda ({sources['lmbda']}) is a gate with a threshold, which decides where kNN-LM searches; "
+                    f"RetoMaton has min_knns for it: give lmbda=..., or other params."
+                )
             chosen = None if clusters is None else Clusters.open(store, str(clusters))
             if not no_pointer and weight != 0:
                 automaton = open_automaton(retriever, walk, chosen)

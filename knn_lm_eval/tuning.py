@@ -460,6 +460,11 @@ def fit_adaptive(
     ----------
     best, number : the grid's best setting, and the number of its surface.
     saved_searches : for a gate: the fraction of searches to do without.
+
+    Raises
+    ------
+    UserError
+        Where no token of the sample has a neighbour.
     """
     temperature, k, lmbda = best.place
     lm = sample.arrays["lm"].astype(np.float64)
@@ -472,6 +477,9 @@ def fit_adaptive(
     constant = torch.full((len(lm),), best.surface.lmbda[lmbda])
     constant_log_prob = mean_log_prob(constant, knn[:, temperature])
     found = torch.from_numpy(np.isfinite(features[:, FEATURES.index("nearest")]))
+    if not found.any():
+        # RetoMaton with min_knns=0 never searches, and so never has a pointer to follow.
+        raise UserError("No token has a neighbour with the best setting, so there is no adaptive lmbda to fit.")
     fits = []
     for place, knn_temp in enumerate(best.surface.knn_temp):
         fitted: Buckets | Gate

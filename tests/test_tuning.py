@@ -281,8 +281,11 @@ def test_what_tune_refuses(store: Datastore, tmp_path: Path, tune_main) -> None:
     gate = ["--saved_searches", "0.5", "--adaptive", "gate"]
     refuses("not for both together", *gate, model_args=",retomaton=True")
     refuses("should end in .json", to=tmp_path / "tuned")
+    refuses("--limit 0 must be above 0", "--limit", "0")
     refuses("There is no task called 'lawful'", tasks="lawful")
     refuses("carry_state=True cannot be tuned with", model_args=",retomaton=True,carry_state=True")
+    never = ["--min_knns", "0", "--adaptive", "gate", "--limit", "1", "--k", "4", "--knn_temp", "1"]
+    refuses("No token has a neighbour", *never, model_args=",retomaton=True")
     assert not output.exists()
     tune_main(store, output, "--allow_test", "--limit", "1", tasks="law")
     assert output.exists()
