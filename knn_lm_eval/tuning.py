@@ -195,6 +195,9 @@ class TuningScorer(Scorer):
                 self._retrievers.append(retriever)
                 self.surfaces.append(Surface({"probe": retriever.probe}, grid.k, grid.knn_temp, grid.lmbda))
         else:
+            name = settings["clusters"]
+            clusters = None if name is None else Clusters.open(lm.retriever.datastore, str(name))
+            automaton = open_automaton(lm.retriever, AutomatonSettings(), clusters)
             for k, min_knns, max_knns in itertools.product(grid.k, grid.min_knns, grid.max_knns):
                 walk = AutomatonSettings(
                     k,
@@ -202,9 +205,7 @@ class TuningScorer(Scorer):
                     max_knns=settings["max_knns"] if max_knns is None else max_knns,
                     duplicates=settings["duplicates"],
                 )
-                name = settings["clusters"]
-                clusters = None if name is None else Clusters.open(lm.retriever.datastore, str(name))
-                self._walkers.append(open_automaton(lm.retriever, walk, clusters))
+                self._walkers.append(automaton.with_settings(walk))
                 fixed = {"min_knns": walk.min_knns, "max_knns": walk.max_knns}
                 self.surfaces.append(Surface(fixed, (k,), grid.knn_temp, grid.lmbda))
         own = {name: settings[name] for name in self.surfaces[0].fixed}
