@@ -101,11 +101,12 @@ def test_the_script_prints_and_writes_a_page(store: Datastore, tmp_path: Path) -
     ("arguments", "message"),
     [
         (["--text", "x", "--neighbours", 0], "--neighbours 0 must be at least 1."),
-        (["--file", "nowhere.txt"], "There is no nowhere.txt."),
+        (["--file", "nowhere.txt"], "Cannot read the text nowhere.txt: No such file or directory."),
+        (["--file", sys.executable], f"{sys.executable} is not UTF-8 text"),
         (["--text", ""], "The text is empty: there is nothing to inspect."),
     ],
 )
 def test_bad_input(arguments: list[object], message: str) -> None:
     process = inspect_script("--model_args", "datastore=nowhere", *arguments)
     assert process.returncode == 1
-    assert process.stderr.strip() == f"error: {message}"
+    assert process.stderr.startswith(f"error: {message}") and process.stderr.count("\n") == 1
