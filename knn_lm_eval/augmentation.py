@@ -125,7 +125,10 @@ class Augmentation:
             )
             _check_automaton(walk)
             if not isinstance(weight, float) and weight.threshold is not None:
-                raise UserError("A gate with a threshold decides where kNN-LM searches; RetoMaton has min_knns for it.")
+                raise UserError(
+                    f"The lmbda ({sources['lmbda']}) is a gate with a threshold, which decides where kNN-LM searches; "
+                    f"RetoMaton has min_knns for it: give lmbda=..., or other params."
+                )
             chosen = None if clusters is None else Clusters.open(store, str(clusters))
             if not no_pointer and weight != 0:
                 automaton = open_automaton(retriever, walk, chosen)
@@ -202,23 +205,25 @@ def find_datastore(path: str | os.PathLike | None) -> Datastore:
 
 
 def _check_ranges(settings: dict[str, Any]) -> None:
-    k, knn_temp = settings["k"], settings["knn_temp"]
-    for name, value in (("k", k), ("knn_temp", knn_temp)):
+    """Raise UserError where a number is out of range; whole ones become int (a command line makes 1e3 a float)."""
+    for name in ("k", "knn_temp", "probe", "min_knns", "max_knns"):
+        value = settings.get(name)
+        if value is None and name not in ("k", "knn_temp"):
+            continue
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise UserError(f"{name}={value!r} is not a number.")
-    if int(k) != k:
-        raise UserError(f"k={k} is not a whole number.")
-    if not 0 < knn_temp < float("inf"):
-        raise UserError(f"knn_temp={knn_temp} must be a number above 0.")
+        if name in ("k", "probe", "max_knns"):
+            if value % 1 != 0:  # neither is infinity
+                raise UserError(f"{name}={value} is not a whole number.")
+            settings[name] = int(value)
+    if not 0 < settings["knn_temp"] < float("inf"):
+        raise UserError(f"knn_temp={settings['knn_temp']} must be a number above 0.")
 
 
 def _check_automaton(settings: AutomatonSettings) -> None:
-    for name, value in (("min_knns", settings.min_knns), ("max_knns", settings.max_knns)):
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise UserError(f"{name}={value!r} is not a number.")
     if not settings.min_knns >= 0:
         raise UserError(f"min_knns={settings.min_knns} must be 0 or more (inf searches at every token).")
-    if not (settings.max_knns >= 1 and int(settings.max_knns) == settings.max_knns):
-        raise UserError(f"max_knns={settings.max_knns} must be a whole number of at least 1.")
+    if settings.max_knns < 1:
+        raise UserError(f"max_knns={settings.max_knns} must be at least 1.")
     if settings.duplicates not in ("keep", "merge"):
         raise UserError(f"duplicates={settings.duplicates!r} is unknown; use keep or merge.")

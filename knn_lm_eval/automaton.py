@@ -112,9 +112,16 @@ class Automaton:
     ) -> None:
         self.values, self.document_starts = np.asarray(values), np.asarray(document_starts)
         none = np.full(0, -1, dtype=np.int32), np.zeros(1, dtype=np.int64), np.empty(0, dtype=np.int32)
-        self.clusters = tuple(np.asarray(array) for array in clusters or none)
+        cluster_of_entry, member_starts, members = (np.asarray(array) for array in clusters or none)
+        self.clusters = cluster_of_entry, member_starts, members
         self.search, self.pointer_distances, self.settings = search, pointer_distances, settings
         self.statistics = WalkStatistics()
+
+    def with_settings(self, settings: AutomatonSettings) -> Automaton:
+        """Another over the same arrays, with statistics of its own."""
+        return Automaton(
+            self.values, self.document_starts, self.clusters, self.search, self.pointer_distances, settings
+        )
 
     def walk(self, walks: Sequence[Walk], keep_neighbours: bool = False) -> None:
         """Walk all sequences to their ends, side by side; fills in what ``Walk`` says."""

@@ -141,7 +141,8 @@ def _sharing(opened: Sequence[tuple[Cell, SharedLM]]) -> Iterator[list[tuple[Cel
         if lm.scorer.retriever is None:
             key = keys.get(lm.context_len)
         else:
-            key = lm.settings["knn_keytype"], lm.settings["key_module"]
+            # The module itself: it may go by several names.
+            key = lm.scorer.model.key_type, lm.scorer.model.key_module
             keys.setdefault(lm.context_len, key)
         groups.setdefault((lm.context_len, key), []).append((cell, lm))
     yield from groups.values()

@@ -120,6 +120,8 @@ class KNNHF(CausalHFLM):
             clusters=clusters,
             duplicates=duplicates,
         )
+        if opened.automaton and carry_state and not isinstance(opened.lmbda, float):
+            raise UserError("carry_state=True needs a number for lmbda, not an adaptive one: give lmbda=...")
         store = opened.retriever.datastore
         if pretrained is None:
             kwargs = recorded_arguments(store.manifest["model"]) | kwargs
@@ -137,8 +139,6 @@ class KNNHF(CausalHFLM):
         self.retriever = opened.retriever
         self.scorer: Scorer
         if opened.automaton:
-            if carry_state and not isinstance(opened.lmbda, float):
-                raise UserError("carry_state=True needs a number for lmbda, not an adaptive one.")
             self.scorer = RetomatonScorer(
                 model, self.retriever, opened.lmbda, opened.automaton, self.softmax_dtype, carry_state
             )

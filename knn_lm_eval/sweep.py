@@ -9,13 +9,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from knn_lm_eval.augmentation import pointer_distances
+from knn_lm_eval.augmentation import open_automaton
 from knn_lm_eval.automaton import Automaton, AutomatonSettings, Walk
 from knn_lm_eval.clusters import Clusters
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.knn_hf import KNNHF
 from knn_lm_eval.mixture import knn_log_prob, mix, neighbour_log_weights
-from knn_lm_eval.retrieval import entry_counts
 from knn_lm_eval.scoring import Passage, Score, Scorer
 
 POSITIONS_AT_ONCE = 2**13  # with all their neighbours in memory: 12 bytes each
@@ -75,28 +74,15 @@ class SweepScorer(Scorer):
             raise UserError("A curve needs a number for lmbda, not an adaptive one: give lmbda=... or params=False.")
         self.constant: float = lm.settings["lmbda"]
         super().__init__(lm.scorer.model, lm.retriever, self.constant, lm.settings["knn_temp"], lm.softmax_dtype)
-        store = lm.retriever.datastore
-        self.values = np.asarray(store.values)
+        self.values = np.asarray(lm.retriever.datastore.values)
         self.base, self.knn_lm = CurvePoint("base"), CurvePoint("knn-lm")
-        distances = pointer_distances(lm.retriever)
         self.walkers: list[tuple[CurvePoint, Automaton]] = []
         for clusters in clusterings:
-            name, csr = None, None
-            if clusters is not None:
-                name, csr = (
-                    clusters.path.name,
-                    (clusters.cluster_of_entry, clusters.member_starts, clusters.members),
-                )
+            name = None if clusters is None else clusters.path.name
+            automaton = open_automaton(lm.retriever, settings, clusters)
             for number in min_knns:
-                automaton = Automaton(
-                    store.values,
-                    store.document_starts,
-                    csr,
-                    lm.retriever.find,
-                    distances,
-                    replace(settings, min_knns=number),
-                )
-                self.walkers.append((CurvePoint("retomaton", name, number), automaton))
+                walker = automaton.with_settings(replace(settings, min_knns=number))
+                self.walkers.append((CurvePoint("retomaton", name, number), walker))
 
     @property
     def points(self) -> list[CurvePoint]:
@@ -121,8 +107,8 @@ class SweepScorer(Scorer):
             queries = reading.queries.float().cpu().numpy()
             distances, entries = self.retriever.find(queries)
             values = torch.from_numpy(self.values[np.maximum(entries, 0)])
-            counts = entry_counts(self.retriever.datastore.weights, entries)
-            weights = neighbour_log_weights(torch.from_numpy(distances), self.knn_temp, counts)
+            # A store that RetoMaton can walk over has no weights.
+            weights = neighbour_log_weights(torch.from_numpy(distances), self.knn_temp, None)
             knn = mix(base, knn_log_prob(weights[rows], values[rows], targets).double(), self.constant)
             self.base.log_prob += float(base.sum())
             self.knn_lm.log_prob += float(knn.sum())

@@ -89,7 +89,7 @@ def parse_axis(name: str, text: str, *, low: float, high: float = math.inf, whol
     for number in numbers:
         if not low <= number <= high or math.isnan(number):
             raise UserError(f"--{name} {number:g} is out of range: it must be from {low:g} to {high:g}.")
-        if whole and number != round(number):
+        if whole and number % 1 != 0:  # neither is infinity
             raise UserError(f"--{name} {number:g} is not a whole number.")
     return tuple(sorted({round(number) if whole else number for number in numbers}))
 
@@ -195,6 +195,9 @@ class TuningScorer(Scorer):
                 self._retrievers.append(retriever)
                 self.surfaces.append(Surface({"probe": retriever.probe}, grid.k, grid.knn_temp, grid.lmbda))
         else:
+            name = settings["clusters"]
+            clusters = None if name is None else Clusters.open(lm.retriever.datastore, str(name))
+            automaton = open_automaton(lm.retriever, AutomatonSettings(), clusters)
             for k, min_knns, max_knns in itertools.product(grid.k, grid.min_knns, grid.max_knns):
                 walk = AutomatonSettings(
                     k,
@@ -202,9 +205,7 @@ class TuningScorer(Scorer):
                     max_knns=settings["max_knns"] if max_knns is None else max_knns,
                     duplicates=settings["duplicates"],
                 )
-                name = settings["clusters"]
-                clusters = None if name is None else Clusters.open(lm.retriever.datastore, str(name))
-                self._walkers.append(open_automaton(lm.retriever, walk, clusters))
+                self._walkers.append(automaton.with_settings(walk))
                 fixed = {"min_knns": walk.min_knns, "max_knns": walk.max_knns}
                 self.surfaces.append(Surface(fixed, (k,), grid.knn_temp, grid.lmbda))
         own = {name: settings[name] for name in self.surfaces[0].fixed}
@@ -460,6 +461,11 @@ def fit_adaptive(
     ----------
     best, number : the grid's best setting, and the number of its surface.
     saved_searches : for a gate: the fraction of searches to do without.
+
+    Raises
+    ------
+    UserError
+        Where no token of the sample has a neighbour.
     """
     temperature, k, lmbda = best.place
     lm = sample.arrays["lm"].astype(np.float64)
@@ -472,6 +478,9 @@ def fit_adaptive(
     constant = torch.full((len(lm),), best.surface.lmbda[lmbda])
     constant_log_prob = mean_log_prob(constant, knn[:, temperature])
     found = torch.from_numpy(np.isfinite(features[:, FEATURES.index("nearest")]))
+    if not found.any():
+        # RetoMaton with min_knns=0 never searches, and so never has a pointer to follow.
+        raise UserError("No token has a neighbour with the best setting, so there is no adaptive lmbda to fit.")
     fits = []
     for place, knn_temp in enumerate(best.surface.knn_temp):
         fitted: Buckets | Gate

@@ -111,6 +111,7 @@ class Bench:
         from lm_eval.models.huggingface import HFLM
         from lm_eval.utils import simple_parse_args_string
 
+        from knn_lm_eval.documents import read_text_file
         from knn_lm_eval.knn_hf import KNNHF
         from knn_lm_eval.scoring import Scorer
 
@@ -136,7 +137,7 @@ class Bench:
         if hasattr(scorer, "automaton"):
             knn_lm = Scorer(scorer.model, scorer.retriever, scorer.lmbda, scorer.knn_temp, scorer.softmax_dtype)
             self.scorers = {OURS: knn_lm, OUR_RETOMATON: scorer}
-        self.text = first_tokens(self.lm, arguments.text.read_text(encoding="utf-8"), arguments.tokens)
+        self.text = first_tokens(self.lm, "".join(read_text_file(arguments.text)), arguments.tokens)
         self.tokens = len(self.lm.tok_encode(self.text))
         if not self.tokens:
             raise UserError(f"{arguments.text} is empty: there is nothing to score.")

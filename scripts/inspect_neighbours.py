@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from knn_lm_eval.documents import read_text_file
 from knn_lm_eval.errors import UserError, report_user_errors
 
 if TYPE_CHECKING:
@@ -35,12 +36,7 @@ def main() -> None:
     for name in ("neighbours", "context"):
         if getattr(arguments, name) < 1:
             raise UserError(f"--{name} {getattr(arguments, name)} must be at least 1.")
-    if arguments.file and not arguments.file.is_file():
-        raise UserError(f"There is no {arguments.file}.")
-    try:
-        text = arguments.file.read_text(encoding="utf-8") if arguments.file else arguments.text
-    except UnicodeDecodeError as error:
-        raise UserError(f"{arguments.file} is not UTF-8 text ({error}); convert it.") from error
+    text = "".join(read_text_file(arguments.file)) if arguments.file else arguments.text
     if not text:
         raise UserError("The text is empty: there is nothing to inspect.")
 

@@ -119,6 +119,8 @@ def check(arguments: argparse.Namespace, retomaton: bool) -> None:
             raise UserError(f"--{name} is for RetoMaton: add retomaton=True to --model_args.")
     if retomaton and arguments.probe:
         raise UserError("--probe is tuned for kNN-LM; give RetoMaton its probe in --model_args.")
+    if arguments.limit is not None and not arguments.limit > 0:
+        raise UserError(f"--limit {arguments.limit:g} must be above 0.")
     if not 0 <= arguments.saved_searches < 1:
         raise UserError(f"--saved_searches {arguments.saved_searches:g} must be at least 0 and below 1.")
     if arguments.saved_searches and not retomaton and arguments.adaptive != "gate":

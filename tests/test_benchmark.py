@@ -127,6 +127,22 @@ def test_cells_that_share_a_pass_give_what_separate_runs_give(content, tmp_path,
             assert info["seconds"]["forward"] > 0
 
 
+def test_stores_of_other_keys_do_not_share_a_pass(content, tmp_path, store, lm, model_folder) -> None:
+    documents = cut_into_documents(TRAIN_TEXT[:3000].splitlines(keepends=True), "line")
+    args = {"pretrained": str(model_folder)}
+    early = dump_datastore(lm, documents, tmp_path / "early", model_args=args, key_module="layers.0.mlp")
+    build_index(early, "Flat")
+    content["methods"] = {"knn": METHODS["knn"]}
+    content["tasks"] = {"choose": {"task": "local_choose"}}
+    found = []
+    for name, stores in (("together", {"late": store, "early": early}), ("alone", {"early": early})):
+        changes = {"datastores": {key: str(one.path) for key, one in stores.items()}, "output": str(tmp_path / name)}
+        matrix = matrix_of(content | changes, tmp_path)
+        assert set(run(matrix).values()) == {"done"}
+        found.append(figures(matrix.output / matrix.cells[-1].folder)[1])
+    assert [sample["filtered_resps"] for sample in found[0]] == [sample["filtered_resps"] for sample in found[1]]
+
+
 def test_texts_are_read_once_for_all_methods_and_the_model_loaded_once(content, tmp_path, monkeypatch) -> None:
     rows, loads = [], []
     encode, load = CausalLM.encode, CausalHFLM._create_model

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,8 @@ from conftest import EVAL_TEXT, MAX_LENGTH, TRAIN_TEXT
 from lm_eval.api.instance import Instance
 
 from knn_lm_eval import KNNHF, Datastore
+from knn_lm_eval.datastore import MANIFEST, file_record
+from knn_lm_eval.files import write_json
 from knn_lm_eval.inspection import InspectedToken, inspect_text
 from knn_lm_eval.paths import scripts_dir
 from knn_lm_eval.token_page import token_page
@@ -61,6 +64,15 @@ def test_neighbours_are_the_heaviest_and_decoded_with_their_context(store: Datas
         assert neighbour.context == lm.tokenizer.decode(before.tolist())
 
 
+def test_merged_entries_have_no_context(store: Datastore, tmp_path: Path) -> None:
+    shutil.copytree(store.path, tmp_path / "store")
+    np.save(tmp_path / "store" / "weights.npy", np.full(len(store), 2, dtype=np.int32))
+    files = store.manifest["files"] | {"weights.npy": file_record(tmp_path / "store" / "weights.npy")}
+    write_json(tmp_path / "store" / MANIFEST, store.manifest | {"files": files})
+    tokens = inspect_text(KNNHF(datastore=tmp_path / "store", k=5, lmbda=0.4, knn_temp=2.0), TEXT[:40])
+    assert {neighbour.context for token in tokens for neighbour in token.neighbours} == {""}
+
+
 def test_the_page_holds_all_figures_and_cannot_be_broken_by_the_text() -> None:
     hostile = "</script><b>&\"'"
     token = InspectedToken(hostile, p_lm=0.25, p_knn=0.0, p=0.1, searched=False, neighbours=[])
@@ -89,11 +101,12 @@ def test_the_script_prints_and_writes_a_page(store: Datastore, tmp_path: Path) -
     ("arguments", "message"),
     [
         (["--text", "x", "--neighbours", 0], "--neighbours 0 must be at least 1."),
-        (["--file", "nowhere.txt"], "There is no nowhere.txt."),
+        (["--file", "nowhere.txt"], "Cannot read the text nowhere.txt: No such file or directory."),
+        (["--file", sys.executable], f"{sys.executable} is not UTF-8 text"),
         (["--text", ""], "The text is empty: there is nothing to inspect."),
     ],
 )
 def test_bad_input(arguments: list[object], message: str) -> None:
     process = inspect_script("--model_args", "datastore=nowhere", *arguments)
     assert process.returncode == 1
-    assert process.stderr.strip() == f"error: {message}"
+    assert process.stderr.startswith(f"error: {message}") and process.stderr.count("\n") == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -267,6 +268,9 @@ def test_a_store_needs_no_model_to_be_found_wanting(store: Datastore) -> None:
     refuses(f"k={len(store) + 1} does not fit", k=len(store) + 1)
     refuses("k=0 does not fit", k=0)
     refuses("k=1.5 is not a whole number", k=1.5)
+    refuses("k=inf is not a whole number", k=math.inf)
+    refuses("max_knns=inf is not a whole number", k=5, retomaton=True, max_knns=math.inf)
+    refuses("probe='many' is not a number", k=5, probe="many")
     refuses("lmbda=1.01 is not between 0 and 1", k=5, lmbda=1.01)
     refuses("lmbda='much' is not a number", k=5, lmbda="much")
     refuses("knn_temp=0 must be", k=5, knn_temp=0)

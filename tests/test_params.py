@@ -59,6 +59,11 @@ def test_retomatons_settings_come_from_params_too(mine: Datastore, tmp_path: Pat
     assert "min_knns" not in Augmentation.open(mine.path, params=file).settings
 
 
+def test_a_command_lines_1e3_is_a_whole_number(mine: Datastore) -> None:
+    it = Augmentation.open(mine.path, k=1e2, retomaton=True, max_knns=1e3)
+    assert (repr(it.retriever.k), repr(it.automaton.settings.max_knns)) == ("100", "1000")
+
+
 def test_untuned_defaults_are_named_once(mine: Datastore, tmp_path: Path, caplog) -> None:
     file = write(tmp_path / "tuned.json", mine, k=9, knn_temp=5.0, lmbda=0.2)
     with caplog.at_level(logging.WARNING):

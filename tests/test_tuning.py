@@ -177,6 +177,7 @@ def test_grids_are_read_and_bad_ones_named() -> None:
     refuses("knn_temp", "many", "is no grid")
     refuses("lmbda", "0.5,1.5", "--lmbda 1.5 is out of range: it must be from 0 to 0.999", high=0.999)
     refuses("k", "2.5", "--k 2.5 is not a whole number", whole=True)
+    refuses("max_knns", "inf", "--max_knns inf is not a whole number", whole=True)
     refuses("min_knns", "nan", "out of range")
 
 
@@ -280,8 +281,11 @@ def test_what_tune_refuses(store: Datastore, tmp_path: Path, tune_main) -> None:
     gate = ["--saved_searches", "0.5", "--adaptive", "gate"]
     refuses("not for both together", *gate, model_args=",retomaton=True")
     refuses("should end in .json", to=tmp_path / "tuned")
+    refuses("--limit 0 must be above 0", "--limit", "0")
     refuses("There is no task called 'lawful'", tasks="lawful")
     refuses("carry_state=True cannot be tuned with", model_args=",retomaton=True,carry_state=True")
+    never = ["--min_knns", "0", "--adaptive", "gate", "--limit", "1", "--k", "4", "--knn_temp", "1"]
+    refuses("No token has a neighbour", *never, model_args=",retomaton=True")
     assert not output.exists()
     tune_main(store, output, "--allow_test", "--limit", "1", tasks="law")
     assert output.exists()
