@@ -104,7 +104,13 @@ class Augmentation:
         weight = read_lmbda(settings["lmbda"])
         _check_ranges(settings)
         settings["lmbda"] = plain_lmbda(weight)
-        if tuned is None and weight != 0 and "default" in (sources["lmbda"], sources["knn_temp"]):
+        # Whoever gives params=False knows what the defaults are.
+        if (
+            tuned is None
+            and params is not False
+            and weight != 0
+            and "default" in (sources["lmbda"], sources["knn_temp"])
+        ):
             logger.warning(
                 "knn-hf runs untuned defaults (lmbda=%s, knn_temp=%s), and the best ones differ between LMs and "
                 "datastores by more than a factor of ten: tune them with `knn-lm-eval tune`.",

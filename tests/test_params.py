@@ -70,6 +70,7 @@ def test_untuned_defaults_are_named_once(mine: Datastore, tmp_path: Path, caplog
         Augmentation.open(mine.path, params=file)
         Augmentation.open(mine.path, lmbda=0.2, knn_temp=3.0)
         Augmentation.open(mine.path, lmbda=0)
+        Augmentation.open(mine.path, params=False)
         assert not caplog.messages
         Augmentation.open(mine.path)
         (message,) = caplog.messages
