@@ -157,6 +157,7 @@ def import_datastore(
     copy: bool = False,
     pretrained: str | None = None,
     key_type: str = "last_ffn_input",
+    key_module: str | None = None,
     document_starts: str | Path | None = None,
 ) -> Datastore:
     """Make a datastore in the folder ``output`` of published files.
@@ -170,7 +171,7 @@ def import_datastore(
     copy : copy the keys and the index, too.
     pretrained : the model that made the store. Its sizes are compared with the store's, and its fingerprint is
         recorded where its weights can be loaded; None records none.
-    key_type : what the keys are.
+    key_type, key_module : what the keys are, as for ``CausalLM``.
     document_starts : a .npy file of the entries at which documents begin, ascending from 0; None is one stream.
 
     Raises
@@ -196,7 +197,7 @@ def import_datastore(
         shutil.rmtree(folder, ignore_errors=True)  # of an import that was killed
         folder.mkdir()
         try:
-            _fill(folder, published, starts, model, key_type, copy)
+            _fill(folder, published, starts, model, (key_type, key_module), copy)
             os.replace(folder, output)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
@@ -339,7 +340,7 @@ def _fill(
     published: Published,
     starts: np.ndarray,
     model: dict[str, Any] | None,
-    key_type: str,
+    key: tuple[str, str | None],
     copy: bool,
 ) -> None:
     """Write everything that the datastore's folder holds; the manifest comes before what is derived from it."""
@@ -365,10 +366,11 @@ def _fill(
         "largest_value": largest,
         "value_dtype": "int32",
         "keys": {"file": "keys.raw", "dtype": published.key_dtype.name} if published.keys else None,
-        "key_type": key_type,
+        "key_type": key[0],
+        "key_module": key[1],
         "source": {"imported": published.layout, "values": str(published.values.resolve())},
         "model": {"pretrained": model and model["pretrained"], "args": {}, "vocabulary": model and model["vocabulary"]},
-        "fingerprint": model and _take_fingerprint(model["pretrained"], published, largest, key_type),
+        "fingerprint": model and _take_fingerprint(model["pretrained"], published, largest, *key),
         "files": {name: file_record(folder / name) for name in names},
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "versions": {"knn_lm_eval": __version__},
@@ -421,7 +423,9 @@ def _place(source: Path, target: Path, copy: bool) -> None:
             bar.update(len(block))
 
 
-def _take_fingerprint(pretrained: str, published: Published, largest: int, key_type: str) -> dict[str, Any] | None:
+def _take_fingerprint(
+    pretrained: str, published: Published, largest: int, key_type: str, key_module: str | None
+) -> dict[str, Any] | None:
     """The model's fingerprint; None, with a warning, where its weights or its tokenizer cannot be loaded."""
     from knn_lm_eval.language_model import CausalLM
     from knn_lm_eval.loading import CausalHFLM
@@ -432,7 +436,7 @@ def _take_fingerprint(pretrained: str, published: Published, largest: int, key_t
         reason = str(error).strip().splitlines()[0]
         logger.warning("No fingerprint is recorded: %s cannot be loaded (%s).", pretrained, reason)
         return None
-    model = CausalLM(lm.model, key_type)
+    model = CausalLM(lm.model, key_type, key_module=key_module)
     fingerprint = take_fingerprint(model, lm.tokenizer)
     sizes = {"dimension": published.dimension, "largest_value": largest}
     check_model_sizes(sizes, len(fingerprint["key"]), model.vocabulary_size, pretrained)

@@ -128,6 +128,12 @@ class KNNHF(CausalHFLM):
             pretrained = kwargs.pop("pretrained")
             if pretrained is None:
                 raise UserError(f"The datastore {store.path} does not know its model; give pretrained=MODEL.")
+        # gguf_file, subfolder, quantisation and the like: what a cache of results must not mix up.
+        self._loading = {
+            name: str(value)
+            for name, value in kwargs.items()
+            if isinstance(value, (str, int, float)) and name not in ("batch_size", "max_batch_size", "device")
+        }
         super().__init__(pretrained, **kwargs)
         if not 1 <= context_len <= self.max_length:
             raise UserError(f"context_len={context_len} must be between 1 and max_length={self.max_length}.")
@@ -328,6 +334,7 @@ class KNNHF(CausalHFLM):
             "prefix_token_id": self.prefix_token_id,
             "keys": self.retriever.datastore.keys_checksum,
             "index_type": self.retriever.metadata,
+            "loading": self._loading,
         }
 
     def get_model_info(self) -> dict[str, Any]:

@@ -52,7 +52,7 @@ def main() -> None:
     from knn_lm_eval.sweep import SweepScorer
 
     model_args = simple_parse_args_string(arguments.model_args)
-    lm = KNNHF(**model_args, batch_size=arguments.batch_size)
+    lm = KNNHF(**{"batch_size": arguments.batch_size} | model_args)
     store = lm.retriever.datastore
     names = arguments.clusters.split(",") if arguments.clusters else ["none", *cluster_names(store)]
     clusterings = [None if name == "none" else Clusters.open(store, name) for name in names]

@@ -28,6 +28,7 @@ def parse_arguments() -> argparse.Namespace:
         choices=["last_ffn_input", "last_ffn_output"],
         help="what the keys are (default: last_ffn_input, as published)",
     )
+    parser.add_argument("--key_module", help="the model's submodule whose input is the key, as for dump_datastore")
     parser.add_argument(
         "--document_starts",
         type=Path,

@@ -45,7 +45,7 @@ def main() -> None:
     from knn_lm_eval.store_sizes import StoreSizeScorer
 
     model_args = simple_parse_args_string(arguments.model_args)
-    lm = KNNHF(**model_args, batch_size=arguments.batch_size)
+    lm = KNNHF(**{"batch_size": arguments.batch_size} | model_args)
     k = int(lm.settings["k"])
     searched = min(arguments.searched or 4 * k, len(lm.retriever.datastore))
     if searched < k:

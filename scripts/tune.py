@@ -76,7 +76,7 @@ def main() -> None:
     tasks = load_tasks(arguments, manager)
 
     # Any lmbda and temperature will do; they are given so that no saved default counts.
-    lm = KNNHF(**model_args, batch_size=arguments.batch_size, k=grid.k[-1], lmbda=0.5, knn_temp=1.0, params=False)
+    lm = KNNHF(**{"batch_size": arguments.batch_size} | model_args, k=grid.k[-1], lmbda=0.5, knn_temp=1.0, params=False)
     scorer = TuningScorer(lm, grid, None if arguments.adaptive == "none" else arguments.seed)
     lm.scorer = scorer
     lm_eval.simple_evaluate(

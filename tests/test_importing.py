@@ -314,6 +314,16 @@ def test_an_entry_of_weight_w_counts_as_w_copies(tmp_path: Path, arrays: tuple, 
     np.testing.assert_allclose(log_probs.exp().numpy(), distributions, atol=1e-5)
 
 
+def test_the_module_of_the_keys_is_recorded(tmp_path: Path, arrays: tuple, model_folder: Path) -> None:
+    write_knn_transformers(tmp_path / "theirs", *arrays)
+    theirs, model = [tmp_path / "theirs"], str(model_folder)
+    imported = import_datastore(theirs, tmp_path / "ours", key_module="model.layers.0.mlp", pretrained=model)
+    lm = KNNHF(datastore=imported.path, k=5)
+    assert lm.scorer.model.key_module is lm.model.model.layers[0].mlp
+    with pytest.raises(UserError, match="has no module 'model.nothing'"):
+        import_datastore(theirs, tmp_path / "no", key_module="model.nothing", pretrained=model)
+
+
 def test_a_merged_store_is_refused_with_retomaton(tmp_path: Path, arrays: tuple, model_folder: Path) -> None:
     write_fairseq(tmp_path / "theirs", *arrays, np.ones(COUNT))
     imported = import_datastore([tmp_path / "theirs"], tmp_path / "ours")
