@@ -53,9 +53,10 @@ def main() -> None:
         print_tokens(tokens)
         return
     names = ["k", "lmbda", "knn_temp", "probe", *(("min_knns", "clusters") if "retomaton" in lm.settings else ())]
-    settings = f"{lm.retriever.datastore.path.name}: " + ", ".join(
-        f"{name}={lm.settings[name]}" for name in names if lm.settings[name] is not None
-    )
+    shown = {name: lm.settings[name] for name in names if lm.settings[name] is not None}
+    if isinstance(shown["lmbda"], dict):  # an adaptive one has hundreds of numbers
+        shown["lmbda"] = shown["lmbda"]["kind"]
+    settings = f"{lm.retriever.datastore.path.name}: " + ", ".join(f"{name}={value}" for name, value in shown.items())
     written = {
         arguments.html: lambda: token_page(tokens, "Neighbours of a text", settings),
         arguments.json: lambda: json.dumps({"settings": settings, "tokens": [asdict(token) for token in tokens]}),
