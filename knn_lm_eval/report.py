@@ -113,11 +113,12 @@ def report_page(comparison: Comparison, others: Sequence[dict[str, Any]], grids:
     if texts:
         sections["Tokens and neighbours"] = "".join(texts)
     baseline = f"Baseline: {comparison.baseline}. " if comparison.baseline else ""
+    counted = "1 task" if len(comparison.tasks) == 1 else f"{len(comparison.tasks)} tasks"
     return PAGE.substitute(
         title=html.escape(title),
         style=STYLE + charts.STYLE + TOKEN_STYLE,
         script=SCRIPT,
-        subtitle=html.escape(f"{baseline}{len(comparison.tasks)} tasks, bootstrap seed {comparison.seed}."),
+        subtitle=html.escape(f"{baseline}{counted}, bootstrap seed {comparison.seed}."),
         contents="".join(f'<a href="#s{i}">{html.escape(name)}</a>' for i, name in enumerate(sections)),
         sections="\n".join(
             f'<section id="s{i}"><h2>{html.escape(name)}</h2>\n{content}</section>'
