@@ -6,7 +6,7 @@ import csv
 import html
 import logging
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -91,13 +91,13 @@ def report_page(comparison: Comparison, others: Sequence[dict[str, Any]], grids:
             label = f"difference, {comparison.confidence:.0%} interval"
             content += _charts([interval_chart(name, bars, label)])
         sections[task.task] = content
-    curves = [_foss_chart(one) for one in others if _is_list_of(one.get("points"), "saved_searches")]
+    curves = _drawn(_foss_chart, [one for one in others if _is_list_of(one.get("points"), "saved_searches")])
     if curves:
         sections["Saved searches"] = (
             '<p class="muted">RetoMaton between few searches and one for each token: a point is a setting of '
             "min_knns.</p>" + _charts(curves)
         )
-    sizes = [_size_chart(one) for one in others if _is_list_of(one.get("store_sizes"), "entries")]
+    sizes = _drawn(_size_chart, [one for one in others if _is_list_of(one.get("store_sizes"), "entries")])
     if sizes:
         sections["Datastore size"] = (
             '<p class="muted">Parts of the datastore, chosen at random when searching. A small part has fewer than k '
@@ -109,7 +109,7 @@ def report_page(comparison: Comparison, others: Sequence[dict[str, Any]], grids:
             '<p class="muted">Perplexity on the text that was tuned on; darker is better, the best is outlined.</p>'
             + _charts(maps)
         )
-    texts = [_token_view(one) for one in others if _is_list_of(one.get("tokens"), "p_lm")]
+    texts = _drawn(_token_view, [one for one in others if _is_list_of(one.get("tokens"), "p_lm")])
     if texts:
         sections["Tokens and neighbours"] = "".join(texts)
     baseline = f"Baseline: {comparison.baseline}. " if comparison.baseline else ""
@@ -129,6 +129,17 @@ def report_page(comparison: Comparison, others: Sequence[dict[str, Any]], grids:
 
 def _charts(figures: Sequence[str]) -> str:
     return f'<div class="charts">{"".join(figures)}</div>'
+
+
+def _drawn(draw: Callable[[dict[str, Any]], str], contents: Sequence[dict[str, Any]]) -> list[str]:
+    """Each drawn; what only resembles such a file is left out with a warning."""
+    drawn = []
+    for content in contents:
+        try:
+            drawn.append(draw(content))
+        except (KeyError, TypeError, ValueError) as error:
+            logger.warning("%s is not what it looks like (%r): left out.", content["file"], error)
+    return drawn
 
 
 def _is_list_of(value: Any, key: str) -> bool:

@@ -192,10 +192,12 @@ def test_a_click_on_a_token_shows_its_neighbours(folder: Path, tmp_path: Path) -
     assert re.findall(r"<td>(\d+)</td>", panel[: panel.index("</table>")]) == entries
 
 
-def test_damaged_grids_are_named_and_left_out(folder: Path, tmp_path: Path) -> None:
+def test_damaged_grids_and_other_programs_files_are_named_and_left_out(folder: Path, tmp_path: Path) -> None:
     (folder / "cut.csv").write_text("k,knn_temp,lmbda,token_perplexity\n8,1,0.2,20\n8,1,0.")
+    (folder / "theirs.json").write_text('{"tokens": [{"p_lm": 0.5}], "points": [{"saved_searches": 0.5}]}')
     process = run("compare", folder, "--resamples", 100, "--report", tmp_path / "report.html")
     assert process.returncode == 0 and "cut.csv is damaged or half-written: left out." in process.stderr
+    assert process.stderr.count("theirs.json is not what it looks like") == 2
     assert "tuned, k=64" in (tmp_path / "report.html").read_text()
 
 
