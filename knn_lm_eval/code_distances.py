@@ -10,7 +10,7 @@ table holds <q, r> per sub-quantizer and codeword, offset is |c + r|^2 and scale
 decoded vector, as the search computes it. For RaBitQ (Gao & Long 2024), base is |q - c|^2 and <q - c, x - c> is
 estimated from the signs s of x - c as m <s, q - c> with m = |x - c|^2 / |x - c|_1: the table holds the sums of
 8 query components with the signs of one code byte. The search quantizes the query to 8 bits besides; that
-is the one difference.
+is the one difference. Where the index rotates or projects its vectors first, so does this.
 """
 
 from __future__ import annotations
@@ -38,12 +38,14 @@ class CodeDistances:
 
     Attributes
     ----------
+    index : the index, for what it does to queries before it looks for lists.
     centroids : float32 ``[lists, dimension]``, of the coarse quantizer.
     base_offsets : float32 ``[lists]``, what ``base`` has beside |q|^2 - 2 <q, c>: |c|^2 for RaBitQ, 0 for PQ.
     codebooks : float32 ``[code bytes, dimension / code bytes, 256]``: what each code byte stands for.
     lists, offsets, scales, codes : per entry.
     """
 
+    index: faiss.Index
     centroids: np.ndarray
     base_offsets: np.ndarray
     codebooks: np.ndarray
@@ -57,21 +59,22 @@ class CodeDistances:
         """Open the code files of the index ``name``, making them first if need be.
 
         Returns None for an index that this cannot serve (others than IVF with PQ of 8 bits by residual or with
-        RaBitQ, by L2): its pointers need exact distances.
+        RaBitQ of 1 bit, by L2): its pointers need exact distances.
         """
+        ivf: Any = faiss.downcast_index(index.index) if isinstance(index, faiss.IndexPreTransform) else index
         if index.metric_type != faiss.METRIC_L2:
             return None
-        if isinstance(index, faiss.IndexIVFPQ) and index.pq.nbits == 8 and index.by_residual:
+        if isinstance(ivf, faiss.IndexIVFPQ) and ivf.pq.nbits == 8 and ivf.by_residual:
             is_rabitq = False
-            codebooks = faiss.vector_to_array(index.pq.centroids).reshape(index.pq.M, 256, index.pq.dsub)
-        elif isinstance(index, (faiss.IndexIVFRaBitQ, faiss.IndexIVFRaBitQFastScan)) and index.d % 8 == 0:
+            codebooks = faiss.vector_to_array(ivf.pq.centroids).reshape(ivf.pq.M, 256, ivf.pq.dsub)
+        elif _is_rabitq_of_one_bit(ivf) and ivf.d % 8 == 0:
             is_rabitq = True
             signs = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little") * 2.0 - 1
-            codebooks = np.broadcast_to(signs.astype(np.float32), (index.d // 8, 256, 8)).copy()
+            codebooks = np.broadcast_to(signs.astype(np.float32), (ivf.d // 8, 256, 8)).copy()
         else:
             return None
         # A tensor in a process that has imported faiss.contrib.torch_utils.
-        centroids = np.asarray(index.quantizer.reconstruct_n(0, index.nlist))
+        centroids = np.asarray(ivf.quantizer.reconstruct_n(0, ivf.nlist))
         folder = IndexFiles(datastore.path, name).index.with_suffix(".codes")
         identity = {
             "keys_sha256": datastore.keys_checksum,
@@ -79,12 +82,12 @@ class CodeDistances:
         }
         if not (folder / "codes.json").exists() or read_json(folder / "codes.json") != identity:
             with disk_errors_in(folder):
-                _write(folder, datastore, index, centroids, codebooks, is_rabitq)
+                _write(folder, datastore, index, ivf, centroids, codebooks, is_rabitq)
                 write_json(folder / "codes.json", identity)
         arrays = {array: np.load(folder / f"{array}.npy", mmap_mode="r") for array in ARRAYS}
         tables = np.ascontiguousarray(codebooks.transpose(0, 2, 1))
         base_offsets = (centroids**2).sum(1) if is_rabitq else np.zeros(len(centroids), dtype=np.float32)
-        return cls(centroids, base_offsets, tables, **{array: np.asarray(a) for array, a in arrays.items()})
+        return cls(index, centroids, base_offsets, tables, **{array: np.asarray(a) for array, a in arrays.items()})
 
     def __call__(self, queries: np.ndarray, entries: np.ndarray, counts: np.ndarray) -> np.ndarray:
         """Approximate squared L2 distances.
@@ -101,7 +104,7 @@ class CodeDistances:
         """
         distances = np.empty(entries.shape, dtype=np.float32)
         _look_up(
-            queries,
+            _transformed(self.index, queries),
             self.centroids,
             self.base_offsets,
             self.codebooks,
@@ -114,6 +117,21 @@ class CodeDistances:
             distances,
         )
         return distances
+
+
+def _is_rabitq_of_one_bit(ivf: Any) -> bool:
+    is_rabitq = isinstance(ivf, (faiss.IndexIVFRaBitQ, faiss.IndexIVFRaBitQFastScan))
+    return is_rabitq and ivf.rabitq.nb_bits == 1
+
+
+def _transformed(index: faiss.Index, vectors: np.ndarray) -> np.ndarray:
+    """What the index's lists hold of ``vectors``: they themselves, or rotated or projected."""
+    if not isinstance(index, faiss.IndexPreTransform):
+        return vectors
+    chain: Any = index.chain
+    for number in range(chain.size()):
+        vectors = chain.at(number).apply(vectors)
+    return vectors
 
 
 # Not parallel: a step of few sequences is a fraction of a millisecond, less than waking threads takes.
@@ -155,7 +173,8 @@ def _look_up(  # type: ignore[no-untyped-def]
 def _write(
     folder: Path,
     datastore: Datastore,
-    index: faiss.IndexIVF,
+    index: faiss.Index,
+    ivf: faiss.IndexIVF,
     centroids: np.ndarray,
     codebooks: np.ndarray,
     is_rabitq: bool,
@@ -169,20 +188,20 @@ def _write(
         name: np.lib.format.open_memmap(folder / f"{name}.npy.tmp", "w+", dtype, shapes.get(name, (count,)))
         for name, dtype in ARRAYS.items()
     }
-    inverted: Any = index.invlists
-    for number in range(index.nlist):
+    inverted: Any = ivf.invlists
+    for number in range(ivf.nlist):
         size = inverted.list_size(number)
         if size:
             ids = faiss.rev_swig_ptr(inverted.get_ids(number), size)
             arrays["lists"][ids] = number
             if not is_rabitq:
-                codes = faiss.rev_swig_ptr(inverted.get_codes(number), size * index.code_size)
+                codes = faiss.rev_swig_ptr(inverted.get_codes(number), size * ivf.code_size)
                 arrays["codes"][ids] = codes.reshape(size, -1)
     for start in tqdm(range(0, count, CHUNK), desc="Laying out codes in text order", unit=" chunks"):
         rows = slice(start, start + CHUNK)
         centroid = centroids[arrays["lists"][rows]]
         if keys is not None:
-            residual = keys[rows].astype(np.float32) - centroid
+            residual = _transformed(index, keys[rows].astype(np.float32)) - centroid
             positive = residual > 0
             arrays["codes"][rows] = np.packbits(positive, axis=1, bitorder="little")
             squared, absolute = (residual**2).sum(1), np.abs(residual).sum(1)

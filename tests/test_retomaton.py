@@ -22,7 +22,7 @@ from knn_lm_eval import KNNHF, Datastore, UserError
 from knn_lm_eval.automaton import AutomatonSettings
 from knn_lm_eval.clusters import Clusters
 from knn_lm_eval.code_distances import CodeDistances
-from knn_lm_eval.index import open_index
+from knn_lm_eval.index import open_index, set_probe
 from knn_lm_eval.indexing import build_index
 from knn_lm_eval.paths import scripts_dir, tasks_dir
 
@@ -126,14 +126,14 @@ def test_windows_may_carry_the_walk_on(store: Datastore, monkeypatch) -> None:
     assert [x.num_searches for x in rolling(in_parts)] == [x.num_searches for x in carried_results]
 
 
-@pytest.mark.parametrize("factory", ["IVF32,PQ8", "IVF32,RaBitQfs"])
+@pytest.mark.parametrize("factory", ["IVF32,PQ8", "OPQ8,IVF32,PQ8", "IVF32,RaBitQfs", "RR32,IVF32,RaBitQfs"])
 def test_pointer_distances_are_those_of_the_search(tmp_path: Path, factory: str) -> None:
     store = make_store(tmp_path / "s", count=5000, dimension=32)
     build_index(store, factory, quality_queries=0)
     index, _ = open_index(store)
     codes = CodeDistances.open(store, index, "index")
     assert codes is not None
-    index.nprobe = 32
+    set_probe(index, 32)
     queries = np.random.default_rng(0).standard_normal((5, 32)).astype(np.float32) * 2
     distances, entries = index.search(queries, 100)
     counts = np.full(5, 100)
@@ -157,6 +157,18 @@ def test_rabitq_estimates_are_unbiased(tmp_path: Path) -> None:
     exact = ((queries[:, None] - store.keys.astype(np.float32)[None]) ** 2).sum(-1)
     error = codes(queries, entries, np.full(20, 5000)) - exact
     assert abs(error.mean()) < 0.01 * exact.mean() < np.abs(error).mean()
+
+
+def test_projected_keys_have_the_distances_of_their_projections(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "s", count=5000, dimension=32)
+    build_index(store, "PCAR16,IVF32,RaBitQfs", quality_queries=0)
+    index, _ = open_index(store)
+    codes = CodeDistances.open(store, index, "index")
+    queries = np.random.default_rng(0).standard_normal((20, 32)).astype(np.float32) * 2
+    projected, keys = (index.chain.at(0).apply(x) for x in (queries, store.keys.astype(np.float32)))
+    exact = ((projected[:, None] - keys[None]) ** 2).sum(-1)
+    error = codes(queries, np.tile(np.arange(5000), (20, 1)), np.full(20, 5000)) - exact
+    assert abs(error.mean()) < 0.02 * exact.mean() and np.abs(error).mean() < 0.3 * exact.mean()
 
 
 def test_an_index_without_codes_makes_all_distances_exact(store: Datastore, tmp_path: Path) -> None:
