@@ -32,6 +32,8 @@ EXACT_UP_TO = 2**16  # entries; below, exact search costs less than an approxima
 ADD_CHUNK = 2**16  # keys read and added at a time
 CHECKPOINT_SECONDS = 300
 VECTORS_PER_LIST = 64  # training sample; faiss asks for 39 to 256 per inverted list
+# K-means costs lists times sample. Beyond so many lists, on CPUs, it is done in two levels: minutes, not days.
+TWO_LEVELS_ABOVE = 4096
 PROBES = (1, 2, 4, 8, 16, 32, 64, 128)
 # The probe recommended is the smallest whose p_kNN error exceeds the largest probe's by at most this share of
 # that error, or of the mean p_kNN.
@@ -176,10 +178,59 @@ def _train(
         vectors = np.empty((len(sample), datastore.dimension), dtype=np.float32)
         for begin in range(0, len(sample), ADD_CHUNK):
             vectors[begin : begin + ADD_CHUNK] = _finite(keys[sample[begin : begin + ADD_CHUNK]])
+        if ivf is not None and ivf.nlist > TWO_LEVELS_ABOVE and not faiss_gpus():
+            _place_lists(index, ivf, vectors, seed)
         index.train(vectors)
         bar.update(len(sample))
     seconds["train"] = time.perf_counter() - start
     return index
+
+
+def _place_lists(index: faiss.Index, ivf: faiss.IndexIVF, vectors: np.ndarray, seed: int) -> None:
+    """Give the inverted lists their centroids by k-means in two levels; ``index.train`` leaves them as they are."""
+    if isinstance(index, faiss.IndexPreTransform):
+        chain: Any = index.chain
+        for number in range(chain.size()):
+            transform = chain.at(number)
+            if not transform.is_trained:
+                transform.train(vectors)
+            vectors = transform.apply(vectors)
+    quantizer: Any = faiss.downcast_index(ivf.quantizer)
+    quantizer.add(two_level_kmeans(vectors, ivf.nlist, seed, ivf.cp.spherical))
+
+
+def two_level_kmeans(vectors: np.ndarray, count: int, seed: int, spherical: bool = False) -> np.ndarray:
+    """About sqrt(count) clusters of the vectors, each cut into a number of clusters that its size earns it.
+
+    (faiss.contrib.clustering has the like, but stops where a cluster is too small to be cut.)
+
+    Parameters
+    ----------
+    vectors : float32 ``[n, dimension]``, at least ``count`` of them.
+
+    Returns
+    -------
+    float32 ``[count, dimension]``, the centroids.
+    """
+    settings = {"seed": seed, "spherical": spherical, "min_points_per_centroid": 1}
+    coarse = faiss.Kmeans(vectors.shape[1], round(math.sqrt(count)), max_points_per_centroid=1024, **settings)
+    coarse.train(vectors)
+    cluster = coarse.assign(vectors)[1]
+    sizes = np.bincount(cluster, minlength=coarse.k)
+    # Each gets the floor of its share, at least one if it has members; what that leaves or owes, the largest bear.
+    shares = np.maximum(sizes * count // len(vectors), sizes > 0)
+    while (left := count - shares.sum()) != 0:
+        room = sizes - shares if left > 0 else shares - 1
+        largest = np.argsort(-sizes, kind="stable")
+        largest = largest[room[largest] > 0][: abs(left)]
+        shares[largest] += np.sign(left)
+    order, ends = np.argsort(cluster, kind="stable"), np.cumsum(sizes)
+    centroids = []
+    for number in tqdm(np.flatnonzero(shares), desc="K-means within clusters", unit=" clusters"):
+        fine = faiss.Kmeans(vectors.shape[1], int(shares[number]), **settings)
+        fine.train(vectors[order[ends[number] - sizes[number] : ends[number]]])
+        centroids.append(np.asarray(fine.centroids))
+    return np.concatenate(centroids)
 
 
 def _add(
@@ -192,8 +243,9 @@ def _add(
     """Add the keys that are not in the index yet, in order."""
     keys = datastore.require_keys("an index")
     ivf, assigner = inverted_file(index), None
-    if ivf is not None and faiss_gpus() and isinstance(index, faiss.IndexIVF):
-        assigner = faiss.index_cpu_to_all_gpus(faiss.downcast_index(ivf.quantizer))
+    # Fast-scan lists have a layout that add_core, which takes assignments, does not know.
+    if isinstance(index, faiss.IndexIVF) and not isinstance(index, faiss.IndexIVFFastScan) and faiss_gpus():
+        assigner = faiss.index_cpu_to_all_gpus(faiss.downcast_index(index.quantizer))
     start = saved = time.perf_counter()
     with tqdm(total=len(datastore), initial=index.ntotal, desc="Adding keys", unit=" keys", unit_scale=True) as bar:
         while index.ntotal < len(datastore):

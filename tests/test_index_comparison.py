@@ -67,6 +67,10 @@ def test_perplexities_are_those_of_the_evaluation(comparison: IndexComparison, k
             assert result.perplexity[name] == pytest.approx(evaluated_perplexity(knn, [text]), rel=1e-5)
         assert result.perplexity["all"] == pytest.approx(evaluated_perplexity(knn, list(TEXTS.values())), rel=1e-5)
     knn.scorer.retriever = own
+    knn.scorer.lmbda, knn.scorer.knn_temp = flat.lmbda, flat.knn_temp
+    assert flat.tuned == pytest.approx(evaluated_perplexity(knn, list(TEXTS.values())), rel=1e-5)
+    knn.scorer.lmbda, knn.scorer.knn_temp = LMBDA, TEMPERATURE
+    assert flat.tuned < flat.perplexity["all"]
     assert flat.recall == 1 and flat.p_knn_error < 1e-6
     assert flat.perplexity == pytest.approx(comparison.exact(40).perplexity, rel=1e-6)
     assert coarse.recall < 1 and coarse.p_knn_error > 1e-4
@@ -114,7 +118,7 @@ def test_exact_neighbours_are_kept(comparison: IndexComparison, knn: KNNHF, inde
 
 def test_the_front_is_what_nothing_beats() -> None:
     def row(time: float, perplexity: float) -> Measurement:
-        return Measurement("", "", 1, None, 1, [time], perplexity={"all": perplexity})
+        return Measurement("", "", 1, None, 1, [time], tuned=perplexity)
 
     a, b, c, d = row(10, 30), row(20, 31), row(20, 25), row(50, 25)
     assert efficient([d, b, c, a]) == [a, c]

@@ -177,6 +177,35 @@ def test_a_finished_index_is_replaced_only_when_asked(own_store: Datastore) -> N
     assert open_index(own_store)[1]["factory"] == "IVF16,SQ8"
 
 
+@pytest.mark.parametrize("factory", ["IVF64,Flat", "IVF64_HNSW8,Flat", "PCAR8,IVF64,SQ8"])
+def test_many_lists_are_placed_in_two_levels(tmp_path: Path, monkeypatch, factory: str) -> None:
+    store = make_store(tmp_path / "s")
+    monkeypatch.setattr(indexing, "TWO_LEVELS_ABOVE", 32)
+    build_index(store, factory)
+    index, metadata = open_index(store)
+    ivf = faiss.extract_index_ivf(index)
+    centroids = ivf.quantizer.reconstruct_n(0, ivf.nlist)
+    assert len(np.unique(centroids, axis=0)) == 64
+    keys = store.keys.astype(np.float32)
+    transformed = index.chain.at(0).apply(keys) if factory.startswith("PCAR") else keys
+    # Hardly farther from its centroid, on average, than with k-means in one level.
+    plain = faiss.Kmeans(transformed.shape[1], 64, seed=1)
+    plain.train(transformed)
+    squared = ((transformed[:, None] - centroids[None]) ** 2).sum(-1).min(1)
+    assert squared.mean() < 1.1 * plain.assign(transformed)[0].mean()
+    rows = {row["probe"]: row for row in metadata["quality"]}
+    assert rows[64]["recall"] > (0.999 if factory == "IVF64,Flat" else 0.5)
+
+
+def test_two_levels_of_clusters_whatever_lies_where() -> None:
+    rng = np.random.default_rng(0)
+    one_clump_and_outliers = np.concatenate([rng.standard_normal((900, 4)) * 0.01, rng.standard_normal((9, 4)) * 100])
+    few_places = np.repeat(rng.standard_normal((20, 4)), 20, axis=0)
+    for vectors in (one_clump_and_outliers, few_places, rng.standard_normal((100, 4))):
+        centroids = indexing.two_level_kmeans(vectors.astype(np.float32), 100, seed=0)
+        assert centroids.shape == (100, 4) and np.isfinite(centroids).all()
+
+
 @pytest.mark.parametrize("factory", ["IVF16,Nonsense", "PQ7", "IVF100000,Flat"])
 def test_factories_that_cannot_be_are_refused(own_store: Datastore, factory: str) -> None:
     with pytest.raises(UserError):
