@@ -19,6 +19,7 @@ import torch
 from faiss.contrib.exhaustive_search import knn_ground_truth
 from tqdm import tqdm
 
+from knn_lm_eval.budget import NO_BUDGET, Budget, lm_microseconds
 from knn_lm_eval.datastore import Datastore, record_derived
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.files import check_free_space, disk_errors_in, read_json, replace_file, write_json
@@ -28,6 +29,7 @@ from knn_lm_eval.retrieval import entry_counts
 
 logger = logging.getLogger(__name__)
 
+LISTS_PER_ROOT = 2  # inverted lists for each root of the number of entries
 EXACT_UP_TO = 2**16  # entries; below, exact search costs less than an approximate index saves
 ADD_CHUNK = 2**16  # keys read and added at a time
 CHECKPOINT_SECONDS = 300
@@ -40,21 +42,59 @@ PROBES = (1, 2, 4, 8, 16, 32, 64, 128)
 ENOUGH_OF_ERROR, ENOUGH_OF_P_KNN = 0.05, 0.01
 
 
-def choose_factory(count: int) -> str:
-    """The faiss factory string for a store of ``count`` entries: exact when small, RaBitQ codes when large.
+def choose_factory(count: int, dimension: int, sim_func: str = "l2", bytes_per_entry: float | None = None) -> str:
+    """The faiss factory string that serves kNN-LM best in so many bytes per entry: exact when small, RaBitQ when large.
 
-    RaBitQ's distance estimates are unbiased, which a softmax over distances needs, at a little over one bit per
-    dimension. The number of lists is the power of two nearest to 2 sqrt(count): lists of a few hundred entries.
+    RaBitQ's distance estimates are unbiased, which a softmax over distances needs; they are nearest the truth for
+    vectors that are rotated at random first, so that no dimension outweighs the others. What was measured is in
+    docs/indexes.md.
+
+    Parameters
+    ----------
+    count, dimension : entries of the store, and the width of a key.
+    sim_func : ``l2`` or ``dot``.
+    bytes_per_entry : the index's size; None is no limit, and takes 1 bit per dimension, which more improve little.
+
+    Raises
+    ------
+    UserError
+        Where nothing is as small as that.
     """
-    if count < EXACT_UP_TO:
+    if count < EXACT_UP_TO and (bytes_per_entry is None or 4 * dimension <= bytes_per_entry):
         return "Flat"
-    return f"IVF{2 ** round(math.log2(2 * math.sqrt(count)))},RaBitQfs"
+    lists = 2 ** max(0, round(math.log2(LISTS_PER_ROOT * math.sqrt(count))))
+    ivf = f"IVF{lists}" if lists <= TWO_LEVELS_ABOVE else f"IVF{lists}_HNSW32"
+    codes = [f"RR{dimension},{ivf},RaBitQfs"]
+    if bytes_per_entry is not None:
+        codes = [f"RR{dimension},{ivf},RaBitQfs{bits}" for bits in (4, 2)] + codes
+        if sim_func == "l2":  # a projection leaves distances nearly as they are, but not inner products
+            widths = [dimension * eighths // 64 * 8 for eighths in range(7, 0, -1)]
+            codes += [f"PCAR{width},{ivf},RaBitQfs" for width in widths if width]
+    for code in codes:
+        size = estimated_bytes(code, count, dimension, sim_func)
+        if bytes_per_entry is None or size <= bytes_per_entry:
+            return code
+    raise UserError(
+        f"No index of {count} keys of {dimension} numbers takes {bytes_per_entry:g} bytes per entry; the smallest, "
+        f"{codes[-1]}, takes {size:.0f}. Prune the datastore, or give a larger --budget."
+    )
+
+
+def estimated_bytes(factory: str, count: int, dimension: int, sim_func: str = "l2") -> float:
+    """About how many bytes per entry an index will have: code, entry number, and its share of the lists' centroids."""
+    index = _make(factory, dimension, sim_func)
+    ivf = inverted_file(index)
+    graph = 2 * 32 * 4 + 16 if "_HNSW32" in factory else 0
+    lists = 0 if ivf is None else ivf.nlist * (4 * ivf.d + graph)
+    transform = 4 * dimension**2 if isinstance(index, faiss.IndexPreTransform) else 0
+    return index.sa_code_size() + (8 if ivf is not None else 0) + (lists + transform) / count
 
 
 def build_index(
     datastore: Datastore,
     factory: str = "auto",
     *,
+    budget: Budget = NO_BUDGET,
     sim_func: str = "l2",
     name: str = DEFAULT_INDEX,
     train_sample: int | None = None,
@@ -70,6 +110,7 @@ def build_index(
     Parameters
     ----------
     factory : a faiss factory string, or ``auto`` (see ``choose_factory``).
+    budget : limits for ``auto`` (bytes per entry), and for the probe that is recommended (slowdown).
     sim_func : what nearness means: ``l2`` or ``dot``.
     train_sample : keys to train on; None takes 64 per inverted list, and at least 65,536.
     quality_queries : held-out queries for the comparison with exact search; 0 leaves it out.
@@ -90,7 +131,12 @@ def build_index(
     if sim_func not in METRICS:
         raise UserError(f"sim_func={sim_func!r} is unknown; use l2 or dot.")
     datastore.require_keys("building an index")
-    factory = choose_factory(len(datastore)) if factory == "auto" else factory
+    if factory == "auto":
+        factory = choose_factory(len(datastore), datastore.dimension, sim_func, budget.bytes_per_entry)
+    elif budget.bytes_per_entry is not None:
+        raise UserError(f"A budget in bytes per entry is for --factory auto to choose by; leave out {factory}, or it.")
+    if budget.slowdown is not None and not quality_queries:
+        raise UserError("A slowdown as budget takes a measurement: leave out --quality_queries 0.")
     files = IndexFiles(datastore.path, name)
     if (files.index.exists() or files.part(0).exists()) and not overwrite:
         raise UserError(f"The index {files.index} exists already; choose another --name or give --overwrite.")
@@ -118,6 +164,9 @@ def build_index(
             metadata |= measure_quality(
                 datastore, index, sim_func, min(k, len(datastore)), knn_temp, quality_queries, seed
             )
+            if budget.slowdown is not None:
+                limit = (budget.slowdown - 1) * lm_microseconds(datastore)
+                metadata |= {"probe": fastest_enough(metadata["quality"], limit), "slowdown": budget.slowdown}
         _write(index, checkpoint)
         metadata["bytes"] = checkpoint.stat().st_size
         # The metadata goes last: whoever finds both finds a finished index.
@@ -155,13 +204,7 @@ def _train(
     seed: int,
     seconds: dict[str, float],
 ) -> faiss.Index:
-    try:
-        index = faiss.index_factory(datastore.dimension, factory, METRICS[sim_func])
-    except RuntimeError as error:
-        raise UserError(
-            f"faiss cannot make an index {factory!r} for keys of {datastore.dimension} numbers: "
-            f"{str(error).strip().splitlines()[-1][:200]}"
-        ) from error
+    index = _make(factory, datastore.dimension, sim_func)
     if index.is_trained:
         return index
     ivf = inverted_file(index)
@@ -184,6 +227,16 @@ def _train(
         bar.update(len(sample))
     seconds["train"] = time.perf_counter() - start
     return index
+
+
+def _make(factory: str, dimension: int, sim_func: str) -> faiss.Index:
+    try:
+        return faiss.index_factory(dimension, factory, METRICS[sim_func])
+    except RuntimeError as error:
+        raise UserError(
+            f"faiss cannot make an index {factory!r} for keys of {dimension} numbers: "
+            f"{str(error).strip().splitlines()[-1][:200]}"
+        ) from error
 
 
 def _place_lists(index: faiss.Index, ivf: faiss.IndexIVF, vectors: np.ndarray, seed: int) -> None:
@@ -332,7 +385,27 @@ def measure_quality(
                 "microseconds": round(1e6 * seconds / len(keys), 1),
             }
         )
+    return {"probe": good_enough(rows), "quality_k": k, "quality_knn_temp": knn_temp, "quality": rows}
+
+
+def good_enough(rows: list[dict[str, Any]]) -> int | None:
+    """The smallest probe after which p_kNN comes hardly nearer to that of exact search."""
     best = rows[-1]["p_knn_error"]
     enough = best + max(ENOUGH_OF_ERROR * best, ENOUGH_OF_P_KNN * rows[-1]["p_knn"])
-    probe = next(row["probe"] for row in rows if row["p_knn_error"] <= enough)
-    return {"probe": probe, "quality_k": k, "quality_knn_temp": knn_temp, "quality": rows}
+    return next(row["probe"] for row in rows if row["p_knn_error"] <= enough)
+
+
+def fastest_enough(rows: list[dict[str, Any]], microseconds: float) -> int | None:
+    """The smallest good enough probe among those whose search takes at most so long; the fastest where none does."""
+    allowed = [row for row in rows if row["microseconds"] <= microseconds]
+    if allowed:
+        return good_enough(allowed)
+    fastest = min(rows, key=lambda row: row["microseconds"])
+    logger.warning(
+        "No probe keeps to the budget of %.0f us a query; probe=%s takes %.0f us. A smaller k, fewer bytes per entry "
+        "or RetoMaton take less.",
+        microseconds,
+        fastest["probe"],
+        fastest["microseconds"],
+    )
+    return fastest["probe"]

@@ -15,7 +15,15 @@ def parse_arguments() -> argparse.Namespace:
         "--factory",
         default="auto",
         help="a faiss factory string, such as IVF4096,PQ64 (the kNN-LM papers') or Flat (exact); auto chooses by "
-        "the number of entries (default)",
+        "the number of entries and the budget (default)",
+    )
+    parser.add_argument(
+        "--budget",
+        nargs="+",
+        default=[],
+        metavar="LIMIT",
+        help="for auto, the index's bytes per entry (such as 64); and how much slower than the LM alone kNN-LM may be "
+        "(such as 1.1x, which loads the datastore's LM and measures it): decides the probe that is used by default",
     )
     parser.add_argument("--sim_func", default="l2", choices=["l2", "dot"], help="what near means (default: l2)")
     parser.add_argument("--name", default="index", help="the index's name, to have several (default: index)")
@@ -40,10 +48,12 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     logging.getLogger("faiss").setLevel(logging.WARNING)
 
+    from knn_lm_eval.budget import Budget
     from knn_lm_eval.fetching import open_datastore
     from knn_lm_eval.indexing import build_index
 
     settings = vars(arguments)
+    settings["budget"] = Budget.parse(arguments.budget)
     metadata = build_index(open_datastore(settings.pop("datastore")), **settings)
     print(
         f"{metadata['factory']}: {metadata['count']:,} entries, {metadata['bytes'] / metadata['count']:.0f} bytes each"
@@ -58,9 +68,10 @@ def main() -> None:
                 f"  {row['p_knn']:12.5f}  {row['microseconds']:8.0f}"
             )
         if metadata["probe"]:
-            print(
-                f"* used by default (probe={metadata['probe']}): more probes bring p_kNN hardly nearer to exact search"
-            )
+            why = "more probes bring p_kNN hardly nearer to exact search"
+            if "slowdown" in metadata:
+                why += f", or more than {metadata['slowdown']:g} times the LM's own time"
+            print(f"* used by default (probe={metadata['probe']}): {why}")
 
 
 if __name__ == "__main__":

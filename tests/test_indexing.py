@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from knn_lm_eval import indexing
+from knn_lm_eval.budget import Budget, lm_microseconds
 from knn_lm_eval.datastore import FORMAT, FORMAT_VERSION, Datastore
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.files import sha256, write_json
@@ -60,10 +61,75 @@ def brute_force(store: Datastore, queries: np.ndarray, k: int, dot: bool) -> tup
     return np.take_along_axis(distances, order, 1), order
 
 
-def test_auto_is_exact_for_small_stores_and_rabitq_for_large_ones() -> None:
-    assert choose_factory(60_000) == "Flat"
-    assert choose_factory(400_000) == "IVF1024,RaBitQfs"
-    assert choose_factory(100_000_000) == "IVF16384,RaBitQfs"
+def test_auto_is_exact_for_small_stores_and_rotated_rabitq_for_large_ones() -> None:
+    assert choose_factory(60_000, 576) == "Flat"
+    assert choose_factory(400_000, 576) == "RR576,IVF1024,RaBitQfs"
+    assert choose_factory(100_000_000, 64, "dot") == "RR64,IVF16384_HNSW32,RaBitQfs"
+
+
+def test_a_budget_of_bytes_buys_bits_then_costs_dimensions() -> None:
+    chosen = [choose_factory(400_000, 576, "l2", budget) for budget in (400, 200, 120, 90, 60, 3000)]
+    assert chosen == [
+        "RR576,IVF1024,RaBitQfs4",
+        "RR576,IVF1024,RaBitQfs2",
+        "RR576,IVF1024,RaBitQfs",
+        "PCAR504,IVF1024,RaBitQfs",
+        "PCAR216,IVF1024,RaBitQfs",
+        "RR576,IVF1024,RaBitQfs4",
+    ]
+    assert choose_factory(60_000, 576, "l2", 2400) == "Flat"
+    assert "RaBitQ" in choose_factory(60_000, 576, "l2", 2000)
+    with pytest.raises(UserError, match="takes 10 bytes per entry"):
+        choose_factory(400_000, 576, "l2", 10)
+    with pytest.raises(UserError, match="takes 60 bytes per entry"):
+        choose_factory(400_000, 576, "dot", 60)
+
+
+@pytest.mark.parametrize("limit", [40, 60, 100])
+def test_a_built_index_keeps_to_its_bytes(tmp_path: Path, limit: float, monkeypatch) -> None:
+    monkeypatch.setattr(indexing, "EXACT_UP_TO", 100)
+    store = make_store(tmp_path / "s", count=20_000, dimension=64)
+    metadata = build_index(store, budget=Budget(bytes_per_entry=limit), quality_queries=0)
+    assert 0.6 * limit < metadata["bytes"] / len(store) <= limit
+    with pytest.raises(UserError, match="for --factory auto to choose by"):
+        build_index(store, "Flat", budget=Budget(bytes_per_entry=limit), name="other")
+
+
+def test_a_slowdown_limits_the_probe(own_store: Datastore, monkeypatch, caplog) -> None:
+    rows = [{"probe": p, "p_knn_error": e, "p_knn": 0.5, "microseconds": t} for p, e, t in ((1, 0.3, 10), (2, 0.1, 20))]
+    assert indexing.fastest_enough(rows, 100) == 2
+    assert indexing.fastest_enough(rows, 15) == 1
+    assert not caplog.text
+    assert indexing.fastest_enough(rows, 5) == 1
+    assert "No probe keeps to the budget of 5 us" in caplog.text
+    for microseconds, allowed in ((1e9, [1, 2, 4, 8, 16]), (0.0, [1, 2, 4, 8, 16])):
+        monkeypatch.setattr(indexing, "lm_microseconds", lambda store, value=microseconds: value)
+        metadata = build_index(own_store, "IVF16,SQ8", budget=Budget(slowdown=1.5), overwrite=True)
+        assert metadata["probe"] in allowed and metadata["slowdown"] == 1.5
+    fastest = min(metadata["quality"], key=lambda row: row["microseconds"])
+    assert metadata["probe"] == fastest["probe"]
+    with pytest.raises(UserError, match="takes a measurement"):
+        build_index(own_store, budget=Budget(slowdown=1.5), quality_queries=0, overwrite=True)
+
+
+def test_the_lms_time_is_measured_on_the_stores_own_text(store: Datastore, own_store: Datastore) -> None:
+    assert 0 < lm_microseconds(store) < 1e6
+    with pytest.raises(UserError, match="does not know its model"):
+        lm_microseconds(own_store)
+
+
+def test_budgets_are_read_from_a_command_line() -> None:
+    assert Budget.parse([]) == Budget()
+    assert Budget.parse(["64", "1.1x"]) == Budget(64, 1.1)
+    for wrong, message in (
+        (["1x"], "above 1"),
+        (["-3"], "above 0"),
+        (["much"], "or a slowdown"),
+        (["3", "4"], "two limits"),
+        (["nan"], "above 0"),
+    ):
+        with pytest.raises(UserError, match=message):
+            Budget.parse(wrong)
 
 
 @pytest.mark.parametrize("sim_func", ["l2", "dot"])
