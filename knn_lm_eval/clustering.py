@@ -151,6 +151,7 @@ def cluster_greedy_merge(
         Where the store has no such index or fewer than ``k`` other entries, the name is taken, or the disk is
         full.
     """
+    datastore.require_keys("clustering")
     datastore.require_text_order("clustering, which is for RetoMaton,")
     searched = NeighbourSearch.open(datastore, k, index, probe)
     work = _Work(datastore, name, {"method": "greedy_merge", **searched.settings}, resume, overwrite)
@@ -173,7 +174,6 @@ class NeighbourSearch:
     @classmethod
     def open(cls, datastore: Datastore, k: int, index: str, probe: int | None) -> NeighbourSearch:
         """See ``cluster_greedy_merge`` for the arguments; raises UserError where they do not fit the store."""
-        datastore.require_keys("merging")
         if not 1 <= k < len(datastore):
             raise UserError(f"k={k} must be at least 1 and less than the store's {len(datastore):,} entries.")
         if probe is not None and probe < 1:
