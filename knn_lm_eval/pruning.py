@@ -75,6 +75,9 @@ def prune_confidence(
 ) -> Datastore:
     """Leave out the entries whose value the LM predicts best by itself, to which retrieval has least to add.
 
+    Where the LM is sure, what stays speaks for other tokens than the LM's: the smaller the part, the smaller the
+    lmbda that suits it.
+
     Parameters
     ----------
     output : the new store's folder.
