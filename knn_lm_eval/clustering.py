@@ -10,9 +10,8 @@ from __future__ import annotations
 import datetime
 import logging
 import os
-import time
-import zipfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,6 @@ from knn_lm_eval.clusters import (
     FORMAT,
     FORMAT_VERSION,
     METADATA,
-    PROGRESS,
     Clusters,
     clusters_folder,
     entry_dtype,
@@ -36,7 +34,6 @@ from knn_lm_eval.errors import UserError
 from knn_lm_eval.files import (
     check_free_space,
     disk_errors_in,
-    read_json,
     replace_file,
     sha256,
     write_json,
@@ -44,13 +41,13 @@ from knn_lm_eval.files import (
 )
 from knn_lm_eval.index import DEFAULT_INDEX, faiss_gpus, open_index, search, set_probe
 from knn_lm_eval.safe_pickle import SparseMatrix, load_sparse_matrix
+from knn_lm_eval.states import SavedStates
 
 logger = logging.getLogger(__name__)
 
 ENTRIES_PER_CLUSTER = 100  # on average, by default; Alon et al. 2022, figures 8 and 9
 SAMPLE_PER_CLUSTER = 64  # keys to train on, by default; faiss asks for 39 to 256 per centroid
 CHUNK = 2**14  # keys read at a time
-CHECKPOINT_SECONDS = 60.0
 MEMORY_SHARE = 0.8  # of the machine's, that k-means may take
 
 
@@ -86,6 +83,7 @@ def cluster_kmeans(
         disk is full.
     """
     datastore.require_keys("clustering")
+    datastore.require_text_order("clustering, which is for RetoMaton,")
     count = len(datastore)
     num_clusters = max(1, count // ENTRIES_PER_CLUSTER) if num_clusters is None else num_clusters
     if not 1 <= num_clusters <= count:
@@ -154,32 +152,55 @@ def cluster_greedy_merge(
         full.
     """
     datastore.require_keys("clustering")
-    if not 1 <= k < len(datastore):
-        raise UserError(f"k={k} must be at least 1 and less than the store's {len(datastore):,} entries.")
-    if probe is not None and probe < 1:
-        raise UserError(f"probe={probe} must be at least 1.")
-    faiss_index, metadata = open_index(datastore, index)
-    probe = probe or metadata.get("probe")
-    if probe is not None:
-        set_probe(faiss_index, probe)
-    settings = {
-        "method": "greedy_merge",
-        "k": k,
-        "index": index,
-        "factory": metadata["factory"],
-        "probe": probe,
-    }
-    work = _Work(datastore, name, settings, resume, overwrite)
-    values = np.asarray(datastore.values)
+    datastore.require_text_order("clustering, which is for RetoMaton,")
+    searched = NeighbourSearch.open(datastore, k, index, probe)
+    work = _Work(datastore, name, {"method": "greedy_merge", **searched.settings}, resume, overwrite)
     with disk_errors_in(work.folder):
         work.begin()
-
-        def merge(absorber: np.ndarray, begin: int, keys: np.ndarray) -> None:
-            _merge(absorber, values, search(faiss_index, keys, k + 1)[1], begin)
-
-        absorber = _fill(datastore, work, entry_dtype(len(datastore)), merge, "Merging near neighbours")
+        absorber = find_absorbers(searched, work)
         cluster_of_entry = np.empty(len(datastore), dtype=np.int32)
         return work.finish(cluster_of_entry, _number_clusters(absorber, cluster_of_entry))
+
+
+@dataclass(frozen=True)
+class NeighbourSearch:
+    """The search for the ``k`` nearest other entries of each entry, checked and opened."""
+
+    datastore: Datastore
+    k: int
+    index: faiss.Index
+    settings: dict[str, Any]
+
+    @classmethod
+    def open(cls, datastore: Datastore, k: int, index: str, probe: int | None) -> NeighbourSearch:
+        """See ``cluster_greedy_merge`` for the arguments; raises UserError where they do not fit the store."""
+        if not 1 <= k < len(datastore):
+            raise UserError(f"k={k} must be at least 1 and less than the store's {len(datastore):,} entries.")
+        if probe is not None and probe < 1:
+            raise UserError(f"probe={probe} must be at least 1.")
+        faiss_index, metadata = open_index(datastore, index)
+        probe = probe or metadata.get("probe")
+        if probe is not None:
+            set_probe(faiss_index, probe)
+        settings = {"k": k, "index": index, "factory": metadata["factory"], "probe": probe}
+        return cls(datastore, k, faiss_index, settings)
+
+
+def find_absorbers(searched: NeighbourSearch, work: SavedStates) -> np.ndarray:
+    """Greedy merging, as ``cluster_greedy_merge`` says.
+
+    Returns
+    -------
+    int32 or int64 (see ``entry_dtype``) ``[count]``: the entry that absorbed each; itself where it absorbed
+    others; -1 where neither.
+    """
+    datastore = searched.datastore
+    values = np.asarray(datastore.values)
+
+    def merge(absorber: np.ndarray, begin: int, keys: np.ndarray) -> None:
+        _merge(absorber, values, search(searched.index, keys, searched.k + 1)[1], begin)
+
+    return _fill(datastore, work, entry_dtype(len(datastore)), merge, "Merging near neighbours")
 
 
 def import_members(datastore: Datastore, name: str, pickle_file: str | Path, overwrite: bool = False) -> Clusters:
@@ -250,56 +271,23 @@ def summarize(clusters: Clusters, values: np.ndarray) -> dict[str, float]:
     }
 
 
-class _Work:
-    """A clustering under way: its folder, its settings, and states saved in it now and then."""
+class _Work(SavedStates):
+    """A clustering under way: its folder, and states saved in it now and then."""
 
     def __init__(
         self, datastore: Datastore, name: str, settings: dict[str, Any], resume: bool, overwrite: bool
     ) -> None:
-        self.datastore, self.name, self.resume = datastore, name, resume
-        self.folder = clusters_folder(datastore, name)
-        self.settings = {**settings, "keys_sha256": datastore.keys_checksum}
-        self.saved = time.monotonic()
+        settings = {**settings, "keys_sha256": datastore.keys_checksum}
+        super().__init__(clusters_folder(datastore, name), settings, resume)
+        self.datastore, self.name = datastore, name
         if (self.folder / METADATA).exists() and not overwrite:
             raise UserError(f"The clusters {self.folder} exist already; choose another --name or give --overwrite.")
 
     def begin(self) -> None:
-        """Make the folder ready; saved states stay only where they are to be resumed."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        progress = self.folder / PROGRESS
-        if self.resume and progress.exists():
-            if (begun := read_json(progress).get("settings")) != self.settings:
-                raise UserError(
-                    f"The unfinished clusters {self.folder} were begun with {begun}, now it is "
-                    f"{self.settings}; give the same settings, or leave out --resume to start anew."
-                )
-        else:
-            self._remove_states()
-            write_json(progress, {"settings": self.settings})
+        """As the states', if there is space."""
+        super().begin()
         # Cluster and place in the members' list of each entry, and a saved state of it and its successor.
         check_free_space(self.folder, 4 * 4 * len(self.datastore), "the clusters' arrays")
-
-    def load(self, state: str) -> dict[str, np.ndarray]:
-        """The arrays saved last under that name; none where nothing was."""
-        path = self.folder / f"{state}.npz.part"
-        if not path.exists():
-            return {}
-        try:
-            with np.load(path, allow_pickle=False) as arrays:
-                return dict(arrays)
-        except (ValueError, EOFError, zipfile.BadZipFile) as error:
-            raise UserError(f"{path} is damaged ({error}); leave out --resume to start anew.") from error
-
-    def save(self, state: str, **arrays: Any) -> None:
-        path = self.folder / f"{state}.npz.part"
-        temporary = path.with_name(path.name + ".tmp")
-        with open(temporary, "wb") as file:
-            np.savez(file, **arrays)
-        replace_file(temporary, path)
-        self.saved = time.monotonic()
-
-    def is_due(self) -> bool:
-        return time.monotonic() - self.saved >= CHECKPOINT_SECONDS
 
     def finish(self, cluster_of_entry: np.ndarray, num_clusters: int) -> Clusters:
         """Write the arrays and, last, ``clusters.json``."""
@@ -327,12 +315,8 @@ class _Work:
         write_json(self.folder / METADATA, metadata)
         names = [METADATA, *metadata["files"]]
         record_derived(self.datastore.path, [f"clusters/{self.name}/{name}" for name in names])
-        self._remove_states()
+        self.remove()
         return Clusters.open(self.datastore, self.name)
-
-    def _remove_states(self) -> None:
-        for path in (self.folder / PROGRESS, *self.folder.glob("*.npz.part"), *self.folder.glob("*.tmp")):
-            path.unlink(missing_ok=True)
 
 
 def _train(datastore: Datastore, work: _Work, num_clusters: int, sample: int, iterations: int, seed: int) -> np.ndarray:
@@ -379,7 +363,7 @@ def _check_memory(dimension: int, num_clusters: int, sample: int) -> None:
 
 def _fill(
     datastore: Datastore,
-    work: _Work,
+    work: SavedStates,
     dtype: type[Any],
     step: Callable[[np.ndarray, int, np.ndarray], None],
     description: str,

@@ -24,11 +24,11 @@ import numpy as np
 from knn_lm_eval.datastore import Datastore
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.files import read_json
+from knn_lm_eval.states import PROGRESS
 
 FORMAT = "knn_lm_eval clusters"
 FORMAT_VERSION = 1
 METADATA = "clusters.json"
-PROGRESS = "progress.json"
 ARRAYS = ("cluster_of_entry", "member_starts", "members")
 
 

@@ -17,6 +17,10 @@ A store that was imported may differ in three ways, which its manifest states:
 - it has no keys: ``keys`` is null. An index still finds neighbours, by its own distances;
 - it has ``weights.npy``, int32 ``[count]``: entry i stands for so many entries that were merged. Such a store is
   in no text order.
+
+A store that was pruned has a part of another's entries, so its manifest says ``"text_order": false``, and under
+``pruned_from`` what it was made from and how. It may have weights. Its entries are in the order of the other's, but
+nothing follows from that: it counts as one document.
 """
 
 from __future__ import annotations
@@ -93,14 +97,14 @@ class Datastore:
         if raw_file is not None:
             keys = _open_raw(path / raw_file[0], raw_file[1], (count, dimension))
         elif raw is not None:
-            keys = _open_array(path / "keys.npy", np.float16, (count, dimension))
+            keys = open_array(path / "keys.npy", np.float16, (count, dimension))
         return cls(
             path=path,
             manifest=manifest,
             keys=keys,
-            values=_open_array(path / "values.npy", np.int32, (count,)),
-            document_starts=_open_array(path / "document_starts.npy", np.int64, None),
-            weights=_open_array(path / "weights.npy", np.int32, (count,)) if "weights.npy" in files else None,
+            values=open_array(path / "values.npy", np.int32, (count,)),
+            document_starts=open_array(path / "document_starts.npy", np.int64, None),
+            weights=open_array(path / "weights.npy", np.int32, (count,)) if "weights.npy" in files else None,
         )
 
     def __len__(self) -> int:
@@ -120,6 +124,11 @@ class Datastore:
         name = "values.npy" if raw is None else raw.get("file", "keys.npy")
         return self.manifest["files"][name]["sha256"]
 
+    @property
+    def in_text_order(self) -> bool:
+        """Whether the values are the text: none was merged or left out."""
+        return self.weights is None and self.manifest.get("text_order", True)
+
     def require_keys(self, purpose: str) -> np.ndarray:
         """The keys; raises UserError where the store has none, which ``purpose`` needs."""
         if self.keys is None:
@@ -127,11 +136,11 @@ class Datastore:
         return self.keys
 
     def require_text_order(self, purpose: str) -> None:
-        """Raise UserError where entries were merged, so that entry i + 1 is not what followed entry i."""
-        if self.weights is not None:
+        """Raise UserError where entry i + 1 is not what followed entry i, which ``purpose`` needs."""
+        if not self.in_text_order:
             raise UserError(
-                f"The datastore {self.path} has weights: its entries were merged and are in no text order, "
-                f"which {purpose} needs; use the store that it was merged from."
+                f"The datastore {self.path} is in no text order, since entries were merged or left out, and "
+                f"{purpose} needs it; use the store that it was made from."
             )
 
 
@@ -175,7 +184,8 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
     return manifest
 
 
-def _open_array(path: Path, dtype: Any, shape: tuple[int, ...] | None) -> np.ndarray:
+def open_array(path: Path, dtype: Any, shape: tuple[int, ...] | None) -> np.ndarray:
+    """Memory-map a .npy file, read-only; raises UserError where it is not of this dtype and (unless None) shape."""
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, OSError, EOFError) as error:

@@ -77,6 +77,12 @@ class Window:
     def length(self) -> int:
         return self.stop - (self.start if self.context is None else self.context + 1)
 
+    def tokens(self, values: np.ndarray, prefix_token_id: int) -> np.ndarray:
+        """What to read, int64 ``[length]``; its last positions predict the entries."""
+        begin = self.start if self.context is None else self.context
+        prefix = [prefix_token_id] if self.context is None else []
+        return np.concatenate([np.array(prefix, dtype=np.int64), values[begin : self.stop - 1]], dtype=np.int64)
+
 
 def cut_windows(document_starts: np.ndarray, count: int, settings: WindowSettings) -> Iterator[Window]:
     """The windows over all documents, in text order; each entry is in exactly one.
@@ -282,12 +288,12 @@ def _write_keys(
         file.truncate(file.tell() + done * dimension * np.dtype(KEY_DTYPE).itemsize)
         file.seek(0, os.SEEK_END)
         bar = tqdm(total=len(values), initial=done, unit=" tokens", unit_scale=True, desc="Dumping keys")
-        for chunk in _chunks(cut_windows(starts, len(values), settings), settings):
+        for chunk in chunks(cut_windows(starts, len(values), settings), settings):
             begin, end = chunk[0].start, chunk[-1].stop
             if end <= done:
                 continue
             keys = np.empty((end - begin, dimension), dtype=KEY_DTYPE)
-            for batch in _batches(chunk, settings):
+            for batch in batches(chunk, settings):
                 for window, rows in zip(batch, _read_windows(model, prefix_token_id, values, batch), strict=True):
                     keys[window.start - begin : window.stop - begin] = rows
                     bar.update(window.stop - window.start)
@@ -305,7 +311,8 @@ def _write_keys(
     replace_file(partial, output / "keys.npy")
 
 
-def _chunks(windows: Iterable[Window], settings: WindowSettings) -> Iterator[list[Window]]:
+def chunks(windows: Iterable[Window], settings: WindowSettings) -> Iterator[list[Window]]:
+    """Runs of windows in text order, each of some batches."""
     chunk: list[Window] = []
     for window in windows:
         chunk.append(window)
@@ -316,7 +323,7 @@ def _chunks(windows: Iterable[Window], settings: WindowSettings) -> Iterator[lis
         yield chunk
 
 
-def _batches(chunk: list[Window], settings: WindowSettings) -> Iterator[list[Window]]:
+def batches(chunk: list[Window], settings: WindowSettings) -> Iterator[list[Window]]:
     """Batches of windows of similar length, at most ``batch_size * max_length`` tokens with padding."""
     budget = settings.batch_size * settings.max_length
     batch: list[Window] = []
@@ -333,11 +340,7 @@ def _read_windows(model: CausalLM, prefix: int, values: np.ndarray, batch: list[
     """The keys of each window's entries."""
     input_ids = torch.zeros(len(batch), max(window.length for window in batch), dtype=torch.long)
     for row, window in zip(input_ids, batch, strict=True):
-        if window.context is None:
-            row[0] = prefix
-            row[1 : window.length] = torch.from_numpy(values[window.start : window.stop - 1].astype(np.int64))
-        else:
-            row[: window.length] = torch.from_numpy(values[window.context : window.stop - 1].astype(np.int64))
+        row[: window.length] = torch.from_numpy(window.tokens(values, prefix))
     keys = model.encode(input_ids)[0].to(torch.float16).cpu().numpy()
     for row_keys, window in zip(keys, batch, strict=True):
         yield row_keys[window.length - (window.stop - window.start) : window.length]

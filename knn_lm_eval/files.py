@@ -91,6 +91,30 @@ def check_free_space(folder: Path, needed: int, purpose: str) -> None:
         )
 
 
+def check_new_folder(output: str | Path) -> Path:
+    """The absolute path of a folder to be made; raises UserError where something is there already."""
+    output = Path(os.path.abspath(output))  # "." has no name of its own
+    if output.is_symlink() or (output.exists() and (not output.is_dir() or any(output.iterdir()))):
+        raise UserError(f"{output} exists already; choose another --output.")
+    return output
+
+
+@contextmanager
+def finished_folder(output: Path) -> Iterator[Path]:
+    """A hidden folder beside ``output`` to write into, which takes its place when all went well; else it is removed."""
+    folder = output.with_name(f".{output.name}.unfinished")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
+    folder.mkdir()
+    try:
+        yield folder
+        os.replace(folder, output)
+        fsync(output.parent)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
 @contextmanager
 def disk_errors_in(folder: Path) -> Iterator[None]:
     """Turn the operating system's refusal to write (full, read-only, no permission) into a UserError."""

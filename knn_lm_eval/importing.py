@@ -15,9 +15,7 @@ from __future__ import annotations
 
 import datetime
 import logging
-import os
 import re
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +30,14 @@ from knn_lm_eval import __version__
 from knn_lm_eval.clustering import import_members
 from knn_lm_eval.datastore import FORMAT, FORMAT_VERSION, MANIFEST, Datastore, file_record, record_derived
 from knn_lm_eval.errors import UserError
-from knn_lm_eval.files import check_free_space, disk_errors_in, write_json, write_npy_header
+from knn_lm_eval.files import (
+    check_free_space,
+    check_new_folder,
+    disk_errors_in,
+    finished_folder,
+    write_json,
+    write_npy_header,
+)
 from knn_lm_eval.fingerprint import check_model_sizes, take_fingerprint
 from knn_lm_eval.index import METRICS, IndexFiles, inverted_file, read_index
 
@@ -180,9 +185,7 @@ def import_datastore(
         Where the files are not a published datastore, do not fit each other or the model, or ``output`` holds
         something already.
     """
-    output = Path(os.path.abspath(output))  # "." has no name of its own
-    if output.is_symlink() or (output.exists() and (not output.is_dir() or any(output.iterdir()))):
-        raise UserError(f"{output} exists already; choose another --output.")
+    output = check_new_folder(output)
     published = find_published([Path(source) for source in sources], layout, count, dimension)
     model = _read_config(pretrained)
     if model and model["width"] != published.dimension:
@@ -191,17 +194,8 @@ def import_datastore(
             f"it did not make this datastore."
         )
     starts = _read_starts(document_starts, published.count)
-    folder = output.with_name(f".{output.name}.importing")
-    with disk_errors_in(output):
-        output.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(folder, ignore_errors=True)  # of an import that was killed
-        folder.mkdir()
-        try:
-            _fill(folder, published, starts, model, (key_type, key_module), copy)
-            os.replace(folder, output)
-        except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
+    with disk_errors_in(output), finished_folder(output) as folder:
+        _fill(folder, published, starts, model, (key_type, key_module), copy)
     return Datastore.open(output)
 
 

@@ -27,7 +27,8 @@ class Neighbour:
     entry : its number.
     distance : squared L2, or the negated inner product.
     weight : its share of p_kNN.
-    value, context : the token that it proposes, and the text before it, decoded; none where entries were merged.
+    value, context : the token that it proposes, and the text before it, decoded; no text where the store is in no
+        text order.
     """
 
     entry: int
@@ -142,7 +143,7 @@ def _inspect_window(
 def _context(lm: KNNHF, entry: int, length: int) -> str:
     """The text before an entry's value, from its document; nothing where the store is in no text order."""
     store = lm.retriever.datastore
-    if store.weights is not None:
+    if not store.in_text_order:
         return ""
     document = np.searchsorted(store.document_starts, entry, side="right") - 1
     begin = max(int(store.document_starts[document]), entry - length)

@@ -137,6 +137,12 @@ class Scorer:
         """
         return [scores for batch in batches for scores in self._score_batch(batch, want_greedy)]
 
+    def token_log_probs(self, passages: Sequence[Passage]) -> Tensor:
+        """The LM's own log-probability of each token of each continuation, in order: float ``[tokens]``."""
+        reading = self._read(passages)
+        rows, targets = reading.pairs()
+        return self._score_pairs(reading.hidden, rows, targets, None, len(reading.hidden), False)[0]
+
     def _score_batch(self, passages: Sequence[Passage], want_greedy: bool) -> list[list[Score]]:
         reading = self._read(passages)
         neighbours, block = None, len(reading.hidden)

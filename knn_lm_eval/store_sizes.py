@@ -12,12 +12,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.knn_hf import KNNHF
 from knn_lm_eval.mixture import knn_log_prob, mix, neighbour_log_weights
+from knn_lm_eval.pruning import positions_of_entries
 from knn_lm_eval.scoring import NEIGHBOURS_PER_BLOCK, Passage, Score, Scorer
 
 DEFAULT_SEED = 0
@@ -37,18 +37,6 @@ class SizePoint:
     def perplexity(self) -> float:
         """Per token of the LM's own tokenizer."""
         return math.exp(-self.log_prob / self.tokens)
-
-
-def positions_of_entries(entries: np.ndarray, seed: int) -> np.ndarray:
-    """A number from 0 to 1 for each entry, as if drawn at random: entry i is in the part f where it is below f.
-
-    It is computed from the entry's number (by the finaliser of splitmix64), so that none have to be kept.
-    """
-    with np.errstate(over="ignore"):
-        x = entries.astype(np.uint64) + np.uint64(seed + 1) * np.uint64(0x9E3779B97F4A7C15)
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return ((x ^ (x >> np.uint64(31))) >> np.uint64(11)) * 2.0**-53
 
 
 class StoreSizeScorer(Scorer):

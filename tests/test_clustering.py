@@ -191,9 +191,9 @@ def test_the_summary_counts_what_it_says(datastore: Datastore, tmp_path: Path) -
 
 RUN = """
 import sys
-from knn_lm_eval import clustering
+from knn_lm_eval import clustering, states
 from knn_lm_eval.datastore import Datastore
-clustering.CHUNK, clustering.CHECKPOINT_SECONDS = 20, 0
+clustering.CHUNK, states.CHECKPOINT_SECONDS = 20, 0
 run = {"kmeans": clustering.cluster_kmeans, "greedy_merge": clustering.cluster_greedy_merge}[sys.argv[2]]
 run(Datastore.open(sys.argv[1]), resume=True)
 """

@@ -327,7 +327,7 @@ def test_the_module_of_the_keys_is_recorded(tmp_path: Path, arrays: tuple, model
 def test_a_merged_store_is_refused_with_retomaton(tmp_path: Path, arrays: tuple, model_folder: Path) -> None:
     write_fairseq(tmp_path / "theirs", *arrays, np.ones(COUNT))
     imported = import_datastore([tmp_path / "theirs"], tmp_path / "ours")
-    with pytest.raises(UserError, match="entries were merged and are in no text order, which RetoMaton needs"):
+    with pytest.raises(UserError, match="since entries were merged or left out, and RetoMaton needs it"):
         KNNHF("no-such-model", datastore=imported.path, k=5, retomaton=True)
     with pytest.raises(UserError, match="in no text order"):
         lm = KNNHF(str(model_folder), datastore=imported.path, k=5)
@@ -533,8 +533,8 @@ def test_a_killed_import_leaves_no_store_and_can_be_repeated(tmp_path: Path, arr
         patch.setattr("knn_lm_eval.importing._import_index", killed)
         import_datastore([tmp_path / "theirs"], tmp_path / "ours")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["theirs"]
-    (tmp_path / ".ours.importing").mkdir()  # what kill -9 leaves
-    (tmp_path / ".ours.importing" / "values.npy").write_text("half")
+    (tmp_path / ".ours.unfinished").mkdir()  # what kill -9 leaves
+    (tmp_path / ".ours.unfinished" / "values.npy").write_text("half")
     import_datastore([tmp_path / "theirs"], tmp_path / "ours")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ours", "theirs"]
 

@@ -25,7 +25,8 @@ from knn_lm_eval.charts import Bar, Line, heat_map, interval_chart, line_chart
 from knn_lm_eval.datastore import Datastore
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.paths import scripts_dir, tasks_dir
-from knn_lm_eval.store_sizes import StoreSizeScorer, positions_of_entries
+from knn_lm_eval.pruning import positions_of_entries
+from knn_lm_eval.store_sizes import StoreSizeScorer
 
 
 def run(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
