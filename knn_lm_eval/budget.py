@@ -6,17 +6,19 @@ import logging
 import math
 import time
 from dataclasses import dataclass
+from itertools import islice
 
+from knn_lm_eval.confidence import passages
 from knn_lm_eval.datastore import Datastore
-from knn_lm_eval.dump import WindowSettings, cut_windows
+from knn_lm_eval.dump import WindowSettings, batches, chunks, cut_windows
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.language_model import CausalLM
 from knn_lm_eval.loading import CausalHFLM, recorded_arguments
-from knn_lm_eval.scoring import Passage, Scorer
+from knn_lm_eval.scoring import Scorer
 
 logger = logging.getLogger(__name__)
 
-TIMED_BATCHES = 3
+BATCHES = 3
 
 
 @dataclass(frozen=True)
@@ -75,18 +77,13 @@ def lm_microseconds(store: Datastore) -> float:
     manifest = store.manifest
     model = CausalLM(lm.model, manifest["key_type"], lm.mixed_precision_dtype, manifest.get("key_module"))
     settings = WindowSettings(*(manifest["windows"][name] for name in ("max_length", "stride", "batch_size")))
-    batches: list[list[Passage]] = [[]]
-    for window in cut_windows(store.document_starts, len(store), settings):
-        tokens = store.values[window.start : window.stop].tolist()
-        if len(batches[-1]) == settings.batch_size:
-            if len(batches) > TIMED_BATCHES:
-                break
-            batches.append([])
-        batches[-1].append(Passage([lm.prefix_token_id, *tokens[:-1]], [tokens]))
+    windows = cut_windows(store.document_starts, len(store), settings)
+    cut = (batch for chunk in chunks(windows, settings) for batch in batches(chunk, settings))
+    timed = [passages(batch, store.values, lm.prefix_token_id) for batch in islice(cut, BATCHES)]
     scorer = Scorer(model, None, 0.0, 1.0, lm.softmax_dtype)
-    scorer.score(batches[:1], False)  # warms up
+    scorer.score(timed[:1], False)  # warms up
     before, start = scorer.tokens_scored, time.perf_counter()
-    scorer.score(batches[-TIMED_BATCHES:], False)
+    scorer.score(timed, False)
     seconds = time.perf_counter() - start
     microseconds = 1e6 * seconds / (scorer.tokens_scored - before)
     logger.info("The LM takes %.0f us a token here.", microseconds)

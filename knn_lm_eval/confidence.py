@@ -107,12 +107,15 @@ def _write_log_probs(datastore: Datastore, load_lm: Callable[[], CausalHFLM]) ->
     replace_file(partial, path)
 
 
+def passages(windows: list[Window], values: np.ndarray, prefix_token_id: int) -> list[Passage]:
+    """What the LM reads for each window, and as continuation the window's entries."""
+    return [
+        Passage(window.tokens(values, prefix_token_id).tolist(), [values[window.start : window.stop].tolist()])
+        for window in windows
+    ]
+
+
 def _read(scorer: Scorer, batch: list[Window], values: np.ndarray, prefix_token_id: int) -> list[np.ndarray]:
     """log p of each window's entries."""
-    entries = [values[window.start : window.stop].tolist() for window in batch]
-    passages = [
-        Passage(window.tokens(values, prefix_token_id).tolist(), [targets])
-        for window, targets in zip(batch, entries, strict=True)
-    ]
-    log_probs = scorer.token_log_probs(passages).to(torch.float32).cpu()
-    return [part.numpy() for part in log_probs.split([len(targets) for targets in entries])]
+    log_probs = scorer.token_log_probs(passages(batch, values, prefix_token_id)).to(torch.float32).cpu()
+    return [part.numpy() for part in log_probs.split([window.stop - window.start for window in batch])]

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from knn_lm_eval.datastore import MANIFEST, Datastore, file_record
 from knn_lm_eval.errors import UserError
-from knn_lm_eval.files import check_free_space, disk_errors_in, replace_file, write_json
+from knn_lm_eval.files import check_free_space, check_new_folder, disk_errors_in, finished_folder, write_json
 
 ROWS_AT_ONCE = 2**14
 FILES = ("keys.npy", "values.npy", "document_starts.npy")
@@ -40,57 +40,55 @@ def grow_datastore(
     UserError
         Where the sources are of several LMs, the folder is taken, or the disk is too small.
     """
-    output = Path(output)
     models = {source.path: source.manifest.get("fingerprint") for source in sources}
     if len({repr(fingerprint) for fingerprint in models.values()}) > 1:
         raise UserError(f"The datastores {', '.join(map(str, models))} were made by different models.")
     for source in sources:
         source.require_text_order("growing")
         source.require_keys("growing")
-    if output.exists():
-        raise UserError(f"{output} exists already; choose another folder or delete it.")
-    dimension = sources[0].dimension
-    with disk_errors_in(output):
-        output.mkdir(parents=True)
-        check_free_space(output, entries * (2 * dimension + 4), f"{entries:,} entries")
-        keys = np.lib.format.open_memmap(output / "keys.npy.tmp", "w+", np.float16, (entries, dimension))
-        values = np.lib.format.open_memmap(output / "values.npy.tmp", "w+", np.int32, (entries,))
-        starts, count, number = [], 0, 0
-        rng = np.random.default_rng(seed)
-        kin = [_Kin(source) for source in sources]
-        with tqdm(total=entries, unit=" entries", unit_scale=True, desc="Growing") as bar:
-            while count < entries:
-                for source, same_value in zip(sources, kin, strict=True):
-                    size = min(len(source), entries - count)
-                    here = slice(count, count + size)
-                    values[here] = source.values[:size]
-                    starts.append(source.document_starts[source.document_starts < size] + count)
-                    for begin in range(0, size, ROWS_AT_ONCE):
-                        end = min(begin + ROWS_AT_ONCE, size)
-                        rows = source.require_keys("growing")[begin:end].astype(np.float32)
-                        if number:
-                            rows += noise * same_value.differences(source.values[begin:end], rng)
-                        keys[count + begin : count + end] = rows
-                        bar.update(end - begin)
-                    count += size
-                number += 1
-        keys.flush()
-        values.flush()
-        with open(output / "document_starts.npy.tmp", "wb") as file:
-            np.save(file, np.concatenate(starts))
-        for name in FILES:
-            replace_file(output / f"{name}.tmp", output / name)
+    output = check_new_folder(output)
+    with disk_errors_in(output), finished_folder(output) as folder:
+        check_free_space(folder, entries * (2 * sources[0].dimension + 4), f"{entries:,} entries")
+        starts = _write_entries(sources, folder, entries, noise, seed)
         manifest = {name: value for name, value in sources[0].manifest.items() if name != "derived"}
         manifest |= {
             "count": entries,
-            "documents": sum(map(len, starts)),
+            "documents": len(starts),
             "key_dtype": "float16",
             "source": {"grown_from": [str(source.path) for source in sources], "noise": noise, "seed": seed},
-            "files": {name: file_record(output / name) for name in FILES},
+            "files": {name: file_record(folder / name) for name in FILES},
         }
         manifest.pop("keys", None)  # an imported source's raw array; here it is keys.npy
-        write_json(output / MANIFEST, manifest)
+        write_json(folder / MANIFEST, manifest)
     return Datastore.open(output)
+
+
+def _write_entries(sources: Sequence[Datastore], folder: Path, entries: int, noise: float, seed: int) -> np.ndarray:
+    """Write keys, values and document starts; returns the latter."""
+    keys = np.lib.format.open_memmap(folder / "keys.npy", "w+", np.float16, (entries, sources[0].dimension))
+    values = np.lib.format.open_memmap(folder / "values.npy", "w+", np.int32, (entries,))
+    rng, kin = np.random.default_rng(seed), [_Kin(source) for source in sources]
+    starts, count, copy = [], 0, 0
+    with tqdm(total=entries, unit=" entries", unit_scale=True, desc="Growing") as bar:
+        while count < entries:
+            for source, same_value in zip(sources, kin, strict=True):
+                size = min(len(source), entries - count)
+                values[count : count + size] = source.values[:size]
+                starts.append(source.document_starts[source.document_starts < size] + count)
+                for begin in range(0, size, ROWS_AT_ONCE):
+                    end = min(begin + ROWS_AT_ONCE, size)
+                    rows = same_value.keys[begin:end].astype(np.float32)
+                    if copy:
+                        rows += noise * same_value.differences(source.values[begin:end], rng)
+                    keys[count + begin : count + end] = rows
+                    bar.update(end - begin)
+                count += size
+            copy += 1
+    keys.flush()
+    values.flush()
+    document_starts = np.concatenate(starts)
+    np.save(folder / "document_starts.npy", document_starts)
+    return document_starts
 
 
 class _Kin:
