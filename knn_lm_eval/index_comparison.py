@@ -29,7 +29,7 @@ from tqdm import tqdm
 from knn_lm_eval.datastore import Datastore
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.files import disk_errors_in, replace_file
-from knn_lm_eval.index import METRICS
+from knn_lm_eval.index import METRICS, set_probe
 from knn_lm_eval.knn_hf import KNNHF
 from knn_lm_eval.mixture import mix
 from knn_lm_eval.retrieval import Found, Retriever, entry_counts
@@ -58,6 +58,27 @@ class Queries:
     targets: Tensor
     lm_log_probs: Tensor
     texts: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A setting to measure; those of one index share its retriever, since an index may fill the memory.
+
+    Attributes
+    ----------
+    probe : None takes what the index was found to need.
+    """
+
+    retriever: Retriever
+    probe: int | None
+    k: int
+
+    def find(self, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """As ``Retriever.find``, with this setting."""
+        self.retriever.k = self.k
+        if self.probe is not None:
+            set_probe(self.retriever.index, self.probe)
+        return self.retriever.find(queries)
 
 
 @dataclass
@@ -181,22 +202,22 @@ class IndexComparison:
         return result
 
     def measure(
-        self, retrievers: Sequence[Retriever], repeats: int, clock: Callable[[], float] = time.perf_counter
+        self, trials: Sequence[Trial], repeats: int, clock: Callable[[], float] = time.perf_counter
     ) -> Iterator[Measurement]:
-        """Each retriever's search, timed in so many rounds in which they take turns, after a round that warms up."""
+        """Each trial's search, timed in so many rounds in which they take turns, after a round that warms up."""
         results = []
         queries = self.queries.queries.numpy()
-        for retriever in tqdm(retrievers, desc="Measuring quality", unit=" settings"):
-            metadata = retriever.metadata
+        for trial in tqdm(trials, desc="Measuring quality", unit=" settings"):
+            metadata = trial.retriever.metadata
             size = metadata["bytes"] / len(self.store)
-            result = Measurement(retriever.index_name, metadata["factory"], size, retriever.probe, retriever.k)
-            distances, entries = (torch.from_numpy(array) for array in retriever.find(queries))
+            result = Measurement(trial.retriever.index_name, metadata["factory"], size, trial.probe, trial.k)
+            distances, entries = (torch.from_numpy(array) for array in trial.find(queries))
             self._judge(result, self._found(distances, entries))
             results.append(result)
         for _ in tqdm(range(repeats), desc="Timing", unit=" rounds"):
-            for retriever, result in zip(retrievers, results, strict=True):
+            for trial, result in zip(trials, results, strict=True):
                 start = clock()
-                retriever.find(queries)
+                trial.find(queries)
                 result.microseconds.append(1e6 * (clock() - start) / len(queries))
         yield from results
 

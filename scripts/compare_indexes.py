@@ -63,7 +63,7 @@ def main() -> None:
 
     from knn_lm_eval.documents import read_text_file
     from knn_lm_eval.files import write_json
-    from knn_lm_eval.index_comparison import IndexComparison, collect_queries, efficient
+    from knn_lm_eval.index_comparison import IndexComparison, Trial, collect_queries, efficient
     from knn_lm_eval.knn_hf import KNNHF
     from knn_lm_eval.retrieval import Retriever
 
@@ -81,12 +81,11 @@ def main() -> None:
         if not ids:
             raise UserError(f"{path} is empty: there is nothing to score.")
         texts[path.stem] = text if not arguments.tokens else lm.tokenizer.decode(ids[: arguments.tokens])
-    retrievers = [
-        Retriever(store, k, probe, own.sim_func, own.recompute_dists, own.index is not own.cpu_index, name)
-        for name, probes in wanted
-        for probe in probes
-        for k in ks
-    ]
+    trials = []
+    for name, probes in wanted:
+        gpu = own.index is not own.cpu_index
+        retriever = Retriever(store, max(ks), None, own.sim_func, own.recompute_dists, gpu, name)
+        trials += [Trial(retriever, probe or retriever.probe, k) for probe in probes for k in ks]
     threads = 1 if arguments.cpu_time else arguments.threads
     if threads:
         faiss.omp_set_num_threads(threads)
@@ -101,7 +100,7 @@ def main() -> None:
         cache=arguments.output,
     )
     clock = time.process_time if arguments.cpu_time else time.perf_counter
-    rows = list(comparison.measure(retrievers, arguments.repeats, clock))
+    rows = list(comparison.measure(trials, arguments.repeats, clock))
     exact = [comparison.exact(k) for k in ks]
     front = efficient(rows)
     settings = {

@@ -16,7 +16,7 @@ from conftest import EVAL_TEXT
 from lm_eval.api.instance import Instance
 
 from knn_lm_eval.datastore import Datastore
-from knn_lm_eval.index_comparison import IndexComparison, Measurement, collect_queries, efficient
+from knn_lm_eval.index_comparison import IndexComparison, Measurement, Trial, collect_queries, efficient
 from knn_lm_eval.indexing import build_index
 from knn_lm_eval.knn_hf import KNNHF
 from knn_lm_eval.retrieval import Retriever
@@ -59,7 +59,9 @@ def evaluated_perplexity(knn: KNNHF, texts: list[str]) -> float:
 
 
 def test_perplexities_are_those_of_the_evaluation(comparison: IndexComparison, knn: KNNHF, indexed: Datastore) -> None:
-    (flat, coarse) = comparison.measure([Retriever(indexed, 40), Retriever(indexed, 40, 2, index="coarse")], 1)
+    (flat, coarse) = comparison.measure(
+        [Trial(Retriever(indexed, 40), None, 40), Trial(Retriever(indexed, 40, index="coarse"), 2, 40)], 1
+    )
     own = knn.retriever
     for result, retriever in ((flat, own), (coarse, Retriever(indexed, 40, 2, index="coarse"))):
         knn.scorer.retriever = retriever
@@ -86,7 +88,7 @@ def test_the_base_perplexity_is_the_lms_alone(comparison: IndexComparison, index
 @pytest.mark.parametrize("k", [7, 40])
 def test_recall_and_error_against_brute_force(comparison: IndexComparison, indexed: Datastore, k: int) -> None:
     retriever = Retriever(indexed, k, 1, index="coarse")
-    (result,) = comparison.measure([retriever], 1)
+    (result,) = comparison.measure([Trial(Retriever(indexed, 40, index="coarse"), 1, k)], 1)
     queries = comparison.queries.queries
     found = retriever.search(queries)
     keys = indexed.keys.astype(np.float64)
