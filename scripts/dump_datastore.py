@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 from pathlib import Path
+from typing import Any
 
 from knn_lm_eval.errors import UserError, report_user_errors
 
@@ -58,44 +60,46 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main() -> None:
-    arguments = parse_arguments()
-    report_user_errors()
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+def check(arguments: argparse.Namespace) -> None:
+    """Raise UserError for mistakes that show without loading anything."""
     if arguments.text and not arguments.text.is_file():
         raise UserError(f"There is no text file {arguments.text}.")
     if arguments.max_tokens is not None and arguments.max_tokens < 1:
         raise UserError(f"--max_tokens {arguments.max_tokens} must be at least 1.")
 
+
+def main() -> None:
+    arguments = parse_arguments()
+    report_user_errors()
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    # Of several processes the first one says what is wrong, and the launcher ends the others.
+    if os.environ.get("RANK", "0") == "0":
+        check(arguments)
+
     # Imported late: --help and a mistyped path should not wait for torch.
     from lm_eval.utils import simple_parse_args_string
 
-    from knn_lm_eval.documents import cut_into_documents, read_dataset, read_text_file
+    from knn_lm_eval.documents import TextSource
     from knn_lm_eval.dump import dump_datastore
     from knn_lm_eval.loading import CausalHFLM
+    from knn_lm_eval.processes import Processes
 
-    model_args = simple_parse_args_string(arguments.model_args)
-    if "pretrained" not in model_args:
-        raise UserError("--model_args names no model; give pretrained=NAME or pretrained=FOLDER.")
-    if arguments.text:
-        source = {"text": str(arguments.text.resolve()), "documents": arguments.documents}
-        lines = read_text_file(arguments.text)
-    else:
-        names = ("dataset", "config", "split", "text_column", "documents")
-        source = {name: getattr(arguments, name) for name in names}
-        lines = read_dataset(
-            arguments.dataset,
-            arguments.config,
-            arguments.split,
-            arguments.text_column,
-            arguments.streaming,
-            arguments.documents,
-        )
-    if Path(str(model_args["pretrained"])).is_dir():
-        model_args["pretrained"] = str(Path(str(model_args["pretrained"])).resolve())
+    processes = Processes.of_this_launch()
+
+    def load() -> tuple[dict[str, Any], CausalHFLM]:
+        model_args = simple_parse_args_string(arguments.model_args)
+        if "pretrained" not in model_args:
+            raise UserError("--model_args names no model; give pretrained=NAME or pretrained=FOLDER.")
+        if Path(str(model_args["pretrained"])).is_dir():
+            model_args["pretrained"] = str(Path(str(model_args["pretrained"])).resolve())
+        return model_args, CausalHFLM(**model_args, device=arguments.device)
+
+    model_args, lm = processes.each_does(load)
+    names = ("text", "dataset", "config", "split", "text_column", "streaming", "documents")
+    source = TextSource(**{name: getattr(arguments, name) for name in names})
     store = dump_datastore(
-        CausalHFLM(**model_args, device=arguments.device),
-        cut_into_documents(lines, arguments.documents),
+        lm,
+        source.pieces(),
         arguments.output,
         key_type=arguments.knn_keytype,
         key_module=arguments.key_module,
@@ -104,13 +108,15 @@ def main() -> None:
         batch_size=arguments.batch_size,
         max_tokens=arguments.max_tokens,
         resume=arguments.resume,
-        source=source,
+        source=source.description(),
         model_args=model_args,
+        processes=processes,
     )
-    print(
-        f"{store.path}: {len(store):,} entries of {store.dimension} numbers from {len(store.document_starts):,} "
-        f"documents. Next: build_index --datastore {store.path}"
-    )
+    if processes.rank == 0:
+        print(
+            f"{store.path}: {len(store):,} entries of {store.dimension} numbers from "
+            f"{len(store.document_starts):,} documents. Next: build_index --datastore {store.path}"
+        )
 
 
 if __name__ == "__main__":
