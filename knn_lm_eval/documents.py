@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,12 @@ class TextSource:
                 self.dataset, self.config, self.split, self.text_column, self.streaming, self.documents
             )
         return cut_into_documents(lines, self.documents)
+
+    def absolute(self) -> TextSource:
+        """The same for a process in another working directory."""
+        if self.text is not None:
+            return replace(self, text=self.text.resolve())
+        return replace(self, dataset=str(Path(self.dataset).resolve())) if Path(self.dataset).exists() else self
 
     def description(self) -> dict[str, Any]:
         """What a manifest says of it."""

@@ -370,6 +370,13 @@ def finish_dump(output: Path) -> None:
             noted.unlink()
 
 
+def entries_in_all(output: Path) -> int | None:
+    """How many entries the unfinished dump in ``output`` will have; None before the text is tokenized."""
+    if not (output / PROGRESS).exists() or read_json(output / PROGRESS)["runs_done"] is None:
+        return None
+    return len(np.load(output / "values.npy", mmap_mode="r"))
+
+
 def entries_done(output: Path) -> int:
     """How many keys the unfinished dump in ``output`` has written; 0 before the text is tokenized."""
     return _entries(_runs_noted(output, read_json(output / PROGRESS)))

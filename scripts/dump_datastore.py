@@ -6,9 +6,12 @@ import argparse
 import logging
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from knn_lm_eval.errors import UserError, report_user_errors
+
+if TYPE_CHECKING:
+    from knn_lm_eval.datastore import Datastore
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -57,6 +60,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--max_tokens", type=int, help="stop after so many tokens")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted dump")
+    parser.add_argument(
+        "--ray",
+        metavar="ADDRESS",
+        help="dump as tasks of a Ray cluster: auto (the one on this machine, or a new one) or HOST:PORT",
+    )
+    parser.add_argument("--workers", type=int, help="with --ray, tasks side by side (default: one for each GPU)")
     return parser.parse_args()
 
 
@@ -66,6 +75,10 @@ def check(arguments: argparse.Namespace) -> None:
         raise UserError(f"There is no text file {arguments.text}.")
     if arguments.max_tokens is not None and arguments.max_tokens < 1:
         raise UserError(f"--max_tokens {arguments.max_tokens} must be at least 1.")
+    if arguments.workers is not None and arguments.ray is None:
+        raise UserError("--workers is for --ray; without it, torchrun or accelerate starts several processes.")
+    if arguments.workers is not None and arguments.workers < 1:
+        raise UserError(f"--workers {arguments.workers} must be at least 1.")
 
 
 def main() -> None:
@@ -84,39 +97,52 @@ def main() -> None:
     from knn_lm_eval.loading import CausalHFLM
     from knn_lm_eval.processes import Processes
 
-    processes = Processes.of_this_launch()
-
-    def load() -> tuple[dict[str, Any], CausalHFLM]:
+    def read_model_args() -> dict[str, Any]:
         model_args = simple_parse_args_string(arguments.model_args)
         if "pretrained" not in model_args:
             raise UserError("--model_args names no model; give pretrained=NAME or pretrained=FOLDER.")
         if Path(str(model_args["pretrained"])).is_dir():
             model_args["pretrained"] = str(Path(str(model_args["pretrained"])).resolve())
-        return model_args, CausalHFLM(**model_args, device=arguments.device)
+        return model_args
 
-    model_args, lm = processes.each_does(load)
     names = ("text", "dataset", "config", "split", "text_column", "streaming", "documents")
     source = TextSource(**{name: getattr(arguments, name) for name in names})
+    settings = {
+        "key_type": arguments.knn_keytype,
+        "key_module": arguments.key_module,
+        "max_length": arguments.max_length,
+        "stride": arguments.stride,
+        "batch_size": arguments.batch_size,
+        "max_tokens": arguments.max_tokens,
+    }
+    if arguments.ray is not None:
+        from knn_lm_eval.ray_dump import DumpPlan, dump_on_ray
+
+        plan = DumpPlan(read_model_args(), source.absolute(), arguments.output.resolve(), arguments.device, settings)
+        report(dump_on_ray(arguments.ray, plan, arguments.workers, arguments.resume))
+        return
+    processes = Processes.of_this_launch()
+    model_args = processes.each_does(read_model_args)
+    lm = processes.each_does(lambda: CausalHFLM(**model_args, device=arguments.device))
     store = dump_datastore(
         lm,
         source.pieces(),
         arguments.output,
-        key_type=arguments.knn_keytype,
-        key_module=arguments.key_module,
-        max_length=arguments.max_length,
-        stride=arguments.stride,
-        batch_size=arguments.batch_size,
-        max_tokens=arguments.max_tokens,
         resume=arguments.resume,
         source=source.description(),
         model_args=model_args,
         processes=processes,
+        **settings,
     )
     if processes.rank == 0:
-        print(
-            f"{store.path}: {len(store):,} entries of {store.dimension} numbers from "
-            f"{len(store.document_starts):,} documents. Next: build_index --datastore {store.path}"
-        )
+        report(store)
+
+
+def report(store: Datastore) -> None:
+    print(
+        f"{store.path}: {len(store):,} entries of {store.dimension} numbers from {len(store.document_starts):,} "
+        f"documents. Next: build_index --datastore {store.path}"
+    )
 
 
 if __name__ == "__main__":

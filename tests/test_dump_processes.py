@@ -227,3 +227,51 @@ def test_a_begun_dump_of_another_version_is_refused(tmp_path: Path, lm: CausalHF
     (tmp_path / "progress.json").write_text('{"settings": {}, "fingerprint": {}, "entries_done": 5}')
     with pytest.raises(UserError, match="begun by another version"):
         dump_datastore(lm, [], tmp_path, resume=True)
+
+
+@pytest.mark.slow
+def test_ray_tasks_write_what_one_process_writes_also_where_one_is_killed(
+    tmp_path: Path, model_folder: Path, text_file: Path, alone: Datastore
+) -> None:
+    pytest.importorskip("ray")
+    output = tmp_path / "store"
+    driver = subprocess.Popen(
+        command(1, model_folder, text_file, output, "--ray", "local", "--workers", "2"),
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    killed = None
+    while driver.poll() is None and killed is None:
+        workers = [child for child in psutil.Process(driver.pid).children(recursive=True) if is_writing(child)]
+        if workers and entries_done(output) > len(alone) // 5:
+            killed = workers[0]
+            killed.send_signal(signal.SIGKILL)
+        time.sleep(0.005)
+    out, errors = driver.communicate(timeout=300)
+    assert driver.returncode == 0, errors
+    assert killed is not None and "Next: build_index" in out
+    assert_same_files(output, alone)
+
+
+def is_writing(process: psutil.Process) -> bool:
+    try:
+        return "_write_share" in " ".join(process.cmdline()) and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+@pytest.mark.slow
+def test_an_error_in_a_ray_task_is_told_in_one_sentence(
+    tmp_path: Path, model_folder: Path, text_file: Path, alone: Datastore
+) -> None:
+    pytest.importorskip("ray")
+    run = subprocess.run(
+        command(1, model_folder, text_file, alone.path, "--ray", "local"),
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 1, run.stderr
+    assert "already holds a finished datastore" in run.stderr and "Traceback" not in run.stderr, run.stderr

@@ -67,5 +67,5 @@ def test_two_processes_give_what_one_gives(store: Datastore, lm: CausalHFLM, tmp
     assert two["tokens_scored"] == one["tokens_scored"] + len(lm.tok_encode(lines[3]))
     for count in ("searches", "entries_compared", "positions_generated"):
         assert one[count] <= two[count] < 1.5 * one[count], count
-    assert two["saved_searches"] == pytest.approx(one["saved_searches"], rel=0.05)
+    assert two["saved_searches"] == pytest.approx(one["saved_searches"], rel=0.2)
     assert two["seconds"].keys() == one["seconds"].keys()
