@@ -7,7 +7,7 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import nullcontext
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import transformers
 from accelerate import find_executable_batch_size
@@ -33,6 +33,13 @@ logger = logging.getLogger(__name__)
 # tokens there.
 CPU_BATCH_TOKENS = 4096
 REPORTED_COUNTS = ("tokens_scored", "positions_generated", "searches", "entries_compared")
+
+
+class Group(NamedTuple):
+    """Batches that are scored in one go, and the names of their passages, in order."""
+
+    names: list[Any]
+    batches: list[list[Passage]]
 
 
 @register_model("knn-hf")
@@ -256,23 +263,31 @@ class KNNHF(CausalHFLM):
         if not self.carry_state:
             # Longest first: similar lengths share a batch, and too large a batch shows at once.
             order.sort(key=lambda shared: -len(passages[shared].tokens))
-        batches: list[list[Any]] = []
-        rows = 0
+        groups = self._groups(passages, order, batch_size)
         with tqdm(total=len(requests), disable=disable_tqdm or self.rank != 0, desc="Scoring with retrieval") as bar:
-            start = 0
-            while start < len(order):
-                size = batch_size or self._size_of_batch(passages[order[start]])
-                batches.append(order[start : start + size])
-                rows += sum(max(map(len, passages[shared].continuations)) for shared in batches[-1])
-                start += size
-                if rows >= self.scorer.rows_at_once or start >= len(order):
-                    results = self._score_passages(
-                        [[passages[shared] for shared in batch] for batch in batches], want_greedy
-                    )
-                    for shared, scores in zip((s for batch in batches for s in batch), results, strict=True):
-                        yield from zip(askers[shared], scores, strict=True)
-                        bar.update(len(scores))
-                    batches, rows = [], 0
+            upcoming = next(groups, None)
+            while (group := upcoming) is not None:
+                upcoming = next(groups, None)
+                if upcoming is not None:
+                    self.scorer.announce(upcoming.batches[0])
+                results = self._score_passages(group.batches, want_greedy)
+                for shared, scores in zip(group.names, results, strict=True):
+                    yield from zip(askers[shared], scores, strict=True)
+                    bar.update(len(scores))
+
+    def _groups(self, passages: dict[Any, Passage], order: list[Any], batch_size: int | None) -> Iterator[Group]:
+        """The passages in batches, as many batches together as the scorer wants."""
+        start, rows = 0, 0
+        group = Group([], [])
+        while start < len(order):
+            names = order[start : start + (batch_size or self._size_of_batch(passages[order[start]]))]
+            group.names.extend(names)
+            group.batches.append([passages[name] for name in names])
+            rows += sum(max(map(len, passage.continuations)) for passage in group.batches[-1])
+            start += len(names)
+            if rows >= self.scorer.rows_at_once or start >= len(order):
+                yield group
+                group, rows = Group([], []), 0
 
     def _score_passages(self, batches: list[list[Passage]], want_greedy: bool) -> list[list[Score]]:
         """The scorer's ``score``; the place for what has scores from elsewhere."""
@@ -289,7 +304,8 @@ class KNNHF(CausalHFLM):
 
             @find_executable_batch_size(starting_batch_size=self.max_batch_size)
             def try_batch(batch_size: int) -> int:
-                self._score_passages([[probe] * batch_size], want_greedy=True)
+                # Two, for the second may be read ahead.
+                self._score_passages([[probe] * batch_size for _ in range(2)], want_greedy=True)
                 return batch_size
 
             # A size that holds for this length holds for all that follow, which are shorter.
