@@ -180,7 +180,7 @@ def _train(
             vectors[begin : begin + ADD_CHUNK] = _finite(keys[sample[begin : begin + ADD_CHUNK]])
         index.train(vectors)
         if ivf is not None:
-            ivf.clustering_index = None
+            ivf.clustering_index = None  # type: ignore[assignment]
         bar.update(len(sample))
     seconds["train"] = time.perf_counter() - start
     return index
