@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,48 @@ PIECE_CHARACTERS = 2**20
 # " = Title = " begins an article; " = = Section = = " does not.
 ARTICLE_HEADING = re.compile(r"= (?!=).*(?<!=) =")
 DATASET_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}
+
+
+@dataclass(frozen=True)
+class TextSource:
+    """Where a datastore's text comes from: the file ``text``, or else a data set.
+
+    Attributes
+    ----------
+    text : a UTF-8 text file; None for a data set.
+    dataset, config, split, text_column, streaming : see ``read_dataset``.
+    documents : see ``cut_into_documents``.
+    """
+
+    text: Path | None = None
+    dataset: str = ""
+    config: str | None = None
+    split: str = "train"
+    text_column: str = "text"
+    streaming: bool = False
+    documents: str = "line"
+
+    def pieces(self) -> Iterator[Piece]:
+        """Read the text, cut into documents."""
+        if self.text is not None:
+            lines = read_text_file(self.text)
+        else:
+            lines = read_dataset(
+                self.dataset, self.config, self.split, self.text_column, self.streaming, self.documents
+            )
+        return cut_into_documents(lines, self.documents)
+
+    def absolute(self) -> TextSource:
+        """The same for a process in another working directory."""
+        if self.text is not None:
+            return replace(self, text=self.text.resolve())
+        return replace(self, dataset=str(Path(self.dataset).resolve())) if Path(self.dataset).exists() else self
+
+    def description(self) -> dict[str, Any]:
+        """What a manifest says of it."""
+        if self.text is not None:
+            return {"text": str(self.text.resolve()), "documents": self.documents}
+        return {name: value for name, value in asdict(self).items() if name not in ("text", "streaming")}
 
 
 def cut_into_documents(lines: Iterable[str], mode: str) -> Iterator[Piece]:

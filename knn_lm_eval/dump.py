@@ -1,8 +1,12 @@
 """Dumping a datastore: text -> token ids (the values) -> windows -> one forward pass each -> keys.
 
 The token ids are written first and are the values, so that the number of entries, the disk space and the time
-left are known before the LM runs, and a resumed dump needs nothing but the folder. Keys are appended chunk by
-chunk in text order; a chunk is always computed from the same batches, so a resumed dump gives the same bytes.
+left are known before the LM runs, and a resumed dump needs nothing but the folder. Keys are written chunk by chunk
+at their place in one file; a chunk is always computed from the same batches, so a dump gives the same bytes however
+often it was interrupted and however many processes shared it.
+
+While a dump is at work its folder holds ``progress.json`` (the settings, and the runs of entries that were done when
+the dump was last started) and, for each process, ``progress.N.json`` with the runs that it has done since.
 """
 
 from __future__ import annotations
@@ -10,7 +14,9 @@ from __future__ import annotations
 import datetime
 import os
 from array import array
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +25,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from knn_lm_eval.datastore import FORMAT, FORMAT_VERSION, MANIFEST, PROGRESS, Datastore
+from knn_lm_eval.datastore import FORMAT, FORMAT_VERSION, MANIFEST, PROGRESS, Datastore, file_record
 from knn_lm_eval.documents import Piece
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.files import (
@@ -27,18 +33,24 @@ from knn_lm_eval.files import (
     disk_errors_in,
     read_json,
     replace_file,
-    sha256,
     write_json,
     write_npy_header,
 )
 from knn_lm_eval.fingerprint import check_fingerprint, take_fingerprint
 from knn_lm_eval.language_model import CausalLM
 from knn_lm_eval.loading import CausalHFLM
+from knn_lm_eval.processes import Processes
 
 # Batches per chunk: a chunk is what an interruption can lose, and what is sorted by length to save padding.
 BATCHES_PER_CHUNK = 4
 TOKENIZER_BATCH_CHARACTERS = 2**20
 KEY_DTYPE, VALUE_DTYPE = np.float16, np.int32
+UNFINISHED_KEYS = "keys.npy.part"
+# Who fails leaves this file, so that the others stop at their next chunk.
+FAILED = "dump.failed"
+
+# Entries [begin, end) that are done.
+Run = list[int]
 
 
 @dataclass(frozen=True)
@@ -112,6 +124,7 @@ def dump_datastore(
     resume: bool = False,
     source: dict[str, Any] | None = None,
     model_args: dict[str, Any] | None = None,
+    processes: Processes | None = None,
 ) -> Datastore:
     """Write the datastore of a text.
 
@@ -126,6 +139,7 @@ def dump_datastore(
     max_tokens : stop after so many entries.
     resume : go on with an unfinished dump in ``output``.
     source, model_args : kept in the manifest.
+    processes : those that share this dump and all call this function; None is this one alone.
 
     Raises
     ------
@@ -133,81 +147,283 @@ def dump_datastore(
         Where the folder is taken, the text is empty, the disk is full, or the model gives keys that float16
         cannot hold.
     """
-    output = Path(output)
-    max_length = max_length or min(lm.max_length, 1024)
-    windows = WindowSettings(max_length, stride or max_length, batch_size)
-    model = CausalLM(lm.model, key_type, lm.mixed_precision_dtype, key_module)
-    settings = {
-        "key_type": key_type,
-        "windows": {**vars(windows), "prefix_token_id": lm.prefix_token_id},
-        "max_tokens": max_tokens,
-        "source": source or {},
-        "model": {
-            "pretrained": lm.pretrained if isinstance(lm.pretrained, str) else type(model.inner).__name__,
-            "args": model_args or {},
-            "class": type(model.inner).__name__,
-            "dtype": str(model.inner.dtype).removeprefix("torch."),
-            "vocabulary": model.vocabulary_size,
-        },
-    }
-    fingerprint = take_fingerprint(model, lm.tokenizer)
-    with disk_errors_in(output):
-        progress = _start(output, settings, fingerprint, resume)
-        if progress["entries_done"] is None:
-            _write_values(lm, pieces, output, max_tokens)
-            progress["entries_done"] = 0
+    processes = processes or Processes()
+    dump = processes.each_does(
+        lambda: Dump(
+            lm,
+            Path(output),
+            key_type=key_type,
+            key_module=key_module,
+            max_length=max_length,
+            stride=stride,
+            batch_size=batch_size,
+            max_tokens=max_tokens,
+            source=source,
+            model_args=model_args,
+        )
+    )
+    processes.first_does(lambda: dump.prepare(pieces, resume))
+    processes.each_does(lambda: dump.write_share(processes.rank, processes.count, show_progress=processes.rank == 0))
+    processes.first_does(lambda: finish_dump(Path(output)))
+    return Datastore.open(output)
+
+
+class Dump:
+    """A dump in three steps: ``prepare`` once, ``write_share`` for each share of the keys, ``finish_dump`` once.
+
+    Parameters
+    ----------
+    As for ``dump_datastore``.
+    """
+
+    def __init__(
+        self,
+        lm: CausalHFLM,
+        output: Path,
+        *,
+        key_type: str = "last_ffn_input",
+        key_module: str | None = None,
+        max_length: int | None = None,
+        stride: int | None = None,
+        batch_size: int = 4,
+        max_tokens: int | None = None,
+        source: dict[str, Any] | None = None,
+        model_args: dict[str, Any] | None = None,
+    ) -> None:
+        self.lm, self.output, self.max_tokens = lm, output, max_tokens
+        max_length = max_length or min(lm.max_length, 1024)
+        self.windows = WindowSettings(max_length, stride or max_length, batch_size)
+        self.model = CausalLM(lm.model, key_type, lm.mixed_precision_dtype, key_module)
+        inner = self.model.inner
+        self.settings: dict[str, Any] = {
+            "key_type": key_type,
+            "windows": {**vars(self.windows), "prefix_token_id": lm.prefix_token_id},
+            "max_tokens": max_tokens,
+            "source": source or {},
+            "model": {
+                "pretrained": lm.pretrained if isinstance(lm.pretrained, str) else type(inner).__name__,
+                "args": model_args or {},
+                "class": type(inner).__name__,
+                "dtype": str(inner.dtype).removeprefix("torch."),
+                "vocabulary": self.model.vocabulary_size,
+            },
+        }
+        self.fingerprint = take_fingerprint(self.model, lm.tokenizer)
+
+    @property
+    def _row_bytes(self) -> int:
+        return len(self.fingerprint["key"]) * np.dtype(KEY_DTYPE).itemsize
+
+    def prepare(self, pieces: Iterable[Piece], resume: bool) -> None:
+        """Tokenize the text unless that is done, make room for the keys, and note which of them are there."""
+        output = self.output
+        with disk_errors_in(output):
+            progress = self._start(resume)
+            if progress["runs_done"] is None:
+                _write_values(self.lm, pieces, output, self.max_tokens)
+                progress["runs_done"] = []
+            count = len(np.load(output / "values.npy", mmap_mode="r"))
+            runs = progress["runs_done"] = self._runs_in_place(_runs_noted(output, progress), count)
             write_json(output / PROGRESS, progress)
+            for noted in (*output.glob("progress.*.json"), output / FAILED):
+                noted.unlink(missing_ok=True)
+            if (left := count - _entries(runs)) == 0:
+                return
+            check_free_space(output, left * self._row_bytes, f"the keys of {count:,} tokens")
+            with open(output / UNFINISHED_KEYS, "r+b" if runs else "w+b") as file:
+                write_npy_header(file, KEY_DTYPE, (count, len(self.fingerprint["key"])))
+                # All of it at once (disks keep no room for what was never written): each writes at its own place.
+                file.truncate(file.tell() + count * self._row_bytes)
+
+    def _start(self, resume: bool) -> dict[str, Any]:
+        """Look at what is in the folder; the progress so far, with runs_done None before the text is read."""
+        output = self.output
+        output.mkdir(parents=True, exist_ok=True)
+        if (output / MANIFEST).exists():
+            raise UserError(f"{output} already holds a finished datastore; choose another folder or delete it.")
+        if not (output / PROGRESS).exists():
+            if (output / "keys.npy").exists() or (output / "values.npy").exists():
+                raise UserError(f"{output} holds arrays that this program did not make; choose another folder.")
+            progress: dict[str, Any] = {
+                "settings": self.settings,
+                "key_module": self.model.key_module_name,
+                "fingerprint": self.fingerprint,
+                "runs_done": None,
+            }
+            write_json(output / PROGRESS, progress)
+            return progress
+        if not resume:
+            raise UserError(f"{output} holds an unfinished dump; add --resume to go on with it, or delete the folder.")
+        progress = read_json(output / PROGRESS)
+        if "runs_done" not in progress:
+            raise UserError(f"The dump in {output} was begun by another version of this program; delete the folder.")
+        for name, value in self.settings.items():
+            if progress["settings"].get(name) != value:
+                raise UserError(
+                    f"The dump in {output} was begun with {name}={progress['settings'].get(name)}, now it is "
+                    f"{value}; give the same settings to resume it, or delete the folder."
+                )
+        self._check_fingerprint(progress)
+        return progress
+
+    def _check_fingerprint(self, progress: dict[str, Any]) -> None:
+        begun_with, now = progress["fingerprint"], self.fingerprint
+        if str(begun_with) != str(now):  # as text NaN, which a model's keys may be, is the same as NaN
+            check_fingerprint(begun_with, now, "the dump's model", self.settings["model"]["pretrained"])
+
+    def _runs_in_place(self, runs: list[Run], count: int) -> list[Run]:
+        """``runs``, or none where the file that should hold them is gone or was cut."""
+        if _entries(runs) == count and (self.output / "keys.npy").exists():
+            return runs
+        partial = self.output / UNFINISHED_KEYS
+        return runs if partial.exists() and partial.stat().st_size >= count * self._row_bytes else []
+
+    def write_share(self, share: int, shares: int, show_progress: bool = False) -> None:
+        """Write the keys of one of ``shares`` runs of the chunks that were not done when ``prepare`` ended.
+
+        Where this share was begun before, it goes on.
+        """
+        output, noted = self.output, self.output / f"progress.{share}.json"
+        with disk_errors_in(output):
+            progress = read_json(output / PROGRESS)
+            self._check_fingerprint(progress)
+            values = np.load(output / "values.npy", mmap_mode="r")
+            starts = np.load(output / "document_starts.npy", mmap_mode="r")
+            runs: list[Run] = read_json(noted)["runs_done"] if noted.exists() else []
+            todo = chunks(cut_windows(starts, len(values), self.windows), self.windows)
+            left = len(values) - _entries(progress["runs_done"])
+            if left == 0:
+                return
+            header = (output / UNFINISHED_KEYS).stat().st_size - len(values) * self._row_bytes
+            try:
+                with (
+                    # For writing only: a network disk that had read a page could write it back over another's keys.
+                    open(os.open(output / UNFINISHED_KEYS, os.O_WRONLY), "wb") as file,
+                    tqdm(
+                        total=len(values),
+                        initial=entries_done(output),
+                        unit=" tokens",
+                        unit_scale=True,
+                        desc="Dumping keys",
+                        disable=not show_progress,
+                    ) as bar,
+                ):
+                    for chunk in _share_of(_not_done(todo, progress["runs_done"]), left, share, shares):
+                        begin, end = chunk[0].start, chunk[-1].stop
+                        if runs and end <= runs[-1][1]:
+                            continue
+                        if (output / FAILED).exists():
+                            return
+                        keys = self._keys_of(chunk, values, bar)
+                        file.seek(header + begin * self._row_bytes)
+                        file.write(keys.tobytes())
+                        file.flush()
+                        os.fsync(file.fileno())
+                        runs = _joined([*runs, [begin, end]])
+                        write_json(noted, {"runs_done": runs})
+                        if show_progress:  # with what the others have done
+                            bar.n = entries_done(output)
+                            bar.refresh()
+            except Exception:
+                with suppress(OSError):
+                    (output / FAILED).touch()
+                raise
+
+    def _keys_of(self, chunk: list[Window], values: np.ndarray, bar: tqdm) -> np.ndarray:
+        """The keys of a chunk's entries, float16 ``[entries, dimension]``."""
+        begin, end = chunk[0].start, chunk[-1].stop
+        keys = np.empty((end - begin, len(self.fingerprint["key"])), dtype=KEY_DTYPE)
+        for batch in batches(chunk, self.windows):
+            read = _read_windows(self.model, self.lm.prefix_token_id, values, batch)
+            for window, rows in zip(batch, read, strict=True):
+                keys[window.start - begin : window.stop - begin] = rows
+                bar.update(window.stop - window.start)
+        if not np.isfinite(keys).all():
+            bad = begin + int(np.flatnonzero(~np.isfinite(keys).all(axis=1))[0])
+            raise UserError(
+                f"The model's key for token {bad} is not a finite float16 number (NaN, or beyond 65,504); "
+                f"check the model's weights and dtype, or use knn_keytype=last_ffn_input."
+            )
+        return keys
+
+
+def finish_dump(output: Path) -> None:
+    """Make a datastore of a folder in which all shares' keys are written."""
+    with disk_errors_in(output):
+        progress = read_json(output / PROGRESS)
         values = np.load(output / "values.npy", mmap_mode="r")
         starts = np.load(output / "document_starts.npy", mmap_mode="r")
-        row_bytes = len(fingerprint["key"]) * np.dtype(KEY_DTYPE).itemsize
-        left = len(values) - progress["entries_done"]
-        check_free_space(output, left * row_bytes, f"the keys of {len(values):,} tokens")
-        _write_keys(model, lm.prefix_token_id, values, starts, windows, output, progress)
+        assert _entries(_runs_noted(output, progress)) == len(values), "a share of the keys is missing"
+        if (output / UNFINISHED_KEYS).exists():
+            replace_file(output / UNFINISHED_KEYS, output / "keys.npy")
         manifest = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
             "count": len(values),
-            "dimension": len(fingerprint["key"]),
+            "dimension": len(progress["fingerprint"]["key"]),
             "documents": len(starts),
             "key_dtype": np.dtype(KEY_DTYPE).name,
             "value_dtype": np.dtype(VALUE_DTYPE).name,
-            **settings,
-            "key_module": model.key_module_name,
-            "fingerprint": fingerprint,
-            "files": {
-                name: {"bytes": (output / name).stat().st_size, "sha256": sha256(output / name)}
-                for name in ("keys.npy", "values.npy", "document_starts.npy")
-            },
+            **progress["settings"],
+            "key_module": progress["key_module"],
+            "fingerprint": progress["fingerprint"],
+            "files": {name: file_record(output / name) for name in ("keys.npy", "values.npy", "document_starts.npy")},
             "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "versions": _versions(),
         }
         write_json(output / MANIFEST, manifest)
-        (output / PROGRESS).unlink()
-    return Datastore.open(output)
+        for noted in output.glob("progress.*"):
+            noted.unlink()
 
 
-def _start(output: Path, settings: dict[str, Any], fingerprint: dict[str, Any], resume: bool) -> dict[str, Any]:
-    """Look at what is in the folder; the progress so far, with entries_done None before the text is read."""
-    output.mkdir(parents=True, exist_ok=True)
-    if (output / MANIFEST).exists():
-        raise UserError(f"{output} already holds a finished datastore; choose another folder or delete it.")
-    if not (output / PROGRESS).exists():
-        if (output / "keys.npy").exists() or (output / "values.npy").exists():
-            raise UserError(f"{output} holds arrays that this program did not make; choose another folder.")
-        progress: dict[str, Any] = {"settings": settings, "fingerprint": fingerprint, "entries_done": None}
-        write_json(output / PROGRESS, progress)
-        return progress
-    if not resume:
-        raise UserError(f"{output} holds an unfinished dump; add --resume to go on with it, or delete the folder.")
-    progress = read_json(output / PROGRESS)
-    for name, value in settings.items():
-        if progress["settings"].get(name) != value:
-            raise UserError(
-                f"The dump in {output} was begun with {name}={progress['settings'].get(name)}, now it is "
-                f"{value}; give the same settings to resume it, or delete the folder."
-            )
-    check_fingerprint(progress["fingerprint"], fingerprint, "the dump's model", settings["model"]["pretrained"])
-    return progress
+def entries_in_all(output: Path) -> int | None:
+    """How many entries the unfinished dump in ``output`` will have; None before the text is tokenized."""
+    if not (output / PROGRESS).exists() or read_json(output / PROGRESS)["runs_done"] is None:
+        return None
+    return len(np.load(output / "values.npy", mmap_mode="r"))
+
+
+def entries_done(output: Path) -> int:
+    """How many keys the unfinished dump in ``output`` has written; 0 before the text is tokenized."""
+    return _entries(_runs_noted(output, read_json(output / PROGRESS)))
+
+
+def _runs_noted(output: Path, progress: dict[str, Any]) -> list[Run]:
+    """All that is done, by ``progress`` and by the shares' own files."""
+    shares = [read_json(noted)["runs_done"] for noted in output.glob("progress.*.json")]
+    return _joined([*(progress["runs_done"] or []), *(run for runs in shares for run in runs)])
+
+
+def _joined(runs: list[Run]) -> list[Run]:
+    """The same entries in as few runs as can be, in order."""
+    joined: list[Run] = []
+    for begin, end in sorted(runs):
+        if joined and begin <= joined[-1][1]:
+            joined[-1][1] = max(end, joined[-1][1])
+        else:
+            joined.append([begin, end])
+    return joined
+
+
+def _entries(runs: list[Run]) -> int:
+    return sum(end - begin for begin, end in runs)
+
+
+def _not_done(chunks: Iterable[list[Window]], runs: list[Run]) -> Iterator[list[Window]]:
+    begins = [begin for begin, _ in runs]
+    for chunk in chunks:
+        run = bisect_right(begins, chunk[0].start) - 1
+        if run < 0 or runs[run][1] < chunk[-1].stop:
+            yield chunk
+
+
+def _share_of(chunks: Iterable[list[Window]], entries: int, share: int, shares: int) -> Iterator[list[Window]]:
+    """Share number ``share`` of ``chunks``, which hold so many entries: neighbours in the text, about as many each."""
+    before = 0
+    for chunk in chunks:
+        if before * shares // entries == share:
+            yield chunk
+        before += chunk[-1].stop - chunk[0].start
 
 
 def _write_values(lm: CausalHFLM, pieces: Iterable[Piece], output: Path, max_tokens: int | None) -> None:
@@ -266,49 +482,6 @@ def _tokenize(lm: CausalHFLM, pieces: list[Piece]) -> list[list[int]]:
             for i, piece_ids in zip(chosen, ids, strict=True):
                 encoded[i] = piece_ids
     return encoded
-
-
-def _write_keys(
-    model: CausalLM,
-    prefix_token_id: int,
-    values: np.ndarray,
-    starts: np.ndarray,
-    settings: WindowSettings,
-    output: Path,
-    progress: dict[str, Any],
-) -> None:
-    """Append the keys of the entries that are not done yet; ``keys.npy`` appears when all are there."""
-    partial, done = output / "keys.npy.part", progress["entries_done"]
-    if done == len(values) and (output / "keys.npy").exists():
-        return
-    dimension = len(progress["fingerprint"]["key"])
-    with open(partial, "r+b" if done else "w+b") as file:
-        write_npy_header(file, KEY_DTYPE, (len(values), dimension))
-        # What was written after the last recorded chunk is computed again.
-        file.truncate(file.tell() + done * dimension * np.dtype(KEY_DTYPE).itemsize)
-        file.seek(0, os.SEEK_END)
-        bar = tqdm(total=len(values), initial=done, unit=" tokens", unit_scale=True, desc="Dumping keys")
-        for chunk in chunks(cut_windows(starts, len(values), settings), settings):
-            begin, end = chunk[0].start, chunk[-1].stop
-            if end <= done:
-                continue
-            keys = np.empty((end - begin, dimension), dtype=KEY_DTYPE)
-            for batch in batches(chunk, settings):
-                for window, rows in zip(batch, _read_windows(model, prefix_token_id, values, batch), strict=True):
-                    keys[window.start - begin : window.stop - begin] = rows
-                    bar.update(window.stop - window.start)
-            if not np.isfinite(keys).all():
-                bad = begin + int(np.flatnonzero(~np.isfinite(keys).all(axis=1))[0])
-                raise UserError(
-                    f"The model's key for token {bad} is not a finite float16 number (NaN, or beyond 65,504); "
-                    f"check the model's weights and dtype, or use knn_keytype=last_ffn_input."
-                )
-            file.write(keys.tobytes())
-            file.flush()
-            os.fsync(file.fileno())
-            write_json(output / PROGRESS, progress | {"entries_done": end})
-        bar.close()
-    replace_file(partial, output / "keys.npy")
 
 
 def chunks(windows: Iterable[Window], settings: WindowSettings) -> Iterator[list[Window]]:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import functools
 import inspect
 import os
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from types import TracebackType
@@ -34,6 +33,7 @@ from knn_lm_eval.language_model import CausalLM
 from knn_lm_eval.mixture import mixed_log_probs, neighbour_log_weights
 from knn_lm_eval.retomaton import padded_neighbours
 from knn_lm_eval.scoring import LOGITS_BYTES, NEIGHBOURS_PER_BLOCK, Neighbours
+from knn_lm_eval.timing import StageTimer
 
 
 def retrieval_augmented(
@@ -91,11 +91,17 @@ class MixedForward:
     def __init__(self, model: CausalLM, augmentation: Augmentation) -> None:
         self.model, self.augmentation = model, augmentation
         self.positions, self.skipped = 0, 0
-        self.seconds = {"forward": 0.0, "mixture": 0.0}
+        self._seconds = {"forward": 0.0, "mixture": 0.0}
+        self._timed = StageTimer(self._seconds, model.device)
         self._inside: ExitStack | None = None
         # In ``generate``: the sequences of the step at hand, and the candidates after each sequence of the last one.
         self._sequences: Tensor | None = None
         self._candidates: dict[bytes, tuple[np.ndarray, np.ndarray]] = {}
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        self._timed.settle()
+        return self._seconds
 
     def __enter__(self) -> MixedForward:
         if self._inside is not None:
@@ -121,11 +127,10 @@ class MixedForward:
 
         @functools.wraps(forward)
         def mixed_forward(*args: Any, **kwargs: Any) -> Any:
-            start = time.perf_counter()
+            self._timed.settle()
             captured: dict[str, Tensor] = {}
-            with self.model.capture_keys(captured):
+            with self._timed("forward"), self.model.capture_keys(captured):
                 output = forward(*args, **kwargs)
-            self.seconds["forward"] += time.perf_counter() - start
             with torch.no_grad():
                 return self._with_mixture(output, captured["key"], signature.bind_partial(*args).arguments | kwargs)
 
@@ -206,9 +211,9 @@ class MixedForward:
 
         ``from_end`` says where in its sequence a kept position is: -1 is the last.
         """
-        start_time, how = time.perf_counter(), self.augmentation
-        log_probs = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
-        self.seconds["mixture"] += time.perf_counter() - start_time
+        how = self.augmentation
+        with self._timed("mixture"):
+            log_probs = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
         rows, columns = real.nonzero(as_tuple=True)
         self.positions += len(rows)
         if how.lmbda == 0 or not len(rows):
@@ -238,17 +243,16 @@ class MixedForward:
         for start in range(0, len(rows), block):
             stop = min(start + block, len(rows))
             distances, values, counts = neighbours(torch.arange(start, stop))
-            start_time = time.perf_counter()
-            distances, values = distances.to(logits.device), values.to(logits.device)
-            counts = None if counts is None else counts.to(logits.device)
-            log_weights = neighbour_log_weights(distances, how.knn_temp, counts)
-            for at in range(start, stop, chunk):
-                part, here = slice(at - start, at - start + chunk), slice(at, min(at + chunk, stop))
-                place = rows[here], columns[here]
-                table = log_probs[place]
-                lmbda = weights(how.lmbda, lm_features_for(how.lmbda, table), distances[part], values[part])
-                log_probs[place] = mixed_log_probs(table, log_weights[part], values[part], lmbda)
-            self.seconds["mixture"] += time.perf_counter() - start_time
+            with self._timed("mixture"):
+                distances, values = distances.to(logits.device), values.to(logits.device)
+                counts = None if counts is None else counts.to(logits.device)
+                log_weights = neighbour_log_weights(distances, how.knn_temp, counts)
+                for at in range(start, stop, chunk):
+                    part, here = slice(at - start, at - start + chunk), slice(at, min(at + chunk, stop))
+                    place = rows[here], columns[here]
+                    table = log_probs[place]
+                    lmbda = weights(how.lmbda, lm_features_for(how.lmbda, table), distances[part], values[part])
+                    log_probs[place] = mixed_log_probs(table, log_weights[part], values[part], lmbda)
         return log_probs
 
     def _worth(self, log_probs: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ the store does (``absolute``). Part i lies in ``NAME.00i.faiss``.
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_INDEX = "index"
 METRICS = {"l2": faiss.METRIC_L2, "dot": faiss.METRIC_INNER_PRODUCT}
+GPU_MAX_K = 2048  # faiss's own limit
 
 
 @dataclass(frozen=True)
@@ -112,14 +114,15 @@ def read_index(path: Path) -> faiss.Index:
         ) from error
 
 
-def join_parts(parts: list[faiss.Index], relative_ids: bool) -> faiss.IndexShards:
+def join_parts(parts: list[faiss.Index], relative_ids: bool, threaded: bool = False) -> faiss.IndexShards:
     """One index over parts that hold runs of entries in order.
 
     Parameters
     ----------
     relative_ids : each part numbers its entries from 0; otherwise as the store does.
+    threaded : search the parts side by side, each in a thread of its own; for parts on GPUs.
     """
-    shards: Any = faiss.IndexShards(parts[0].d, False, relative_ids)  # type: ignore[call-arg]
+    shards: Any = faiss.IndexShards(parts[0].d, threaded, relative_ids)  # type: ignore[call-arg]
     for part in parts:
         shards.add_shard(part)
     return shards
@@ -151,27 +154,54 @@ def faiss_gpus() -> int:
     return getattr(faiss, "get_num_gpus", lambda: 0)()
 
 
-def to_gpus(index: faiss.Index) -> faiss.Index:
+def to_gpus(index: faiss.Index, k: int) -> faiss.Index:
     """Put ``index`` on all visible GPUs in float16: a copy on each, or in shards where a copy does not fit.
 
-    With no GPU, or for an index type that faiss has for the CPU only, says so once and returns ``index`` as it is.
+    Of several processes on a machine each takes a GPU of its own. An index in parts is spread part by part. With no
+    GPU, or for an index type that faiss has for the CPU only, says so once and returns ``index`` as it is.
+
+    Raises
+    ------
+    UserError
+        Where GPUs cannot find ``k`` neighbours.
     """
     if not faiss_gpus():
         logger.warning("knn_gpu=True, but faiss sees no GPU (faiss-gpu needed): searching on the CPU.")
         return index
+    gpus = list(range(faiss_gpus()))
+    if local_rank := os.environ.get("LOCAL_RANK"):
+        gpus = [gpus[int(local_rank) % len(gpus)]]
+    try:
+        on_gpus = _clone_to(gpus, index)
+    except RuntimeError as error:
+        logger.warning(
+            "knn_gpu=True, but faiss cannot put %s on GPUs (%s): searching on the CPU.",
+            type(index).__name__,
+            _reason(error),
+        )
+        return index
+    if k > GPU_MAX_K:
+        raise UserError(f"k={k} is more than faiss finds on GPUs, {GPU_MAX_K}; choose a smaller k, or knn_gpu=False.")
+    return on_gpus
+
+
+def _clone_to(gpus: list[int], index: faiss.Index) -> faiss.Index:
+    if isinstance(index, faiss.IndexShards):
+        parts: Any = index
+        clones = [
+            _clone_to([gpus[number % len(gpus)]], faiss.downcast_index(parts.at(number)))
+            for number in range(parts.count())
+        ]
+        return join_parts(clones, parts.successive_ids, threaded=True)
     options = faiss.GpuMultipleClonerOptions()
     options.useFloat16 = True
-    for options.shard in (False, True):
-        try:
-            return faiss.index_cpu_to_all_gpus(index, options)
-        except RuntimeError as error:
-            reason = _reason(error)
-    logger.warning(
-        "knn_gpu=True, but faiss cannot put %s on GPUs (%s): searching on the CPU.",
-        type(index).__name__,
-        reason,
-    )
-    return index
+    try:
+        return faiss.index_cpu_to_gpus_list(index, options, gpus)
+    except RuntimeError:
+        if len(gpus) == 1:
+            raise
+        options.shard = True
+        return faiss.index_cpu_to_gpus_list(index, options, gpus)
 
 
 def search(index: faiss.Index, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:

@@ -213,9 +213,11 @@ def _train(
         raise UserError(f"{factory} has more lists than the store has entries ({len(datastore)}); choose fewer.")
     keys = datastore.require_keys("training an index")
     sample = np.sort(np.random.default_rng(seed).permutation(len(datastore))[: min(wanted, len(datastore))])
+    on_gpus = None
     if ivf is not None and faiss_gpus():
-        # Only k-means, the slow part of training, moves to the GPUs.
-        ivf.clustering_index = faiss.index_cpu_to_all_gpus(faiss.IndexFlatL2(ivf.d))
+        # Only k-means, the slow part of training, moves to the GPUs. faiss does not keep what it is given here alive.
+        on_gpus = faiss.index_cpu_to_all_gpus(faiss.IndexFlatL2(ivf.d))
+        ivf.clustering_index = on_gpus
     start = time.perf_counter()
     with tqdm(total=len(sample), desc=f"Training {factory} on {len(sample):,} keys", unit=" keys") as bar:
         vectors = np.empty((len(sample), datastore.dimension), dtype=np.float32)
@@ -224,6 +226,8 @@ def _train(
         if ivf is not None and ivf.nlist > TWO_LEVELS_ABOVE and not faiss_gpus():
             _place_lists(index, ivf, vectors, seed)
         index.train(vectors)
+        if ivf is not None:
+            ivf.clustering_index = None  # type: ignore[assignment]
         bar.update(len(sample))
     seconds["train"] = time.perf_counter() - start
     return index
@@ -296,9 +300,12 @@ def _add(
     """Add the keys that are not in the index yet, in order."""
     keys = datastore.require_keys("an index")
     ivf, assigner = inverted_file(index), None
-    # Fast-scan lists have a layout that add_core, which takes assignments, does not know.
-    if isinstance(index, faiss.IndexIVF) and not isinstance(index, faiss.IndexIVFFastScan) and faiss_gpus():
-        assigner = faiss.index_cpu_to_all_gpus(faiss.downcast_index(index.quantizer))
+    # GPUs find each key's list where it is a plain one: fast-scan types take no lists that were found elsewhere, and
+    # other indexes than flat ones are looked through for a list on the CPU.
+    if faiss_gpus() and isinstance(index, faiss.IndexIVF) and not isinstance(index, faiss.IndexIVFFastScan):
+        quantizer = faiss.downcast_index(index.quantizer)
+        if isinstance(quantizer, faiss.IndexFlat):
+            assigner = faiss.index_cpu_to_all_gpus(quantizer)
     start = saved = time.perf_counter()
     with tqdm(total=len(datastore), initial=index.ntotal, desc="Adding keys", unit=" keys", unit_scale=True) as bar:
         while index.ntotal < len(datastore):

@@ -7,7 +7,7 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import nullcontext
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import transformers
 from accelerate import find_executable_batch_size
@@ -32,6 +32,14 @@ logger = logging.getLogger(__name__)
 # A CPU gains nothing from larger batches and cannot find its limit by trial: batch_size=auto takes this many
 # tokens there.
 CPU_BATCH_TOKENS = 4096
+REPORTED_COUNTS = ("tokens_scored", "positions_generated", "searches", "entries_compared")
+
+
+class Group(NamedTuple):
+    """Batches that are scored in one go, and the names of their passages, in order."""
+
+    names: list[Any]
+    batches: list[list[Passage]]
 
 
 @register_model("knn-hf")
@@ -154,6 +162,7 @@ class KNNHF(CausalHFLM):
             self.scorer = Scorer(model, searched, opened.lmbda, opened.knn_temp, self.softmax_dtype)
         self.mixed_forward = MixedForward(model, opened)
         self.carry_state = retomaton and carry_state
+        self._work_of_all: Any = None  # each process's ``_work``, when ``gather_object`` collected it
         self.settings = opened.settings | {"key_module": model.key_module_name, "context_len": context_len}
         if retomaton:
             self.settings["carry_state"] = carry_state
@@ -254,23 +263,31 @@ class KNNHF(CausalHFLM):
         if not self.carry_state:
             # Longest first: similar lengths share a batch, and too large a batch shows at once.
             order.sort(key=lambda shared: -len(passages[shared].tokens))
-        batches: list[list[Any]] = []
-        rows = 0
+        groups = self._groups(passages, order, batch_size)
         with tqdm(total=len(requests), disable=disable_tqdm or self.rank != 0, desc="Scoring with retrieval") as bar:
-            start = 0
-            while start < len(order):
-                size = batch_size or self._size_of_batch(passages[order[start]])
-                batches.append(order[start : start + size])
-                rows += sum(max(map(len, passages[shared].continuations)) for shared in batches[-1])
-                start += size
-                if rows >= self.scorer.rows_at_once or start >= len(order):
-                    results = self._score_passages(
-                        [[passages[shared] for shared in batch] for batch in batches], want_greedy
-                    )
-                    for shared, scores in zip((s for batch in batches for s in batch), results, strict=True):
-                        yield from zip(askers[shared], scores, strict=True)
-                        bar.update(len(scores))
-                    batches, rows = [], 0
+            upcoming = next(groups, None)
+            while (group := upcoming) is not None:
+                upcoming = next(groups, None)
+                if upcoming is not None:
+                    self.scorer.announce(upcoming.batches[0])
+                results = self._score_passages(group.batches, want_greedy)
+                for shared, scores in zip(group.names, results, strict=True):
+                    yield from zip(askers[shared], scores, strict=True)
+                    bar.update(len(scores))
+
+    def _groups(self, passages: dict[Any, Passage], order: list[Any], batch_size: int | None) -> Iterator[Group]:
+        """The passages in batches, as many batches together as the scorer wants."""
+        start, rows = 0, 0
+        group = Group([], [])
+        while start < len(order):
+            names = order[start : start + (batch_size or self._size_of_batch(passages[order[start]]))]
+            group.names.extend(names)
+            group.batches.append([passages[name] for name in names])
+            rows += sum(max(map(len, passage.continuations)) for passage in group.batches[-1])
+            start += len(names)
+            if rows >= self.scorer.rows_at_once or start >= len(order):
+                yield group
+                group, rows = Group([], []), 0
 
     def _score_passages(self, batches: list[list[Passage]], want_greedy: bool) -> list[list[Score]]:
         """The scorer's ``score``; the place for what has scores from elsewhere."""
@@ -287,7 +304,8 @@ class KNNHF(CausalHFLM):
 
             @find_executable_batch_size(starting_batch_size=self.max_batch_size)
             def try_batch(batch_size: int) -> int:
-                self._score_passages([[probe] * batch_size], want_greedy=True)
+                # Two, for the second may be read ahead.
+                self._score_passages([[probe] * batch_size for _ in range(2)], want_greedy=True)
                 return batch_size
 
             # A size that holds for this length holds for all that follow, which are shorter.
@@ -337,25 +355,55 @@ class KNNHF(CausalHFLM):
             "loading": self._loading,
         }
 
-    def get_model_info(self) -> dict[str, Any]:
-        """lm-eval's model information, with the retrieval settings and what retrieval did (``knn``)."""
-        store, statistics = self.retriever.datastore, self.retriever.statistics
+    def gather_object(self, obj: Any, dst: int = 0) -> list[Any] | None:
+        """As lm-eval's, which so collects the processes' results; what retrieval did in each goes along."""
+        gathered = super().gather_object((obj, self._work()), dst)
+        if gathered is None:
+            return None
+        objects, works = zip(*gathered, strict=True)
+        self._work_of_all = works
+        return list(objects)
+
+    def _work(self) -> tuple[dict[str, float], dict[str, float]]:
+        """What retrieval did in this process so far: counts, and seconds by stage."""
+        statistics, mixed = self.retriever.statistics, self.mixed_forward
+        counts: dict[str, float] = {
+            "tokens_scored": self.scorer.tokens_scored,
+            "positions_generated": mixed.positions,
+            "searches": statistics.searches,
+            "entries_compared": statistics.entries_compared,
+            "rows": self.scorer.rows_scored + mixed.positions,
+            "rows_skipped": self.scorer.rows_skipped + mixed.skipped,
+        }
         seconds = self.scorer.seconds | statistics.seconds
-        for stage, value in self.mixed_forward.seconds.items():
+        for stage, value in mixed.seconds.items():
             seconds[stage] += value
-        walked: dict[str, Any] = {}
         if isinstance(self.scorer, RetomatonScorer):
             walks = self.scorer.automaton.statistics
             # The retriever counts the walks' searches as well, but not the distances of pointers.
             seconds |= {name: value for name, value in walks.seconds.items() if name != "search"}
+            counts |= {"steps": walks.steps, "walk_searches": walks.searches, "candidates": walks.candidates}
+        return counts, seconds
+
+    def get_model_info(self) -> dict[str, Any]:
+        """lm-eval's model information, with the retrieval settings and what retrieval did (``knn``).
+
+        Of several processes the counts and seconds are added up, once ``gather_object`` brought them together. Counted
+        is what was done: lm-eval has processes with fewer requests than others do their last one again.
+        """
+        store = self.retriever.datastore
+        counts, seconds = (
+            {name: sum(one[name] for one in of_all) for name in of_all[0]}
+            for of_all in zip(*(self._work_of_all or [self._work()]), strict=True)
+        )
+        walked: dict[str, Any] = {}
+        if isinstance(self.scorer, RetomatonScorer):
             walked = {
-                "saved_searches": 1 - walks.searches / max(1, walks.steps),
-                "mean_candidates": walks.candidates / max(1, walks.steps),
+                "saved_searches": 1 - counts["walk_searches"] / max(1, counts["steps"]),
+                "mean_candidates": counts["candidates"] / max(1, counts["steps"]),
             }
         elif isinstance(gate := self.mixed_forward.augmentation.lmbda, Gate) and gate.threshold is not None:
-            rows = self.scorer.rows_scored + self.mixed_forward.positions
-            skipped = self.scorer.rows_skipped + self.mixed_forward.skipped
-            walked = {"saved_searches": skipped / max(1, rows)}
+            walked = {"saved_searches": counts["rows_skipped"] / max(1, counts["rows"])}
         return super().get_model_info() | {
             "knn": {
                 **walked,
@@ -372,10 +420,7 @@ class KNNHF(CausalHFLM):
                 "index_factory": self.retriever.metadata["factory"],
                 "index_bytes": self.retriever.metadata["bytes"],
                 "processes": self.world_size,
-                "tokens_scored": self.scorer.tokens_scored,
-                "positions_generated": self.mixed_forward.positions,
-                "searches": statistics.searches,
-                "entries_compared": statistics.entries_compared,
+                **{name: counts[name] for name in REPORTED_COUNTS},
                 "seconds": {stage: round(value, 3) for stage, value in seconds.items()},
             }
         }

@@ -148,7 +148,7 @@ def _results(file: Path, content: dict[str, Any]) -> Iterator[Result]:
     )
     speed = None
     if knn.get("tokens_scored") and (seconds := sum(knn["seconds"].values())):
-        speed = knn["tokens_scored"] / seconds
+        speed = knn["tokens_scored"] / seconds * knn.get("processes", 1)  # seconds are all processes' together
     tokens = [content.get(f"tokenizer_{name}_token") for name in ("bos", "eos", "pad")]
     for task, values in content["results"].items():
         metrics = {

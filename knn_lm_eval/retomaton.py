@@ -40,7 +40,7 @@ class RetomatonScorer(Scorer):
     ) -> None:
         super().__init__(model, retriever, lmbda, automaton.settings.knn_temp, softmax_dtype)
         self.automaton, self.values = automaton, automaton.values
-        self.carry_state = carry_state
+        self.carry_state, self.reads_ahead = carry_state, False
         self._survivors: dict[int, np.ndarray] = {}
 
     @property
@@ -50,7 +50,10 @@ class RetomatonScorer(Scorer):
         return max(1, WAITING_BYTES // (8 * max(width, self.automaton.settings.k)))
 
     def score(self, batches: Sequence[Sequence[Passage]], want_greedy: bool) -> list[list[Score]]:
-        """As ``Scorer.score``; the automaton walks all batches together, where each step's neighbours aren't kept."""
+        """As ``Scorer.score``; the automaton walks all batches together, where each step's neighbours aren't kept.
+
+        Nothing is read ahead: all batches of a call are read before they are walked.
+        """
         if want_greedy or not isinstance(self.lmbda, float):
             return [scores for batch in batches for scores in self._score_with_neighbours(batch, want_greedy)]
         readings, lm_log_probs, walks = [], [], []

@@ -67,11 +67,17 @@ class Retriever:
     gpu : search on all visible GPUs.
     index : the index's name.
 
+    Attributes
+    ----------
+    on_gpus : whether searches run on GPUs.
+
     Raises
     ------
     UserError
         Where a setting does not fit the store or the index.
     """
+
+    on_gpus = False
 
     def __init__(
         self,
@@ -109,7 +115,8 @@ class Retriever:
         if self.probe is not None:
             set_probe(self.index, self.probe)
         if gpu:
-            self.index = to_gpus(self.index)
+            self.index = to_gpus(self.index, k)
+            self.on_gpus = self.index is not self.cpu_index
         self.statistics = RetrievalStatistics()
 
     def search(self, queries: Tensor) -> Found:

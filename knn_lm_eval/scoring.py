@@ -7,9 +7,7 @@ for the tokens that are asked for.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -21,6 +19,7 @@ from knn_lm_eval.adaptive import Lmbda, lm_features_for, weights, worth_searchin
 from knn_lm_eval.language_model import CausalLM
 from knn_lm_eval.mixture import greedy_tokens, knn_log_prob, mix, neighbour_log_weights
 from knn_lm_eval.retrieval import Retriever
+from knn_lm_eval.timing import StageTimer
 
 # Memory for logits, and for neighbours (16 bytes each). More than 32 MiB at a time glibc would hand back to the
 # system whenever it is freed, and clearing the pages anew takes longer than the softmax.
@@ -82,12 +81,16 @@ class Reading:
     hidden : ``[rows, width]``, what the head takes.
     asked : per continuation, passage by passage: the row after its last one, and the continuation.
     sizes : continuations per passage.
+    passages : the batch, kept so that no other list can take its id.
+    copied : where the queries are on their way from a GPU to the CPU, what says that they are there.
     """
 
     queries: Tensor
     hidden: Tensor
     asked: list[tuple[int, list[int]]]
     sizes: list[int]
+    passages: Sequence[Passage]
+    copied: torch.cuda.Event | None = None
 
     def pairs(self) -> tuple[Tensor, Tensor]:
         """The row and the target of each token of each continuation, in the order of ``asked``."""
@@ -105,6 +108,11 @@ class Scorer:
     lmbda : the weight of p_kNN, 0 to 1, or an adaptive one.
     knn_temp : the softmax temperature over distances.
     softmax_dtype : dtype of the LM's log-softmax; None is the logits' own, as in lm-eval's ``hf``.
+
+    Attributes
+    ----------
+    reads_ahead : whether the LM reads the next batch while neighbours of the present one are searched for. That
+        pays where the LM is on a GPU and the search is not; on a CPU both would want the same cores.
     """
 
     def __init__(
@@ -118,15 +126,22 @@ class Scorer:
         self.model, self.retriever = model, retriever
         self.lmbda, self.knn_temp, self.softmax_dtype = lmbda, knn_temp, softmax_dtype
         self._table: Tensor | None = None
-        self._readings: dict[int, Reading] = {}  # by the batch's id: those that ``score_together`` has
+        self.reads_ahead = retriever is not None and model.device.type == "cuda" and not retriever.on_gpus
+        self._readings: dict[int, Reading] = {}  # by the batch's id: what was read, or is being read, already
+        self._following: Sequence[Passage] | None = None
         self.tokens_scored = 0
         self.rows_scored, self.rows_skipped = 0, 0  # positions, and those at which a gate wanted no search
         self.seconds = {"forward": 0.0, "head": 0.0, "mixture": 0.0}
+        self._timed = StageTimer(self.seconds, model.device)
 
     @property
     def rows_at_once(self) -> int:
         """Positions that a call of ``score`` should bring together, in as many batches as that takes."""
         return 1
+
+    def announce(self, following: Sequence[Passage]) -> None:
+        """Tell the first batch of the call of ``score`` after the next one: it may be read ahead."""
+        self._following = following
 
     def score(self, batches: Sequence[Sequence[Passage]], want_greedy: bool) -> list[list[Score]]:
         """Score batches of passages; the LM reads a batch at a time.
@@ -135,7 +150,16 @@ class Scorer:
         -------
         For each passage, in order, the scores of its continuations.
         """
-        return [scores for batch in batches for scores in self._score_batch(batch, want_greedy)]
+        scores = []
+        following, self._following = self._following, None
+        for batch, upcoming in zip(batches, [*batches[1:], following], strict=True):
+            reading = self._read(batch)
+            if self.reads_ahead and upcoming is not None and id(upcoming) not in self._readings:
+                # A GPU is at work on it while this thread goes on to search.
+                self._readings[id(upcoming)] = self._begin_to_read(upcoming)
+            scores += self._score_reading(reading, want_greedy)
+            self._readings.pop(id(batch), None)
+        return scores
 
     def token_log_probs(self, passages: Sequence[Passage]) -> Tensor:
         """The LM's own log-probability of each token of each continuation, in order: float ``[tokens]``."""
@@ -143,8 +167,7 @@ class Scorer:
         rows, targets = reading.pairs()
         return self._score_pairs(reading.hidden, rows, targets, None, len(reading.hidden), False)[0]
 
-    def _score_batch(self, passages: Sequence[Passage], want_greedy: bool) -> list[list[Score]]:
-        reading = self._read(passages)
+    def _score_reading(self, reading: Reading, want_greedy: bool) -> list[list[Score]]:
         neighbours, block = None, len(reading.hidden)
         if retriever := self.retriever:
             block = max(1, NEIGHBOURS_PER_BLOCK // retriever.k)
@@ -161,20 +184,32 @@ class Scorer:
         return self._sum_up(reading, log_probs, greedy, [int(part.sum()) for part in parts])
 
     def _read(self, passages: Sequence[Passage]) -> Reading:
-        if (reading := self._readings.get(id(passages))) is not None:
-            return reading
+        reading = self._readings.get(id(passages)) or self._begin_to_read(passages)
+        if reading.copied is not None:
+            reading.copied.synchronize()
+        return reading
+
+    def _begin_to_read(self, passages: Sequence[Passage]) -> Reading:
         with self._timed("forward"):
             padded = pad_sequence([torch.tensor(passage.tokens) for passage in passages], batch_first=True)
             keys, hidden = self.model.encode(padded)
             lengths = [max(map(len, passage.continuations)) for passage in passages]
             scored = [slice(len(p.tokens) - n, len(p.tokens)) for p, n in zip(passages, lengths, strict=True)]
             ends = torch.tensor(lengths).cumsum(0).tolist()
-            return Reading(
+            reading = Reading(
                 queries=torch.cat([keys[i, rows] for i, rows in enumerate(scored)]),
                 hidden=torch.cat([hidden[i, rows] for i, rows in enumerate(scored)]),
                 asked=[(end, c) for end, p in zip(ends, passages, strict=True) for c in p.continuations],
                 sizes=[len(passage.continuations) for passage in passages],
+                passages=passages,
             )
+        if self.reads_ahead and reading.queries.is_cuda:
+            # Ordered now, or the copy would come after whatever the GPU is given to do next.
+            reading.copied = torch.cuda.Event()
+            stream = torch.cuda.current_stream(reading.queries.device)
+            reading.queries = reading.queries.to("cpu", non_blocking=True)
+            reading.copied.record(stream)
+        return reading
 
     @torch.inference_mode()
     def _score_pairs(
@@ -242,7 +277,9 @@ class Scorer:
         if neighbours:
             log_probs = mix(lm_log_probs.float(), knn_log_probs, lmbdas)
         back = order.argsort()
-        return log_probs.cpu()[back], greedy.cpu()[back], None if searched is None else searched.cpu()[back]
+        results = log_probs.cpu()[back], greedy.cpu()[back], None if searched is None else searched.cpu()[back]
+        self._timed.settle()  # the GPU has just done it all
+        return results
 
     def _tables(self, hidden: Tensor, begin: int, end: int) -> Iterator[tuple[int, int, Tensor]]:
         """The LM's log-probabilities over the vocabulary for rows of ``hidden``, some rows (start, stop) at a time.
@@ -286,12 +323,6 @@ class Scorer:
         )
         return [[next(scores) for _ in range(size)] for size in reading.sizes]
 
-    @contextmanager
-    def _timed(self, stage: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.seconds[stage] += time.perf_counter() - start
-
 
 def _neighbours_where(worth: Tensor, start: int, neighbours: Neighbours) -> tuple[Tensor, Tensor, Tensor | None]:
     """The neighbours of those rows from ``start`` on that are ``worth`` it; empty slots for the others."""
@@ -325,12 +356,13 @@ def score_together(
     reader = next((scorer for scorer in scorers if scorer.retriever), scorers[0])
     before = reader.seconds["forward"]
     readings = {id(batch): reader._read(batch) for batch in batches}
+    reader._timed.settle()
     spent = reader.seconds["forward"] - before
     results: list[list[list[Score]] | Exception] = []
     for scorer in scorers:
         if scorer is not reader:
             scorer.seconds["forward"] += spent
-        scorer._readings = readings
+        scorer._readings, scorer._following = readings.copy(), None
         try:
             results.append(scorer.score(batches, want_greedy))
         except (torch.OutOfMemoryError, MemoryError):

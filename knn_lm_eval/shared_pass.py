@@ -85,6 +85,10 @@ class SharedBaseLM(SharedLM):
         model = CausalLM(self.model, "last_ffn_output", self.mixed_precision_dtype)
         self.scorer = Scorer(model, None, 0.0, 1.0, self.softmax_dtype)
 
+    def gather_object(self, obj: Any, dst: int = 0) -> list[Any] | None:
+        """As ``hf``'s: there is no retrieval to report of."""
+        return HFLM.gather_object(self, obj, dst)
+
     def get_model_info(self) -> dict[str, Any]:
         """As ``hf``'s, with what comparisons need to know."""
         return HFLM.get_model_info(self) | {

@@ -255,6 +255,7 @@ class TuningScorer(Scorer):
                         )
             if self.sample is not None:
                 self.sample.add({name: array.numpy() for name, array in kept.items()})
+        self._timed.settle()
         self.base_log_prob += float(lm_log_prob.sum())
         self.tokens += len(lm_log_prob)
         self.tokens_scored = self.tokens

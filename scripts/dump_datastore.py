@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from knn_lm_eval.errors import UserError, report_user_errors
+
+if TYPE_CHECKING:
+    from knn_lm_eval.datastore import Datastore
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -55,58 +60,85 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--max_tokens", type=int, help="stop after so many tokens")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted dump")
+    parser.add_argument(
+        "--ray",
+        metavar="ADDRESS",
+        help="dump as tasks of a Ray cluster: auto (the one on this machine, or a new one) or HOST:PORT",
+    )
+    parser.add_argument("--workers", type=int, help="with --ray, tasks side by side (default: one for each GPU)")
     return parser.parse_args()
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """Raise UserError for mistakes that show without loading anything."""
+    if arguments.text and not arguments.text.is_file():
+        raise UserError(f"There is no text file {arguments.text}.")
+    if arguments.max_tokens is not None and arguments.max_tokens < 1:
+        raise UserError(f"--max_tokens {arguments.max_tokens} must be at least 1.")
+    if arguments.workers is not None and arguments.ray is None:
+        raise UserError("--workers is for --ray; without it, torchrun or accelerate starts several processes.")
+    if arguments.workers is not None and arguments.workers < 1:
+        raise UserError(f"--workers {arguments.workers} must be at least 1.")
 
 
 def main() -> None:
     arguments = parse_arguments()
     report_user_errors()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
-    if arguments.text and not arguments.text.is_file():
-        raise UserError(f"There is no text file {arguments.text}.")
-    if arguments.max_tokens is not None and arguments.max_tokens < 1:
-        raise UserError(f"--max_tokens {arguments.max_tokens} must be at least 1.")
+    # Of several processes the first one says what is wrong, and the launcher ends the others.
+    if os.environ.get("RANK", "0") == "0":
+        check(arguments)
 
     # Imported late: --help and a mistyped path should not wait for torch.
     from lm_eval.utils import simple_parse_args_string
 
-    from knn_lm_eval.documents import cut_into_documents, read_dataset, read_text_file
+    from knn_lm_eval.documents import TextSource
     from knn_lm_eval.dump import dump_datastore
     from knn_lm_eval.loading import CausalHFLM
+    from knn_lm_eval.processes import Processes
 
-    model_args = simple_parse_args_string(arguments.model_args)
-    if "pretrained" not in model_args:
-        raise UserError("--model_args names no model; give pretrained=NAME or pretrained=FOLDER.")
-    if arguments.text:
-        source = {"text": str(arguments.text.resolve()), "documents": arguments.documents}
-        lines = read_text_file(arguments.text)
-    else:
-        names = ("dataset", "config", "split", "text_column", "documents")
-        source = {name: getattr(arguments, name) for name in names}
-        lines = read_dataset(
-            arguments.dataset,
-            arguments.config,
-            arguments.split,
-            arguments.text_column,
-            arguments.streaming,
-            arguments.documents,
-        )
-    if Path(str(model_args["pretrained"])).is_dir():
-        model_args["pretrained"] = str(Path(str(model_args["pretrained"])).resolve())
+    def read_model_args() -> dict[str, Any]:
+        model_args = simple_parse_args_string(arguments.model_args)
+        if "pretrained" not in model_args:
+            raise UserError("--model_args names no model; give pretrained=NAME or pretrained=FOLDER.")
+        if Path(str(model_args["pretrained"])).is_dir():
+            model_args["pretrained"] = str(Path(str(model_args["pretrained"])).resolve())
+        return model_args
+
+    names = ("text", "dataset", "config", "split", "text_column", "streaming", "documents")
+    source = TextSource(**{name: getattr(arguments, name) for name in names})
+    settings = {
+        "key_type": arguments.knn_keytype,
+        "key_module": arguments.key_module,
+        "max_length": arguments.max_length,
+        "stride": arguments.stride,
+        "batch_size": arguments.batch_size,
+        "max_tokens": arguments.max_tokens,
+    }
+    if arguments.ray is not None:
+        from knn_lm_eval.ray_dump import DumpPlan, dump_on_ray
+
+        plan = DumpPlan(read_model_args(), source.absolute(), arguments.output.resolve(), arguments.device, settings)
+        report(dump_on_ray(arguments.ray, plan, arguments.workers, arguments.resume))
+        return
+    processes = Processes.of_this_launch()
+    model_args = processes.each_does(read_model_args)
+    lm = processes.each_does(lambda: CausalHFLM(**model_args, device=arguments.device))
     store = dump_datastore(
-        CausalHFLM(**model_args, device=arguments.device),
-        cut_into_documents(lines, arguments.documents),
+        lm,
+        source.pieces(),
         arguments.output,
-        key_type=arguments.knn_keytype,
-        key_module=arguments.key_module,
-        max_length=arguments.max_length,
-        stride=arguments.stride,
-        batch_size=arguments.batch_size,
-        max_tokens=arguments.max_tokens,
         resume=arguments.resume,
-        source=source,
+        source=source.description(),
         model_args=model_args,
+        processes=processes,
+        **settings,
     )
+    if processes.rank == 0:
+        report(store)
+
+
+def report(store: Datastore) -> None:
     print(
         f"{store.path}: {len(store):,} entries of {store.dimension} numbers from {len(store.document_starts):,} "
         f"documents. Next: build_index --datastore {store.path}"

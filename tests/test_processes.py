@@ -12,6 +12,7 @@ import pytest
 from conftest import TRAIN_TEXT
 
 from knn_lm_eval import Datastore
+from knn_lm_eval.loading import CausalHFLM
 
 LOCAL_TASKS = Path(__file__).parent / "local_tasks"
 
@@ -44,7 +45,7 @@ def evaluate(launcher: list[str], store: Datastore, data: Path, output: Path) ->
 
 
 @pytest.mark.slow
-def test_two_processes_give_what_one_gives(store: Datastore, tmp_path: Path) -> None:
+def test_two_processes_give_what_one_gives(store: Datastore, lm: CausalHFLM, tmp_path: Path) -> None:
     # Five texts and four questions: the processes have different numbers of them.
     (tmp_path / "law").mkdir()
     lines = [TRAIN_TEXT[start : start + 90 + start // 10].replace("\n", " ") for start in range(0, 2500, 500)]
@@ -60,4 +61,11 @@ def test_two_processes_give_what_one_gives(store: Datastore, tmp_path: Path) -> 
         for name, value in metrics.items():
             if isinstance(value, float):
                 assert together["results"][task][name] == pytest.approx(value, rel=1e-5), (task, name)
-    assert together["config"]["knn"]["processes"] == 2
+    one, two = alone["config"]["knn"], together["config"]["knn"]
+    assert two["processes"] == 2
+    # lm-eval has the second process, with two texts of the five, score its last one again.
+    assert two["tokens_scored"] == one["tokens_scored"] + len(lm.tok_encode(lines[3]))
+    for count in ("searches", "entries_compared", "positions_generated"):
+        assert one[count] <= two[count] < 1.5 * one[count], count
+    assert two["saved_searches"] == pytest.approx(one["saved_searches"], rel=0.2)
+    assert two["seconds"].keys() == one["seconds"].keys()
