@@ -24,6 +24,7 @@ import faiss  # noqa: E402
 from knn_lm_eval.datastore import Datastore  # noqa: E402
 from knn_lm_eval.errors import UserError  # noqa: E402
 from knn_lm_eval.files import read_json  # noqa: E402
+from knn_lm_eval.mapped_lists import read_with_mapped_lists  # noqa: E402
 
 logger = logging.getLogger(__name__)
 
@@ -103,9 +104,9 @@ def index_names(datastore: Datastore) -> list[str]:
 
 
 def read_index(path: Path) -> faiss.Index:
-    """Read an index file, memory-mapped where faiss can do so; raises UserError where it is none."""
+    """Read an index file, memory-mapped where that can be done; raises UserError where it is none."""
     try:
-        return faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
+        return read_with_mapped_lists(path) or faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
     except RuntimeError as error:
         raise UserError(
             f"The index {path} is damaged: faiss cannot read it ({_reason(error)}); build it or copy it again."
