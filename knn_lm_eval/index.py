@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -29,6 +29,7 @@ from knn_lm_eval.mapped_lists import read_with_mapped_lists  # noqa: E402
 logger = logging.getLogger(__name__)
 
 DEFAULT_INDEX = "index"
+WORTH_TELLING = 2**26  # bytes of an index in memory
 METRICS = {"l2": faiss.METRIC_L2, "dot": faiss.METRIC_INNER_PRODUCT}
 
 
@@ -93,6 +94,12 @@ def open_index(datastore: Datastore, name: str = DEFAULT_INDEX) -> tuple[faiss.I
             f"The index {files.index} holds {index.ntotal} vectors of {index.d} numbers, the datastore "
             f"{len(datastore)} of {datastore.dimension}; build it again."
         )
+    if (held := bytes_held(index)) > WORTH_TELLING:
+        logger.info(
+            "The index %s takes %d MiB of each process's memory: faiss has no mapped form of all it needs.",
+            files.index,
+            held >> 20,
+        )
     return index, metadata
 
 
@@ -111,6 +118,30 @@ def read_index(path: Path) -> faiss.Index:
         raise UserError(
             f"The index {path} is damaged: faiss cannot read it ({_reason(error)}); build it or copy it again."
         ) from error
+
+
+def bytes_held(index: faiss.Index) -> int:
+    """What an opened index takes of the process's own memory, but for what goes with the number of lists alone.
+
+    It is 0 for what can be mapped whole. The others are lists in blocks below a re-ranking (``...fs,RFlat``),
+    fast scans without lists (``PQ64x4fs``), and the table by which IVF with PQ saves work: codewords times lists.
+    """
+    if isinstance(index, faiss.IndexShards):
+        shards: Any = index
+        return sum(bytes_held(shards.at(number)) for number in range(shards.count()))
+    if isinstance(index, faiss.IndexRefine):
+        return bytes_held(faiss.downcast_index(index.base_index))
+    if isinstance(index, faiss.IndexPreTransform):
+        return bytes_held(faiss.downcast_index(index.index))
+    if isinstance(index, faiss.IndexFastScan):
+        return index.codes.size()
+    held, library = 0, cast(Any, faiss)  # whose type stubs lack some of what is used here
+    if isinstance(index, library.IndexIVF):
+        if isinstance(library.downcast_InvertedLists(index.invlists), library.BlockInvertedLists):
+            held += index.ntotal * (index.code_size + 8)
+        if isinstance(index, library.IndexIVFPQ):
+            held += 4 * index.precomputed_table.size()
+    return held
 
 
 def join_parts(parts: list[faiss.Index], relative_ids: bool) -> faiss.IndexShards:

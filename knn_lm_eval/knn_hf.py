@@ -20,10 +20,11 @@ from knn_lm_eval.adaptive import Gate
 from knn_lm_eval.augmentation import Augmentation
 from knn_lm_eval.errors import UserError, report_user_errors
 from knn_lm_eval.generation import MixedForward
-from knn_lm_eval.index import DEFAULT_INDEX
+from knn_lm_eval.index import DEFAULT_INDEX, bytes_held
 from knn_lm_eval.language_model import CausalLM
 from knn_lm_eval.loading import CausalHFLM, recorded_arguments
 from knn_lm_eval.loglikelihood import RollingLoglikelihood
+from knn_lm_eval.memory import resident_bytes
 from knn_lm_eval.retomaton import RetomatonScorer
 from knn_lm_eval.scoring import Passage, Score, Scorer
 
@@ -337,6 +338,17 @@ class KNNHF(CausalHFLM):
             "loading": self._loading,
         }
 
+    def _memory(self) -> dict[str, Any]:
+        """Bytes on disk that are mapped, what the index takes of memory itself, and what the process takes."""
+        store, retriever = self.retriever.datastore, self.retriever
+        return {
+            "index_on_disk": retriever.metadata["bytes"],
+            "index_in_memory": bytes_held(retriever.cpu_index),
+            "values_on_disk": store.values.nbytes,
+            "keys_on_disk": store.keys.nbytes if retriever.recompute_dists and store.keys is not None else 0,
+            "process": resident_bytes(),
+        }
+
     def get_model_info(self) -> dict[str, Any]:
         """lm-eval's model information, with the retrieval settings and what retrieval did (``knn``)."""
         store, statistics = self.retriever.datastore, self.retriever.statistics
@@ -371,6 +383,7 @@ class KNNHF(CausalHFLM):
                 },
                 "index_factory": self.retriever.metadata["factory"],
                 "index_bytes": self.retriever.metadata["bytes"],
+                "memory": self._memory(),
                 "processes": self.world_size,
                 "tokens_scored": self.scorer.tokens_scored,
                 "positions_generated": self.mixed_forward.positions,

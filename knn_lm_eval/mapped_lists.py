@@ -32,24 +32,25 @@ def read_with_mapped_lists(path: Path) -> faiss.Index | None:
     """
     if not hasattr(faiss, "OnDiskInvertedLists"):  # as on Windows
         return None
+    library: Any = faiss  # whose type stubs lack some of what is used here
     places: list[tuple[int, int, int]] = []
     with open(path, "rb") as file:
         reader = _show_empty_lists(file, places)
         next(reader)
         try:
-            index = faiss.read_index(faiss.PyCallbackIOReader(reader.send))
+            index = faiss.read_index(library.PyCallbackIOReader(reader.send))
         except (_AnotherKind, struct.error, RuntimeError):
             return None
     if sum(size for size, _, _ in places) != index.ntotal:
         return None
     # OnDiskInvertedLists takes a list's ids to lie code_size * capacity bytes after its codes. With the code size
     # -1, which replace_invlists knows as "none", a capacity is how far they lie before the codes, as here.
-    lists: Any = faiss.OnDiskInvertedLists(len(places), faiss.InvertedLists.INVALID_CODE_SIZE, str(path))
+    lists = library.OnDiskInvertedLists(len(places), library.InvertedLists.INVALID_CODE_SIZE, str(path))
     lists.read_only, lists.totsize = True, path.stat().st_size
     lists.prefetch_nthread = 0  # these threads would count with the code size
     lists.do_mmap()
     table = np.array(places, dtype=np.uint64)
-    faiss.memcpy(lists.lists.data(), faiss.swig_ptr(table), table.nbytes)
+    library.memcpy(lists.lists.data(), library.swig_ptr(table), table.nbytes)
     faiss.extract_index_ivf(index).replace_invlists(lists, True)
     lists.this.disown()
     return index
@@ -65,7 +66,7 @@ def _show_empty_lists(file: BinaryIO, places: list[tuple[int, int, int]]) -> Gen
             kind = data
             if kind not in IN_BLOCKS:
                 raise _AnotherKind
-    header = []
+    header: list[int] = []
     for _ in range(4):  # lists, bytes per code, entries per block, bytes per block
         data = file.read((yield data))
         header += struct.unpack("<Q", data)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from knn_lm_eval.errors import UserError
-from knn_lm_eval.index import inverted_file, read_index, set_probe
+from knn_lm_eval.index import bytes_held, inverted_file, read_index, set_probe
 from knn_lm_eval.mapped_lists import read_with_mapped_lists
 
 DIMENSION, COUNT = 16, 3000
@@ -62,3 +62,15 @@ def test_a_cut_file_is_damaged(tmp_path: Path, vectors: np.ndarray, left: int) -
     path.write_bytes(path.read_bytes()[:left])
     with pytest.raises(UserError, match="is damaged: faiss cannot read it"):
         read_index(path)
+
+
+def test_what_cannot_be_mapped_is_told(tmp_path: Path, vectors: np.ndarray) -> None:
+    def held(factory: str) -> int:
+        return bytes_held(read_index(write_index(tmp_path, factory, vectors)))
+
+    mapped = ["Flat", "IVF16,SQ8", "IVF16,RaBitQfs", "PCA8,IVF16,RaBitQfs", "IVF16,PQ8x4fs", "HNSW8"]
+    assert [held(factory) for factory in mapped] == [0] * len(mapped)
+    assert held("IVF16,PQ8") == 16 * 8 * 256 * 4  # lists, code bytes, codewords, float32
+    assert held("PCA8,IVF16,PQ4") == 16 * 4 * 256 * 4
+    assert held("IVF16,PQ8x4fs,RFlat") == COUNT * (4 + 8)
+    assert COUNT * 4 <= held("PQ8x4fs") <= COUNT * 4 + 256
