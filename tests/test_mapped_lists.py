@@ -65,13 +65,13 @@ def test_a_cut_file_is_damaged(tmp_path: Path, vectors: np.ndarray, left: int) -
 
 
 def test_what_cannot_be_mapped_is_told(tmp_path: Path, vectors: np.ndarray) -> None:
-    few = 300  # so that training codewords takes no time
+    few = 300
 
     def held(factory: str) -> int:
         return bytes_held(read_index(write_index(tmp_path, factory, vectors[:few])))
 
     mapped = ["Flat", "IVF16,SQ8", "IVF16,RaBitQfs", "PCA8,IVF16,RaBitQfs", "HNSW8"]
     assert [held(factory) for factory in mapped] == [0] * len(mapped)
-    assert held("IVF16,PQ8") == 16 * 8 * 256 * 4  # lists, code bytes, codewords, float32
+    assert held("IVF16,PQ8np") == 16 * 8 * 256 * 4  # lists, code bytes, codewords, float32
     assert held("IVF16,PQ8x4fs,RFlat") == few * (4 + 8)
     assert few * 4 <= held("PQ8x4fs") <= few * 4 + 256
