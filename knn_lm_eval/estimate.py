@@ -30,7 +30,7 @@ class Estimate:
     tokens_read : of the task's texts (without the context that windows repeat); counted for each cell that shares
         the pass over them.
     seconds : for the cell alone.
-    memory : bytes of the LM, and of index and values where there are some.
+    memory : bytes of the LM, and of index and values where there are some, in memory or mapped.
     measured : whether the seconds follow from finished cells of the same LM and method.
     """
 
@@ -134,7 +134,7 @@ def _memory(cell: Cell, size: tuple[int, int] | None) -> int | None:
         folder = Path(cell.args["datastore"])
         try:
             index = read_json(IndexFiles(folder, cell.args.get("index", DEFAULT_INDEX)).metadata)
-            total += int(index["bytes"]) + 4 * int(read_manifest(folder)["count"])
+            total += int(index["bytes"]) + int(index.get("bytes_held", 0)) + 4 * int(read_manifest(folder)["count"])
         except (UserError, OSError, KeyError):
             return None
     return total

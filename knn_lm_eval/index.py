@@ -14,7 +14,7 @@ import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -25,10 +25,12 @@ import faiss  # noqa: E402
 from knn_lm_eval.datastore import Datastore  # noqa: E402
 from knn_lm_eval.errors import UserError  # noqa: E402
 from knn_lm_eval.files import read_json  # noqa: E402
+from knn_lm_eval.mapped_lists import read_with_mapped_lists  # noqa: E402
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_INDEX = "index"
+WORTH_TELLING = 2**26  # bytes of an index in memory
 METRICS = {"l2": faiss.METRIC_L2, "dot": faiss.METRIC_INNER_PRODUCT}
 GPU_MAX_K = 2048  # faiss's own limit
 
@@ -94,6 +96,12 @@ def open_index(datastore: Datastore, name: str = DEFAULT_INDEX) -> tuple[faiss.I
             f"The index {files.index} holds {index.ntotal} vectors of {index.d} numbers, the datastore "
             f"{len(datastore)} of {datastore.dimension}; build it again."
         )
+    if (held := bytes_held(index)) > WORTH_TELLING:
+        logger.info(
+            "The index %s takes %d MiB of each process's memory: faiss has no mapped form of all it needs.",
+            files.index,
+            held >> 20,
+        )
     return index, metadata
 
 
@@ -105,13 +113,37 @@ def index_names(datastore: Datastore) -> list[str]:
 
 
 def read_index(path: Path) -> faiss.Index:
-    """Read an index file, memory-mapped where faiss can do so; raises UserError where it is none."""
+    """Read an index file, memory-mapped where that can be done; raises UserError where it is none."""
     try:
-        return faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
+        return read_with_mapped_lists(path) or faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
     except RuntimeError as error:
         raise UserError(
             f"The index {path} is damaged: faiss cannot read it ({_reason(error)}); build it or copy it again."
         ) from error
+
+
+def bytes_held(index: faiss.Index) -> int:
+    """What an opened index takes of the process's own memory, but for what goes with the number of lists alone.
+
+    It is 0 for what can be mapped whole. The others are lists in blocks below a re-ranking (``...fs,RFlat``),
+    fast scans without lists (``PQ64x4fs``), and the table by which IVF with PQ saves work: codewords times lists.
+    """
+    if isinstance(index, faiss.IndexShards):
+        shards: Any = index
+        return sum(bytes_held(shards.at(number)) for number in range(shards.count()))
+    if isinstance(index, faiss.IndexRefine):
+        return bytes_held(faiss.downcast_index(index.base_index))
+    if isinstance(index, faiss.IndexPreTransform):
+        return bytes_held(faiss.downcast_index(index.index))
+    if isinstance(index, faiss.IndexFastScan):
+        return index.codes.size()
+    held, library = 0, cast(Any, faiss)  # whose type stubs lack some of what is used here
+    if isinstance(index, library.IndexIVF):
+        if isinstance(library.downcast_InvertedLists(index.invlists), library.BlockInvertedLists):
+            held += index.ntotal * (index.code_size + 8)
+        if isinstance(index, library.IndexIVFPQ):
+            held += 4 * index.precomputed_table.size()
+    return held
 
 
 def join_parts(parts: list[faiss.Index], relative_ids: bool, threaded: bool = False) -> faiss.IndexShards:

@@ -23,7 +23,17 @@ from knn_lm_eval.budget import NO_BUDGET, Budget, lm_microseconds
 from knn_lm_eval.datastore import Datastore, record_derived
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.files import check_free_space, disk_errors_in, read_json, replace_file, write_json
-from knn_lm_eval.index import DEFAULT_INDEX, METRICS, IndexFiles, faiss_gpus, inverted_file, search, set_probe
+from knn_lm_eval.index import (
+    DEFAULT_INDEX,
+    METRICS,
+    IndexFiles,
+    bytes_held,
+    faiss_gpus,
+    inverted_file,
+    read_index,
+    search,
+    set_probe,
+)
 from knn_lm_eval.mixture import knn_log_prob, neighbour_log_weights
 from knn_lm_eval.retrieval import entry_counts
 
@@ -172,6 +182,7 @@ def build_index(
         # The metadata goes last: whoever finds both finds a finished index.
         files.metadata.unlink(missing_ok=True)
         replace_file(checkpoint, files.index)
+        metadata["bytes_held"] = bytes_held(read_index(files.index))
         write_json(files.metadata, metadata)
         record_derived(datastore.path, [files.index.name, files.metadata.name])
         _state(checkpoint).unlink(missing_ok=True)

@@ -20,10 +20,11 @@ from knn_lm_eval.adaptive import Gate
 from knn_lm_eval.augmentation import Augmentation
 from knn_lm_eval.errors import UserError, report_user_errors
 from knn_lm_eval.generation import MixedForward
-from knn_lm_eval.index import DEFAULT_INDEX
+from knn_lm_eval.index import DEFAULT_INDEX, bytes_held
 from knn_lm_eval.language_model import CausalLM
 from knn_lm_eval.loading import CausalHFLM, recorded_arguments
 from knn_lm_eval.loglikelihood import RollingLoglikelihood
+from knn_lm_eval.memory import resident_bytes
 from knn_lm_eval.retomaton import RetomatonScorer
 from knn_lm_eval.scoring import Passage, Score, Scorer
 
@@ -355,6 +356,17 @@ class KNNHF(CausalHFLM):
             "loading": self._loading,
         }
 
+    def _memory(self) -> dict[str, Any]:
+        """Bytes on disk that are mapped, what the index takes of memory itself, and what the process takes."""
+        store, retriever = self.retriever.datastore, self.retriever
+        return {
+            "index_on_disk": retriever.metadata["bytes"],
+            "index_in_memory": bytes_held(retriever.cpu_index),
+            "values_on_disk": store.values.nbytes,
+            "keys_on_disk": store.keys.nbytes if retriever.recompute_dists and store.keys is not None else 0,
+            "process": resident_bytes(),
+        }
+
     def gather_object(self, obj: Any, dst: int = 0) -> list[Any] | None:
         """As lm-eval's, which so collects the processes' results; what retrieval did in each goes along."""
         gathered = super().gather_object((obj, self._work()), dst)
@@ -419,6 +431,7 @@ class KNNHF(CausalHFLM):
                 },
                 "index_factory": self.retriever.metadata["factory"],
                 "index_bytes": self.retriever.metadata["bytes"],
+                "memory": self._memory(),
                 "processes": self.world_size,
                 **{name: counts[name] for name in REPORTED_COUNTS},
                 "seconds": {stage: round(value, 3) for stage, value in seconds.items()},

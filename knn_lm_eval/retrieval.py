@@ -166,7 +166,8 @@ def entry_counts(weights: np.ndarray | None, entries: np.ndarray) -> Tensor | No
 def exact_distances(keys: np.ndarray, queries: np.ndarray, entries: np.ndarray, sim_func: str) -> np.ndarray:
     """The distances of queries to given entries, from the keys themselves.
 
-    Keys are gathered block by block, each once per block and in file order, as a disk likes it.
+    The entries of all queries are gone through in file order, so that each key is read once and a disk reads
+    forwards. Takes 24 bytes of memory per distance, and ``GATHER_BYTES`` three times.
 
     Parameters
     ----------
@@ -178,16 +179,16 @@ def exact_distances(keys: np.ndarray, queries: np.ndarray, entries: np.ndarray, 
     -------
     float32 ``[n, k]``: squared L2 or negated inner products; infinity in empty slots.
     """
-    distances = np.empty(entries.shape, dtype=np.float32)
-    block = max(1, GATHER_BYTES // (keys.shape[1] * 4 * max(1, entries.shape[1])))
-    for start in range(0, len(queries), block):
-        rows = slice(start, start + block)
-        unique, slots = np.unique(np.maximum(entries[rows], 0), return_inverse=True)
-        vectors = torch.from_numpy(keys[unique].astype(np.float32))[
-            torch.from_numpy(slots.reshape(entries[rows].shape))
-        ]
-        query = torch.from_numpy(queries[rows])[:, None]
+    distances = np.full(entries.size, np.inf, dtype=np.float32)
+    wanted, of_queries = entries.ravel(), torch.from_numpy(queries)
+    order = np.argsort(wanted, kind="stable")
+    order = order[np.searchsorted(wanted, 0, sorter=order) :]
+    block = max(1, GATHER_BYTES // (keys.shape[1] * 4))
+    for start in range(0, len(order), block):
+        slots = order[start : start + block]
+        unique, inverse = np.unique(wanted[slots], return_inverse=True)
+        vectors = torch.from_numpy(keys[unique].astype(np.float32))[torch.from_numpy(inverse)]
+        query = of_queries[torch.from_numpy(slots // entries.shape[1])]
         result = -(query * vectors).sum(-1) if sim_func == "dot" else (query - vectors).square_().sum(-1)
-        distances[rows] = result.numpy()
-    distances[entries < 0] = np.inf
-    return distances
+        distances[slots] = result.numpy()
+    return distances.reshape(entries.shape)

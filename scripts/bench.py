@@ -185,17 +185,23 @@ class Bench:
 
     def measure_memory(self, name: str, folder: Path) -> dict[str, int]:
         """Resident bytes: before ``name`` scores the text, at the peak, and newly read from mapped files."""
+        from knn_lm_eval.memory import resident_bytes
+
         score = self.systems(folder)[name]
         # A few tokens first: weights may be read from disk, and libraries loaded, only when used.
         text, self.text = self.text, first_tokens(self.lm, self.text, 8)
         score()
         self.text = text
-        before = _memory_status()
+        before = resident_bytes()
         Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark back
         score()
-        after = _memory_status()
-        mapped = after["RssFile"] - before["RssFile"]
-        return {"loaded": before["VmRSS"], "peak": after["VmHWM"], "newly mapped": mapped}
+        after = resident_bytes()
+        assert before and after  # as where clear_refs is
+        return {
+            "loaded": before["anonymous"] + before["mapped_files"],
+            "peak": after["peak_resident"],
+            "newly mapped": after["mapped_files"] - before["mapped_files"],
+        }
 
     def systems(self, folder: Path) -> dict[str, Callable[[], Outcome]]:
         """What is compared, but for the bare search; ``folder`` is for the published code's files."""
@@ -264,12 +270,6 @@ def first_tokens(lm: HFLM, text: str, tokens: int | None) -> str:
     if tokens is None or len(ids) <= tokens:
         return text
     return lm.tokenizer.decode(ids[:tokens], skip_special_tokens=True)
-
-
-def _memory_status() -> dict[str, int]:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    fields = (line.split() for line in lines)
-    return {field[0].rstrip(":"): int(field[1]) * 1024 for field in fields if field[-1:] == ["kB"]}
 
 
 def _memory_of(name: str) -> dict[str, int] | None:

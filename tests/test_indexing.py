@@ -18,7 +18,7 @@ from knn_lm_eval.errors import UserError
 from knn_lm_eval.files import sha256, write_json
 from knn_lm_eval.index import open_index
 from knn_lm_eval.indexing import build_index, choose_factory
-from knn_lm_eval.retrieval import Retriever
+from knn_lm_eval.retrieval import Retriever, exact_distances
 
 
 def make_store(folder: Path, count: int = 3000, dimension: int = 16, seed: int = 0) -> Datastore:
@@ -155,6 +155,40 @@ def test_recomputed_distances_are_exact_whatever_the_index(pristine: Datastore, 
     inner = (keys * queries[:, None]).sum(-1)
     expected = -inner if sim_func == "dot" else ((keys - queries[:, None]) ** 2).sum(-1)
     np.testing.assert_allclose(distances.numpy(), expected, rtol=1e-5, atol=1e-4)
+
+
+class RecordingArray:
+    """Keys that remember which rows were read."""
+
+    def __init__(self, keys: np.ndarray) -> None:
+        self.keys, self.shape, self.read = keys, keys.shape, []
+
+    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
+        self.read.append(rows)
+        return self.keys[rows]
+
+
+@pytest.mark.parametrize("gather_bytes", [1, 2**13, 2**26])
+def test_exact_distances_read_keys_once_and_forwards(monkeypatch, gather_bytes: int) -> None:
+    monkeypatch.setattr("knn_lm_eval.retrieval.GATHER_BYTES", gather_bytes)
+    rng = np.random.default_rng(0)
+    keys = rng.standard_normal((500, 16)).astype(np.float16)
+    queries, entries = rng.standard_normal((23, 16)).astype(np.float32), rng.integers(-1, 500, (23, 40))
+    entries[5] = -1
+    for sim_func in ("l2", "dot"):
+        recording = RecordingArray(keys)
+        distances = exact_distances(recording, queries, entries, sim_func)
+        for (i, j), entry in np.ndenumerate(entries):
+            key, query = keys[entry].astype(np.float64), queries[i].astype(np.float64)
+            expected = np.inf if entry < 0 else -(key @ query) if sim_func == "dot" else ((key - query) ** 2).sum()
+            assert distances[i, j] == pytest.approx(expected, rel=1e-5, abs=1e-5)
+        read = np.concatenate(recording.read)
+        assert (np.diff(read) >= 0).all()
+        assert set(read) == set(entries[entries >= 0])
+        # A key at the end of one block may be the first of the next.
+        assert len(read) <= len(set(read)) + len(recording.read) - 1
+    assert exact_distances(keys, queries[:0], entries[:0], "l2").shape == (0, 40)
+    assert exact_distances(keys, queries, entries[:, :0], "l2").shape == (23, 0)
 
 
 def test_quality_figures_are_recall_and_error_of_p_knn(pristine: Datastore) -> None:
