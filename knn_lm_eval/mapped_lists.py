@@ -51,9 +51,25 @@ def read_with_mapped_lists(path: Path) -> faiss.Index | None:
     lists.do_mmap()
     table = np.array(places, dtype=np.uint64)
     library.memcpy(lists.lists.data(), library.swig_ptr(table), table.nbytes)
+    if not _as_in_file(lists, path, places):
+        return None
     faiss.extract_index_ivf(index).replace_invlists(lists, True)
     lists.this.disown()
     return index
+
+
+def _as_in_file(lists: Any, path: Path, places: list[tuple[int, int, int]]) -> bool:
+    """Whether the longest list is found where it lies: a later faiss may place lists otherwise."""
+    number = max(range(len(places)), key=lambda number: places[number][0], default=0)
+    if not places or not (size := places[number][0]):
+        return True
+    _, distance, begin = places[number]
+    ids, codes = lists.get_ids(number), lists.get_codes(number)
+    with open(path, "rb") as file:
+        file.seek(begin - distance)
+        same_ids = file.read(8 * size) == faiss.rev_swig_ptr(ids, size).tobytes()
+        file.seek(begin)
+        return same_ids and file.read(size) == faiss.rev_swig_ptr(codes, size).tobytes()
 
 
 def _show_empty_lists(file: BinaryIO, places: list[tuple[int, int, int]]) -> Generator[bytes, int, None]:
