@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from knn_lm_eval.datastore import Datastore
 from knn_lm_eval.files import check_free_space, disk_errors_in, read_json, replace_file, write_json
-from knn_lm_eval.index import IndexFiles
+from knn_lm_eval.index import IndexFiles, find_parts, split_parts
 
 CHUNK = 2**16
 ARRAYS = {"lists": np.int32, "offsets": np.float32, "scales": np.float32, "codes": np.uint8}
@@ -57,34 +57,34 @@ class CodeDistances:
         """Open the code files of the index ``name``, making them first if need be.
 
         Returns None for an index that this cannot serve (others than IVF with PQ of 8 bits by residual or with
-        RaBitQ, by L2): its pointers need exact distances.
+        RaBitQ, by L2, or parts that were not trained together): its pointers need exact distances.
         """
-        if index.metric_type != faiss.METRIC_L2:
+        parts = split_parts(index)
+        tables = _tables(parts[0][0])
+        if tables is None or not all(_same(tables, _tables(part)) for part, _ in parts[1:]):
             return None
-        if isinstance(index, faiss.IndexIVFPQ) and index.pq.nbits == 8 and index.by_residual:
-            is_rabitq = False
-            codebooks = faiss.vector_to_array(index.pq.centroids).reshape(index.pq.M, 256, index.pq.dsub)
-        elif isinstance(index, (faiss.IndexIVFRaBitQ, faiss.IndexIVFRaBitQFastScan)) and index.d % 8 == 0:
-            is_rabitq = True
-            signs = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little") * 2.0 - 1
-            codebooks = np.broadcast_to(signs.astype(np.float32), (index.d // 8, 256, 8)).copy()
-        else:
-            return None
-        # A tensor in a process that has imported faiss.contrib.torch_utils.
-        centroids = np.asarray(index.quantizer.reconstruct_n(0, index.nlist))
         folder = IndexFiles(datastore.path, name).index.with_suffix(".codes")
         identity = {
             "keys_sha256": datastore.keys_checksum,
-            "index_bytes": IndexFiles(datastore.path, name).index.stat().st_size,
+            "index_bytes": sum(part.path.stat().st_size for part in find_parts(datastore, name)[1]),
         }
         if not (folder / "codes.json").exists() or read_json(folder / "codes.json") != identity:
             with disk_errors_in(folder):
-                _write(folder, datastore, index, centroids, codebooks, is_rabitq)
+                _write(folder, datastore, parts, *tables)
                 write_json(folder / "codes.json", identity)
+        return cls.read(datastore, parts[0][0], name)
+
+    @classmethod
+    def read(cls, datastore: Datastore, part: faiss.Index, name: str) -> CodeDistances:
+        """Map the code files that ``open`` made; any part of the index gives the tables, and serves all entries."""
+        tables = _tables(part)
+        assert tables is not None
+        centroids, codebooks, is_rabitq = tables
+        folder = IndexFiles(datastore.path, name).index.with_suffix(".codes")
         arrays = {array: np.load(folder / f"{array}.npy", mmap_mode="r") for array in ARRAYS}
-        tables = np.ascontiguousarray(codebooks.transpose(0, 2, 1))
+        by_component = np.ascontiguousarray(codebooks.transpose(0, 2, 1))
         base_offsets = (centroids**2).sum(1) if is_rabitq else np.zeros(len(centroids), dtype=np.float32)
-        return cls(centroids, base_offsets, tables, **{array: np.asarray(a) for array, a in arrays.items()})
+        return cls(centroids, base_offsets, by_component, **{array: np.asarray(a) for array, a in arrays.items()})
 
     def __call__(self, queries: np.ndarray, entries: np.ndarray, counts: np.ndarray) -> np.ndarray:
         """Approximate squared L2 distances.
@@ -152,10 +152,31 @@ def _look_up(  # type: ignore[no-untyped-def]
             distances[i, j] = base[number] + offsets[entry] + scales[entry] * total
 
 
+def _tables(index: faiss.Index) -> tuple[np.ndarray, np.ndarray, bool] | None:
+    """The coarse centroids, what each code byte stands for, and whether that is by RaBitQ; None for other types."""
+    if index.metric_type != faiss.METRIC_L2:
+        return None
+    if isinstance(index, faiss.IndexIVFPQ) and index.pq.nbits == 8 and index.by_residual:
+        is_rabitq = False
+        codebooks = faiss.vector_to_array(index.pq.centroids).reshape(index.pq.M, 256, index.pq.dsub)
+    elif isinstance(index, (faiss.IndexIVFRaBitQ, faiss.IndexIVFRaBitQFastScan)) and index.d % 8 == 0:
+        is_rabitq = True
+        signs = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little") * 2.0 - 1
+        codebooks = np.broadcast_to(signs.astype(np.float32), (index.d // 8, 256, 8)).copy()
+    else:
+        return None
+    # A tensor in a process that has imported faiss.contrib.torch_utils.
+    return np.asarray(index.quantizer.reconstruct_n(0, index.nlist)), codebooks, is_rabitq
+
+
+def _same(tables: tuple[np.ndarray, ...] | Any, others: tuple[np.ndarray, ...] | Any) -> bool:
+    return others is not None and all(np.array_equal(a, b) for a, b in zip(tables, others, strict=True))
+
+
 def _write(
     folder: Path,
     datastore: Datastore,
-    index: faiss.IndexIVF,
+    parts: list[tuple[faiss.Index, int]],
     centroids: np.ndarray,
     codebooks: np.ndarray,
     is_rabitq: bool,
@@ -169,15 +190,17 @@ def _write(
         name: np.lib.format.open_memmap(folder / f"{name}.npy.tmp", "w+", dtype, shapes.get(name, (count,)))
         for name, dtype in ARRAYS.items()
     }
-    inverted: Any = index.invlists
-    for number in range(index.nlist):
-        size = inverted.list_size(number)
-        if size:
-            ids = faiss.rev_swig_ptr(inverted.get_ids(number), size)
-            arrays["lists"][ids] = number
-            if not is_rabitq:
-                codes = faiss.rev_swig_ptr(inverted.get_codes(number), size * index.code_size)
-                arrays["codes"][ids] = codes.reshape(size, -1)
+    for index, first_id in parts:
+        assert isinstance(index, faiss.IndexIVF)
+        inverted: Any = index.invlists
+        for number in range(index.nlist):
+            size = inverted.list_size(number)
+            if size:
+                ids = faiss.rev_swig_ptr(inverted.get_ids(number), size) + first_id
+                arrays["lists"][ids] = number
+                if not is_rabitq:
+                    codes = faiss.rev_swig_ptr(inverted.get_codes(number), size * index.code_size)
+                    arrays["codes"][ids] = codes.reshape(size, -1)
     for start in tqdm(range(0, count, CHUNK), desc="Laying out codes in text order", unit=" chunks"):
         rows = slice(start, start + CHUNK)
         centroid = centroids[arrays["lists"][rows]]

@@ -3,7 +3,7 @@
 The JSON says what the index was built from (the checksum of the keys), how (factory string, metric), which
 ``probe`` was found good enough, and how well it retrieves; see ``build_index.py`` for the figures.
 
-An imported index may be in parts, each of a run of entries: its JSON lists them under ``parts``, with ``start``,
+An index may be in parts, each of a run of entries: its JSON lists them under ``parts``, with ``start``,
 ``stop`` and ``bytes``, and says under ``part_ids`` whether a part numbers its entries from 0 (``relative``) or as
 the store does (``absolute``). Part i lies in ``NAME.00i.faiss``.
 """
@@ -11,6 +11,7 @@ the store does (``absolute``). Part i lies in ``NAME.00i.faiss``.
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,23 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_INDEX = "index"
 METRICS = {"l2": faiss.METRIC_L2, "dot": faiss.METRIC_INNER_PRODUCT}
+
+
+@dataclass(frozen=True)
+class IndexPart:
+    """A file of an index: all of it, or the part that holds a run of entries.
+
+    Attributes
+    ----------
+    path : the file.
+    start, stop : the run.
+    first_id : the entry that the file calls 0.
+    """
+
+    path: Path
+    start: int
+    stop: int
+    first_id: int
 
 
 @dataclass(frozen=True)
@@ -63,6 +81,19 @@ def open_index(datastore: Datastore, name: str = DEFAULT_INDEX) -> tuple[faiss.I
     UserError
         Where there is none, it is damaged, or it was built for other keys.
     """
+    metadata, parts = find_parts(datastore, name)
+    opened = [read_index(part.path) for part in parts]
+    index = join_parts(opened, metadata.get("part_ids") == "relative") if "parts" in metadata else opened[0]
+    if index.ntotal != len(datastore) or index.d != datastore.dimension:
+        raise UserError(
+            f"The index {IndexFiles(datastore.path, name).index} holds {index.ntotal} vectors of {index.d} numbers, "
+            f"the datastore {len(datastore)} of {datastore.dimension}; build it again."
+        )
+    return index, metadata
+
+
+def find_parts(datastore: Datastore, name: str = DEFAULT_INDEX) -> tuple[dict[str, Any], list[IndexPart]]:
+    """The metadata and the files of the index ``name``, in order; checks as ``open_index`` does, but opens none."""
     files = IndexFiles(datastore.path, name)
     if not files.metadata.is_file() or not (files.index.is_file() or files.part(0).is_file()):
         built = index_names(datastore)
@@ -73,26 +104,19 @@ def open_index(datastore: Datastore, name: str = DEFAULT_INDEX) -> tuple[faiss.I
         raise UserError(
             f"The index {files.index} was built for other keys than those in {datastore.path}; build it again."
         )
-    parts = metadata.get("parts")
-    paths = [files.index] if parts is None else [files.part(number) for number in range(len(parts))]
-    sizes = [metadata.get("bytes")] if parts is None else [part["bytes"] for part in parts]
-    opened = []
-    for path, size in zip(paths, sizes, strict=True):
+    said = metadata.get("parts") or [{"start": 0, "stop": len(datastore), "bytes": metadata.get("bytes")}]
+    paths = [files.part(number) for number in range(len(said))] if "parts" in metadata else [files.index]
+    relative, parts = metadata.get("part_ids") == "relative", []
+    for path, part in zip(paths, said, strict=True):
         if not path.is_file():
             raise UserError(f"The index {files.index} is incomplete: {path.name} is missing; build or import it again.")
-        if (actual := path.stat().st_size) != size:
+        if (actual := path.stat().st_size) != part["bytes"]:
             raise UserError(
                 f"The index {path} is damaged: it has {actual} bytes, {files.metadata.name} says "
-                f"{size}; build it again."
+                f"{part['bytes']}; build it again."
             )
-        opened.append(read_index(path))
-    index = opened[0] if parts is None else join_parts(opened, metadata.get("part_ids") == "relative")
-    if index.ntotal != len(datastore) or index.d != datastore.dimension:
-        raise UserError(
-            f"The index {files.index} holds {index.ntotal} vectors of {index.d} numbers, the datastore "
-            f"{len(datastore)} of {datastore.dimension}; build it again."
-        )
-    return index, metadata
+        parts.append(IndexPart(path, part["start"], part["stop"], part["start"] if relative else 0))
+    return metadata, parts
 
 
 def index_names(datastore: Datastore) -> list[str]:
@@ -136,14 +160,22 @@ def set_probe(index: faiss.Index, probe: int) -> None:
         ivf.nprobe = min(probe, ivf.nlist)
 
 
+def split_parts(index: faiss.Index) -> list[tuple[faiss.Index, int]]:
+    """The parts that were joined, each with the entry that it calls 0; the index itself where it is in one."""
+    if not isinstance(index, faiss.IndexShards):
+        return [(index, 0)]
+    shards: Any = index
+    parts = [faiss.downcast_index(shards.at(number)) for number in range(shards.count())]
+    starts = np.cumsum([0, *(part.ntotal for part in parts[:-1])]).tolist()
+    return list(zip(parts, starts if shards.successive_ids else [0] * len(parts), strict=True))
+
+
 def _inverted_files(index: faiss.Index) -> list[faiss.IndexIVF]:
-    if isinstance(index, faiss.IndexShards):
-        shards: Any = index
-        return [ivf for number in range(shards.count()) for ivf in _inverted_files(shards.at(number))]
-    try:
-        return [faiss.extract_index_ivf(index)]
-    except RuntimeError:
-        return []
+    found = []
+    for part, _ in split_parts(index):
+        with suppress(RuntimeError):
+            found.append(faiss.extract_index_ivf(part))
+    return found
 
 
 def faiss_gpus() -> int:

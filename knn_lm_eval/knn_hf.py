@@ -55,6 +55,10 @@ class KNNHF(CausalHFLM):
     recompute_dists : use exact distances from the keys on disk instead of the index's approximations.
     knn_gpu : search on all visible GPUs (needs faiss-gpu).
     index : the name of the datastore's index.
+    retriever : ``local`` (default) searches in this process; ``ray`` searches the index's parts on a Ray cluster,
+        whose nodes must see the datastore's folder at the same path.
+    address : with ``retriever=ray``, the cluster: ``HOST:PORT``; ``auto`` (default) joins the one that runs on this
+        machine, or starts one.
     context_len : in rolling log-likelihoods, the tokens of context that each scored token has at least, where
         the text has them; 1 is lm-eval's disjoint windows, half of ``max_length`` the kNN-LM papers' protocol.
     retomaton : follow pointers instead of searching at every token (Alon et al. 2022).
@@ -89,6 +93,8 @@ class KNNHF(CausalHFLM):
         recompute_dists: bool = False,
         knn_gpu: bool = False,
         index: str = DEFAULT_INDEX,
+        retriever: Literal["local", "ray"] = "local",
+        address: str = "auto",
         context_len: int = 1,
         retomaton: bool = False,
         min_knns: float | None = None,
@@ -113,6 +119,8 @@ class KNNHF(CausalHFLM):
             recompute_dists=recompute_dists,
             knn_gpu=knn_gpu,
             index=index,
+            retriever=retriever,
+            address=address,
             retomaton=retomaton,
             min_knns=min_knns,
             max_knns=max_knns,
@@ -344,18 +352,20 @@ class KNNHF(CausalHFLM):
         for stage, value in self.mixed_forward.seconds.items():
             seconds[stage] += value
         walked: dict[str, Any] = {}
+        if "retriever" in self.settings:
+            walked["restarts"] = statistics.restarts
         if isinstance(self.scorer, RetomatonScorer):
             walks = self.scorer.automaton.statistics
             # The retriever counts the walks' searches as well, but not the distances of pointers.
             seconds |= {name: value for name, value in walks.seconds.items() if name != "search"}
-            walked = {
+            walked |= {
                 "saved_searches": 1 - walks.searches / max(1, walks.steps),
                 "mean_candidates": walks.candidates / max(1, walks.steps),
             }
         elif isinstance(gate := self.mixed_forward.augmentation.lmbda, Gate) and gate.threshold is not None:
             rows = self.scorer.rows_scored + self.mixed_forward.positions
             skipped = self.scorer.rows_skipped + self.mixed_forward.skipped
-            walked = {"saved_searches": skipped / max(1, rows)}
+            walked |= {"saved_searches": skipped / max(1, rows)}
         return super().get_model_info() | {
             "knn": {
                 **walked,
