@@ -29,6 +29,7 @@ from knn_lm_eval.files import check_free_space, disk_errors_in, read_json, repla
 from knn_lm_eval.index import IndexFiles, find_parts, split_parts
 
 CHUNK = 2**16
+Tables = tuple[np.ndarray, np.ndarray, bool]
 ARRAYS = {"lists": np.int32, "offsets": np.float32, "scales": np.float32, "codes": np.uint8}
 
 
@@ -152,7 +153,7 @@ def _look_up(  # type: ignore[no-untyped-def]
             distances[i, j] = base[number] + offsets[entry] + scales[entry] * total
 
 
-def _tables(index: faiss.Index) -> tuple[np.ndarray, np.ndarray, bool] | None:
+def _tables(index: faiss.Index) -> Tables | None:
     """The coarse centroids, what each code byte stands for, and whether that is by RaBitQ; None for other types."""
     if index.metric_type != faiss.METRIC_L2:
         return None
@@ -169,7 +170,7 @@ def _tables(index: faiss.Index) -> tuple[np.ndarray, np.ndarray, bool] | None:
     return np.asarray(index.quantizer.reconstruct_n(0, index.nlist)), codebooks, is_rabitq
 
 
-def _same(tables: tuple[np.ndarray, ...] | Any, others: tuple[np.ndarray, ...] | Any) -> bool:
+def _same(tables: Tables, others: Tables | None) -> bool:
     return others is not None and all(np.array_equal(a, b) for a, b in zip(tables, others, strict=True))
 
 

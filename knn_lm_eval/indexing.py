@@ -1,8 +1,10 @@
 """Building a faiss index over a datastore's keys, and measuring how well it serves kNN-LM.
 
 Keys are streamed in chunks; a checkpoint is written now and then, so an interrupted build goes on from there.
-An index in parts is trained once; its parts, each of a run of entries, are then built one by one (or as Ray tasks,
-side by side), so that a build takes no more memory than one part. The finished index is compared with exact search on held-out queries (entries of the store, each with itself
+An index in parts is trained once; its parts, each of a run of entries, are then built one by one (or side by side,
+as Ray tasks), so that a build takes no more memory than one part.
+
+The finished index is compared with exact search on held-out queries (entries of the store, each with itself
 taken out of both results), because an index that ranks well can still have distances of no use for a softmax.
 """
 

@@ -110,8 +110,8 @@ class Shard:
     def _datastore(self) -> Datastore:
         if not self.store.is_dir():
             raise UserError(
-                f"The Ray node {self.life.node} does not see the folder {self.store}; put the datastore on a file system that all nodes share, "
-                f"under the same path."
+                f"The Ray node {self.life.node} does not see the folder {self.store}; put the datastore on a "
+                f"file system that all nodes share, under the same path."
             )
         faiss.omp_set_num_threads(self.threads)
         torch.set_num_threads(self.threads)
@@ -162,7 +162,7 @@ class RayRetriever(Retriever):
         self._ray = ray = connect(self.address)
         folder = self.datastore.path.resolve()
         threads = max(1, int(ray.cluster_resources().get("CPU", 1)) // len(self.parts))
-        if limit := os.environ.get("OMP_NUM_THREADS"):
+        if (limit := os.environ.get("OMP_NUM_THREADS", "")).isdigit():
             threads = min(threads, int(limit))
         # Two calls at a time: one that works, and one that asks where the shard is.
         actor = ray.remote(Shard).options(
@@ -324,8 +324,6 @@ def merge(parts: list[Neighbours]) -> Neighbours:
     ----------
     parts : in the order of their entries; all of one shape ``[n, k]``.
     """
-    if len(parts) == 1:
-        return Neighbours(*(None if array is None else array.copy() for array in parts[0]))
     entries = np.stack([part.entries for part in parts])
     slots = np.arange(entries.size).reshape(entries.shape)
     slots[entries < 0] = -1
