@@ -171,7 +171,12 @@ def _tables(index: faiss.Index) -> Tables | None:
 
 
 def _same(tables: Tables, others: Tables | None) -> bool:
-    return others is not None and all(np.array_equal(a, b) for a, b in zip(tables, others, strict=True))
+    return (
+        others is not None
+        and tables[2] == others[2]
+        and np.array_equal(tables[0], others[0])
+        and np.array_equal(tables[1], others[1])
+    )
 
 
 def _write(

@@ -237,7 +237,7 @@ class RayRetriever(Retriever):
         sent = self._ray.put(queries)
         calls = {n: shard.search.remote(sent, self.k, self.probe) for n, shard in enumerate(self._shards)}
         answers = self._ask(calls)
-        found = merge([answers[number][1] for number in sorted(answers)])
+        found = merge([answers[number][1] for number in sorted(answers)], self.metadata["sim_func"] == "dot")
         statistics.searches += len(queries)
         statistics.entries_compared += sum(compared for _, _, compared in answers.values())
         statistics.seconds["search"] += perf_counter() - start
@@ -317,17 +317,20 @@ class RayRetriever(Retriever):
         return f"The shard with {self.parts[number].path.name} (Ray at address={self.address}{where})"
 
 
-def merge(parts: list[Neighbours]) -> Neighbours:
+def merge(parts: list[Neighbours], dot: bool) -> Neighbours:
     """The ``k`` nearest of several parts' ``k`` nearest, as ``faiss.IndexShards`` merges them.
 
     Parameters
     ----------
     parts : in the order of their entries; all of one shape ``[n, k]``.
+    dot : the index ranks by inner product; its ties then fall the other way.
     """
     entries = np.stack([part.entries for part in parts])
     slots = np.arange(entries.size).reshape(entries.shape)
     slots[entries < 0] = -1
-    distances, chosen = faiss.merge_knn_results(np.stack([part.distances for part in parts]), slots)
+    scores = np.stack([part.distances for part in parts])
+    scores, chosen = faiss.merge_knn_results(-scores if dot else scores, slots, keep_max=dot)
+    distances = -scores if dot else scores
     empty = chosen < 0
     distances[empty] = np.inf
 

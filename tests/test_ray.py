@@ -206,7 +206,6 @@ def test_a_shard_that_is_lost_for_good_ends_the_run(
 def test_a_shard_without_a_place_ends_the_run(
     address: str, in_parts: Datastore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ray_retrieval, "PLACE_SECONDS", 1.0)
 
     class Occupant:
         def here(self) -> bool:
@@ -217,6 +216,7 @@ def test_a_shard_without_a_place_ends_the_run(
     occupants = [ray.remote(Occupant).options(num_cpus=1).remote() for _ in range(2)]
     assert ray.get([occupant.here.remote() for occupant in occupants]) == [True, True]
     kill_during_a_search(retriever, monkeypatch)
+    monkeypatch.setattr(ray_retrieval, "PLACE_SECONDS", 1.0)
     with pytest.raises(UserError, match=r"whole\.faiss .*: no node has had a free CPU for it within 2 seconds"):
         retriever.find(QUERIES)
     for occupant in occupants:
@@ -232,10 +232,10 @@ def test_a_node_that_does_not_see_the_folder_says_so(in_parts: Datastore, tmp_pa
         Shard(tmp_path / "not_mounted", part, "whole", 1).lists()
 
 
-def test_settings_that_ray_cannot_serve_are_refused(in_parts: Datastore) -> None:
+def test_settings_that_ray_cannot_serve_are_refused(text_store: Datastore) -> None:
     with pytest.raises(UserError, match="retriever='spark' is unknown; use local or ray"):
-        KNNHF("none", datastore=in_parts.path, index="whole", k=5, retriever="spark")
+        KNNHF("none", datastore=text_store.path, k=5, retriever="spark")
     with pytest.raises(UserError, match="knn_gpu=True is for the local retriever"):
-        KNNHF("none", datastore=in_parts.path, index="whole", k=5, retriever="ray", knn_gpu=True)
+        KNNHF("none", datastore=text_store.path, k=5, retriever="ray", knn_gpu=True)
     with pytest.raises(UserError, match="say in how many, with --parts"):
-        build_index(in_parts, "Flat", name="more", ray="auto")
+        build_index(text_store, "Flat", name="more", ray="auto")
