@@ -27,6 +27,7 @@ from knn_lm_eval.ray_retrieval import RayRetriever, Shard
 from knn_lm_eval.retrieval import RetrievalStatistics, Retriever
 
 ray = pytest.importorskip("ray", reason="needs Ray")
+pytestmark = pytest.mark.xdist_group("ray")  # one cluster for all
 QUERIES = np.random.default_rng(3).standard_normal((64, 16)).astype(np.float32) * 2
 
 
