@@ -10,8 +10,6 @@ import os
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
-
 from knn_lm_eval.adaptive import Lmbda, plain_lmbda, read_lmbda
 from knn_lm_eval.automaton import Automaton, AutomatonSettings, PointerDistances
 from knn_lm_eval.clusters import Clusters
@@ -23,7 +21,7 @@ from knn_lm_eval.fingerprint import check_store_model
 from knn_lm_eval.index import DEFAULT_INDEX
 from knn_lm_eval.language_model import CausalLM
 from knn_lm_eval.params import find_params
-from knn_lm_eval.retrieval import Retriever, exact_distances
+from knn_lm_eval.retrieval import Retriever
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +70,8 @@ class Augmentation:
         recompute_dists: bool = False,
         knn_gpu: bool = False,
         index: str = DEFAULT_INDEX,
+        retriever: Literal["local", "ray"] = "local",
+        address: str = "auto",
         retomaton: bool = False,
         min_knns: float | None = None,
         max_knns: int | None = None,
@@ -122,7 +122,18 @@ class Augmentation:
                 f"knn_keytype={knn_keytype}, but the keys of the datastore {store.path} are {key_type}; "
                 f"leave knn_keytype out, or dump a datastore with --knn_keytype {knn_keytype}."
             )
-        retriever = Retriever(store, settings["k"], settings["probe"], knn_sim_func, recompute_dists, knn_gpu, index)
+        how = settings["k"], settings["probe"], knn_sim_func, recompute_dists
+        searching: Retriever
+        if retriever == "ray":
+            if knn_gpu:
+                raise UserError("knn_gpu=True is for the local retriever: Ray's shards search on CPUs; leave one out.")
+            from knn_lm_eval.ray_retrieval import RayRetriever
+
+            searching = RayRetriever(store, *how, index, address)
+        elif retriever == "local":
+            searching = Retriever(store, *how, knn_gpu, index)
+        else:
+            raise UserError(f"retriever={retriever!r} is unknown; use local or ray.")
         automaton = None
         if retomaton:
             store.require_text_order("RetoMaton")
@@ -137,16 +148,18 @@ class Augmentation:
                 )
             chosen = None if clusters is None else Clusters.open(store, str(clusters))
             if not no_pointer and weight != 0:
-                automaton = open_automaton(retriever, walk, chosen)
+                automaton = open_automaton(searching, walk, chosen)
         elif clusters is not None:
             raise UserError("clusters is for RetoMaton; give retomaton=True as well.")
         settings |= {
-            "probe": retriever.probe,
-            "knn_sim_func": retriever.sim_func,
+            "probe": searching.probe,
+            "knn_sim_func": searching.sim_func,
             "knn_keytype": key_type,
-            "recompute_dists": retriever.recompute_dists,
+            "recompute_dists": searching.recompute_dists,
             "index": index,
         }
+        if retriever == "ray":
+            settings |= {"retriever": retriever, "address": address}
         if retomaton:
             settings |= {
                 "retomaton": True,
@@ -157,7 +170,7 @@ class Augmentation:
         if tuned:
             tuned.check_conditions(settings)
         key_module = key_module or store.manifest.get("key_module")
-        return cls(retriever, automaton, weight, settings["knn_temp"], key_type, key_module, settings, sources)
+        return cls(searching, automaton, weight, settings["knn_temp"], key_type, key_module, settings, sources)
 
     def check_model(self, model: CausalLM, tokenizer: Any, name: str) -> None:
         """Raise UserError where the datastore was not made by this model (and tokenizer, unless it is None)."""
@@ -169,7 +182,7 @@ def open_automaton(retriever: Retriever, settings: AutomatonSettings, clusters: 
     store = retriever.datastore
     csr = None if clusters is None else (clusters.cluster_of_entry, clusters.member_starts, clusters.members)
     distances = pointer_distances(retriever)
-    return Automaton(store.values, store.document_starts, csr, retriever.find, distances, settings)
+    return Automaton(retriever.values, store.document_starts, csr, retriever.find, distances, settings)
 
 
 def pointer_distances(retriever: Retriever) -> PointerDistances:
@@ -181,7 +194,7 @@ def pointer_distances(retriever: Retriever) -> PointerDistances:
     if not retriever.recompute_dists:
         codes = CodeDistances.open(retriever.datastore, retriever.cpu_index, retriever.index_name)
         if codes is not None:
-            return codes
+            return retriever.distances_to(codes)
         if retriever.metadata["factory"] != "Flat":
             logger.info(
                 "RetoMaton has no distances by the codes of %s: exact ones are used for searches and pointers "
@@ -189,14 +202,7 @@ def pointer_distances(retriever: Retriever) -> PointerDistances:
                 retriever.metadata["factory"],
             )
             retriever.recompute_dists = True
-
-    keys = retriever.datastore.require_keys(f"RetoMaton with the index {retriever.metadata['factory']}")
-
-    def exact(queries: np.ndarray, entries: np.ndarray, counts: np.ndarray) -> np.ndarray:
-        entries = np.where(np.arange(entries.shape[1]) < counts[:, None], entries, -1)
-        return exact_distances(keys, queries, entries, retriever.sim_func)
-
-    return exact
+    return retriever.distances_to(None)
 
 
 def find_datastore(path: str | os.PathLike | None) -> Datastore:

@@ -26,9 +26,10 @@ from tqdm import tqdm
 
 from knn_lm_eval.datastore import Datastore
 from knn_lm_eval.files import check_free_space, disk_errors_in, read_json, replace_file, write_json
-from knn_lm_eval.index import IndexFiles
+from knn_lm_eval.index import IndexFiles, find_parts, split_parts
 
 CHUNK = 2**16
+Tables = tuple[np.ndarray, np.ndarray, bool]
 ARRAYS = {"lists": np.int32, "offsets": np.float32, "scales": np.float32, "codes": np.uint8}
 
 
@@ -38,7 +39,7 @@ class CodeDistances:
 
     Attributes
     ----------
-    index : the index, for what it does to queries before it looks for lists.
+    index : the index or a part of it, for what it does to queries before it looks for lists.
     centroids : float32 ``[lists, dimension]``, of the coarse quantizer.
     base_offsets : float32 ``[lists]``, what ``base`` has beside |q|^2 - 2 <q, c>: |c|^2 for RaBitQ, 0 for PQ.
     codebooks : float32 ``[code bytes, dimension / code bytes, 256]``: what each code byte stands for.
@@ -59,35 +60,34 @@ class CodeDistances:
         """Open the code files of the index ``name``, making them first if need be.
 
         Returns None for an index that this cannot serve (others than IVF with PQ of 8 bits by residual or with
-        RaBitQ of 1 bit, by L2): its pointers need exact distances.
+        RaBitQ of 1 bit, by L2, or parts that were not trained together): its pointers need exact distances.
         """
-        ivf: Any = faiss.downcast_index(index.index) if isinstance(index, faiss.IndexPreTransform) else index
-        if index.metric_type != faiss.METRIC_L2:
+        parts = split_parts(index)
+        tables = _tables(parts[0][0])
+        if tables is None or not all(_same(parts[0][0], part) for part, _ in parts[1:]):
             return None
-        if isinstance(ivf, faiss.IndexIVFPQ) and ivf.pq.nbits == 8 and ivf.by_residual:
-            is_rabitq = False
-            codebooks = faiss.vector_to_array(ivf.pq.centroids).reshape(ivf.pq.M, 256, ivf.pq.dsub)
-        elif _is_rabitq_of_one_bit(ivf) and ivf.d % 8 == 0:
-            is_rabitq = True
-            signs = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little") * 2.0 - 1
-            codebooks = np.broadcast_to(signs.astype(np.float32), (ivf.d // 8, 256, 8)).copy()
-        else:
-            return None
-        # A tensor in a process that has imported faiss.contrib.torch_utils.
-        centroids = np.asarray(ivf.quantizer.reconstruct_n(0, ivf.nlist))
         folder = IndexFiles(datastore.path, name).index.with_suffix(".codes")
         identity = {
             "keys_sha256": datastore.keys_checksum,
-            "index_bytes": IndexFiles(datastore.path, name).index.stat().st_size,
+            "index_bytes": sum(part.path.stat().st_size for part in find_parts(datastore, name)[1]),
         }
         if not (folder / "codes.json").exists() or read_json(folder / "codes.json") != identity:
             with disk_errors_in(folder):
-                _write(folder, datastore, index, ivf, centroids, codebooks, is_rabitq)
+                _write(folder, datastore, parts, *tables)
                 write_json(folder / "codes.json", identity)
+        return cls.read(datastore, parts[0][0], name)
+
+    @classmethod
+    def read(cls, datastore: Datastore, part: faiss.Index, name: str) -> CodeDistances:
+        """Map the code files that ``open`` made; any part of the index gives the tables, and serves all entries."""
+        tables = _tables(part)
+        assert tables is not None
+        centroids, codebooks, is_rabitq = tables
+        folder = IndexFiles(datastore.path, name).index.with_suffix(".codes")
         arrays = {array: np.load(folder / f"{array}.npy", mmap_mode="r") for array in ARRAYS}
-        tables = np.ascontiguousarray(codebooks.transpose(0, 2, 1))
+        by_component = np.ascontiguousarray(codebooks.transpose(0, 2, 1))
         base_offsets = (centroids**2).sum(1) if is_rabitq else np.zeros(len(centroids), dtype=np.float32)
-        return cls(index, centroids, base_offsets, tables, **{array: np.asarray(a) for array, a in arrays.items()})
+        return cls(part, centroids, base_offsets, by_component, **{array: np.asarray(a) for array, a in arrays.items()})
 
     def __call__(self, queries: np.ndarray, entries: np.ndarray, counts: np.ndarray) -> np.ndarray:
         """Approximate squared L2 distances.
@@ -117,21 +117,6 @@ class CodeDistances:
             distances,
         )
         return distances
-
-
-def _is_rabitq_of_one_bit(ivf: Any) -> bool:
-    is_rabitq = isinstance(ivf, (faiss.IndexIVFRaBitQ, faiss.IndexIVFRaBitQFastScan))
-    return is_rabitq and ivf.rabitq.nb_bits == 1
-
-
-def _transformed(index: faiss.Index, vectors: np.ndarray) -> np.ndarray:
-    """What the index's lists hold of ``vectors``: they themselves, or rotated or projected."""
-    if not isinstance(index, faiss.IndexPreTransform):
-        return vectors
-    chain: Any = index.chain
-    for number in range(chain.size()):
-        vectors = chain.at(number).apply(vectors)
-    return vectors
 
 
 # Not parallel: a step of few sequences is a fraction of a millisecond, less than waking threads takes.
@@ -170,11 +155,61 @@ def _look_up(  # type: ignore[no-untyped-def]
             distances[i, j] = base[number] + offsets[entry] + scales[entry] * total
 
 
+def _tables(index: faiss.Index) -> Tables | None:
+    """The coarse centroids, what each code byte stands for, and whether that is by RaBitQ; None for other types."""
+    ivf = _below_transform(index)
+    if index.metric_type != faiss.METRIC_L2:
+        return None
+    if isinstance(ivf, faiss.IndexIVFPQ) and ivf.pq.nbits == 8 and ivf.by_residual:
+        is_rabitq = False
+        codebooks = faiss.vector_to_array(ivf.pq.centroids).reshape(ivf.pq.M, 256, ivf.pq.dsub)
+    elif _is_rabitq_of_one_bit(ivf) and ivf.d % 8 == 0:
+        is_rabitq = True
+        signs = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little") * 2.0 - 1
+        codebooks = np.broadcast_to(signs.astype(np.float32), (ivf.d // 8, 256, 8)).copy()
+    else:
+        return None
+    # A tensor in a process that has imported faiss.contrib.torch_utils.
+    return np.asarray(ivf.quantizer.reconstruct_n(0, ivf.nlist)), codebooks, is_rabitq
+
+
+def _is_rabitq_of_one_bit(ivf: Any) -> bool:
+    is_rabitq = isinstance(ivf, (faiss.IndexIVFRaBitQ, faiss.IndexIVFRaBitQFastScan))
+    return is_rabitq and ivf.rabitq.nb_bits == 1
+
+
+def _below_transform(index: faiss.Index) -> Any:
+    return faiss.downcast_index(index.index) if isinstance(index, faiss.IndexPreTransform) else index
+
+
+def _transformed(index: faiss.Index, vectors: np.ndarray) -> np.ndarray:
+    """What the index's lists hold of ``vectors``: they themselves, or rotated or projected."""
+    if not isinstance(index, faiss.IndexPreTransform):
+        return vectors
+    chain: Any = index.chain
+    for number in range(chain.size()):
+        vectors = chain.at(number).apply(vectors)
+    return vectors
+
+
+def _same(part: faiss.Index, other: faiss.Index) -> bool:
+    """Whether the codes of both parts mean the same."""
+    tables, others = _tables(part), _tables(other)
+    axes = np.eye(part.d, dtype=np.float32)
+    return (
+        tables is not None
+        and others is not None
+        and tables[2] == others[2]
+        and np.array_equal(tables[0], others[0])
+        and np.array_equal(tables[1], others[1])
+        and np.array_equal(_transformed(part, axes), _transformed(other, axes))
+    )
+
+
 def _write(
     folder: Path,
     datastore: Datastore,
-    index: faiss.Index,
-    ivf: faiss.IndexIVF,
+    parts: list[tuple[faiss.Index, int]],
     centroids: np.ndarray,
     codebooks: np.ndarray,
     is_rabitq: bool,
@@ -188,20 +223,22 @@ def _write(
         name: np.lib.format.open_memmap(folder / f"{name}.npy.tmp", "w+", dtype, shapes.get(name, (count,)))
         for name, dtype in ARRAYS.items()
     }
-    inverted: Any = ivf.invlists
-    for number in range(ivf.nlist):
-        size = inverted.list_size(number)
-        if size:
-            ids = faiss.rev_swig_ptr(inverted.get_ids(number), size)
-            arrays["lists"][ids] = number
-            if not is_rabitq:
-                codes = faiss.rev_swig_ptr(inverted.get_codes(number), size * ivf.code_size)
-                arrays["codes"][ids] = codes.reshape(size, -1)
+    for index, first_id in parts:
+        ivf = _below_transform(index)
+        inverted: Any = ivf.invlists
+        for number in range(ivf.nlist):
+            size = inverted.list_size(number)
+            if size:
+                ids = faiss.rev_swig_ptr(inverted.get_ids(number), size) + first_id
+                arrays["lists"][ids] = number
+                if not is_rabitq:
+                    codes = faiss.rev_swig_ptr(inverted.get_codes(number), size * ivf.code_size)
+                    arrays["codes"][ids] = codes.reshape(size, -1)
     for start in tqdm(range(0, count, CHUNK), desc="Laying out codes in text order", unit=" chunks"):
         rows = slice(start, start + CHUNK)
         centroid = centroids[arrays["lists"][rows]]
         if keys is not None:
-            residual = _transformed(index, keys[rows].astype(np.float32)) - centroid
+            residual = _transformed(parts[0][0], keys[rows].astype(np.float32)) - centroid
             positive = residual > 0
             arrays["codes"][rows] = np.packbits(positive, axis=1, bitorder="little")
             squared, absolute = (residual**2).sum(1), np.abs(residual).sum(1)

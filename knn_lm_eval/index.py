@@ -3,7 +3,7 @@
 The JSON says what the index was built from (the checksum of the keys), how (factory string, metric), which
 ``probe`` was found good enough, and how well it retrieves; see ``build_index.py`` for the figures.
 
-An imported index may be in parts, each of a run of entries: its JSON lists them under ``parts``, with ``start``,
+An index may be in parts, each of a run of entries: its JSON lists them under ``parts``, with ``start``,
 ``stop`` and ``bytes``, and says under ``part_ids`` whether a part numbers its entries from 0 (``relative``) or as
 the store does (``absolute``). Part i lies in ``NAME.00i.faiss``.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -33,6 +34,23 @@ DEFAULT_INDEX = "index"
 WORTH_TELLING = 2**26  # bytes of an index in memory
 METRICS = {"l2": faiss.METRIC_L2, "dot": faiss.METRIC_INNER_PRODUCT}
 GPU_MAX_K = 2048  # faiss's own limit
+
+
+@dataclass(frozen=True)
+class IndexPart:
+    """A file of an index: all of it, or the part that holds a run of entries.
+
+    Attributes
+    ----------
+    path : the file.
+    start, stop : the run.
+    first_id : the entry that the file calls 0.
+    """
+
+    path: Path
+    start: int
+    stop: int
+    first_id: int
 
 
 @dataclass(frozen=True)
@@ -67,6 +85,25 @@ def open_index(datastore: Datastore, name: str = DEFAULT_INDEX) -> tuple[faiss.I
     UserError
         Where there is none, it is damaged, or it was built for other keys.
     """
+    metadata, parts = find_parts(datastore, name)
+    opened = [read_index(part.path) for part in parts]
+    index = join_parts(opened, metadata.get("part_ids") == "relative") if "parts" in metadata else opened[0]
+    if index.ntotal != len(datastore) or index.d != datastore.dimension:
+        raise UserError(
+            f"The index {IndexFiles(datastore.path, name).index} holds {index.ntotal} vectors of {index.d} numbers, "
+            f"the datastore {len(datastore)} of {datastore.dimension}; build it again."
+        )
+    if (held := bytes_held(index)) > WORTH_TELLING:
+        logger.info(
+            "The index %s takes %d MiB of each process's memory: faiss has no mapped form of all it needs.",
+            IndexFiles(datastore.path, name).index,
+            held >> 20,
+        )
+    return index, metadata
+
+
+def find_parts(datastore: Datastore, name: str = DEFAULT_INDEX) -> tuple[dict[str, Any], list[IndexPart]]:
+    """The metadata and the files of the index ``name``, in order; checks as ``open_index`` does, but opens none."""
     files = IndexFiles(datastore.path, name)
     if not files.metadata.is_file() or not (files.index.is_file() or files.part(0).is_file()):
         built = index_names(datastore)
@@ -77,32 +114,19 @@ def open_index(datastore: Datastore, name: str = DEFAULT_INDEX) -> tuple[faiss.I
         raise UserError(
             f"The index {files.index} was built for other keys than those in {datastore.path}; build it again."
         )
-    parts = metadata.get("parts")
-    paths = [files.index] if parts is None else [files.part(number) for number in range(len(parts))]
-    sizes = [metadata.get("bytes")] if parts is None else [part["bytes"] for part in parts]
-    opened = []
-    for path, size in zip(paths, sizes, strict=True):
+    said = metadata.get("parts") or [{"start": 0, "stop": len(datastore), "bytes": metadata.get("bytes")}]
+    paths = [files.part(number) for number in range(len(said))] if "parts" in metadata else [files.index]
+    relative, parts = metadata.get("part_ids") == "relative", []
+    for path, part in zip(paths, said, strict=True):
         if not path.is_file():
             raise UserError(f"The index {files.index} is incomplete: {path.name} is missing; build or import it again.")
-        if (actual := path.stat().st_size) != size:
+        if (actual := path.stat().st_size) != part["bytes"]:
             raise UserError(
                 f"The index {path} is damaged: it has {actual} bytes, {files.metadata.name} says "
-                f"{size}; build it again."
+                f"{part['bytes']}; build it again."
             )
-        opened.append(read_index(path))
-    index = opened[0] if parts is None else join_parts(opened, metadata.get("part_ids") == "relative")
-    if index.ntotal != len(datastore) or index.d != datastore.dimension:
-        raise UserError(
-            f"The index {files.index} holds {index.ntotal} vectors of {index.d} numbers, the datastore "
-            f"{len(datastore)} of {datastore.dimension}; build it again."
-        )
-    if (held := bytes_held(index)) > WORTH_TELLING:
-        logger.info(
-            "The index %s takes %d MiB of each process's memory: faiss has no mapped form of all it needs.",
-            files.index,
-            held >> 20,
-        )
-    return index, metadata
+        parts.append(IndexPart(path, part["start"], part["stop"], part["start"] if relative else 0))
+    return metadata, parts
 
 
 def index_names(datastore: Datastore) -> list[str]:
@@ -129,8 +153,7 @@ def bytes_held(index: faiss.Index) -> int:
     fast scans without lists (``PQ64x4fs``), and the table by which IVF with PQ saves work: codewords times lists.
     """
     if isinstance(index, faiss.IndexShards):
-        shards: Any = index
-        return sum(bytes_held(shards.at(number)) for number in range(shards.count()))
+        return sum(bytes_held(part) for part, _ in split_parts(index))
     if isinstance(index, faiss.IndexRefine):
         return bytes_held(faiss.downcast_index(index.base_index))
     if isinstance(index, faiss.IndexPreTransform):
@@ -171,14 +194,22 @@ def set_probe(index: faiss.Index, probe: int) -> None:
         ivf.nprobe = min(probe, ivf.nlist)
 
 
+def split_parts(index: faiss.Index) -> list[tuple[faiss.Index, int]]:
+    """The parts that were joined, each with the entry that it calls 0; the index itself where it is in one."""
+    if not isinstance(index, faiss.IndexShards):
+        return [(index, 0)]
+    shards: Any = index
+    parts = [faiss.downcast_index(shards.at(number)) for number in range(shards.count())]
+    starts = np.cumsum([0, *(part.ntotal for part in parts[:-1])]).tolist()
+    return list(zip(parts, starts if shards.successive_ids else [0] * len(parts), strict=True))
+
+
 def _inverted_files(index: faiss.Index) -> list[faiss.IndexIVF]:
-    if isinstance(index, faiss.IndexShards):
-        shards: Any = index
-        return [ivf for number in range(shards.count()) for ivf in _inverted_files(shards.at(number))]
-    try:
-        return [faiss.extract_index_ivf(index)]
-    except RuntimeError:
-        return []
+    found = []
+    for part, _ in split_parts(index):
+        with suppress(RuntimeError):
+            found.append(faiss.extract_index_ivf(part))
+    return found
 
 
 def faiss_gpus() -> int:
@@ -219,12 +250,9 @@ def to_gpus(index: faiss.Index, k: int) -> faiss.Index:
 
 def _clone_to(gpus: list[int], index: faiss.Index) -> faiss.Index:
     if isinstance(index, faiss.IndexShards):
-        parts: Any = index
-        clones = [
-            _clone_to([gpus[number % len(gpus)]], faiss.downcast_index(parts.at(number)))
-            for number in range(parts.count())
-        ]
-        return join_parts(clones, parts.successive_ids, threaded=True)
+        parts = split_parts(index)
+        clones = [_clone_to([gpus[number % len(gpus)]], part) for number, (part, _) in enumerate(parts)]
+        return join_parts(clones, index.successive_ids, threaded=True)
     options = faiss.GpuMultipleClonerOptions()
     options.useFloat16 = True
     try:

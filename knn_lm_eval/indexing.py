@@ -1,6 +1,9 @@
 """Building a faiss index over a datastore's keys, and measuring how well it serves kNN-LM.
 
 Keys are streamed in chunks; a checkpoint is written now and then, so an interrupted build goes on from there.
+An index in parts is trained once; its parts, each of a run of entries, are then built one by one (or side by side,
+as Ray tasks), so that a build takes no more memory than one part.
+
 The finished index is compared with exact search on held-out queries (entries of the store, each with itself
 taken out of both results), because an index that ranks well can still have distances of no use for a softmax.
 """
@@ -10,6 +13,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +34,13 @@ from knn_lm_eval.index import (
     bytes_held,
     faiss_gpus,
     inverted_file,
+    join_parts,
     read_index,
     search,
     set_probe,
 )
 from knn_lm_eval.mixture import knn_log_prob, neighbour_log_weights
+from knn_lm_eval.ray_cluster import run_tasks
 from knn_lm_eval.retrieval import entry_counts
 
 logger = logging.getLogger(__name__)
@@ -46,6 +52,7 @@ CHECKPOINT_SECONDS = 300
 VECTORS_PER_LIST = 64  # training sample; faiss asks for 39 to 256 per inverted list
 # K-means costs lists times sample. Beyond so many lists, on CPUs, it is done in two levels: minutes, not days.
 TWO_LEVELS_ABOVE = 4096
+MOST_PARTS = 1000  # their numbers have three digits
 PROBES = (1, 2, 4, 8, 16, 32, 64, 128)
 # The probe recommended is the smallest whose p_kNN error exceeds the largest probe's by at most this share of
 # that error, or of the mean p_kNN.
@@ -112,6 +119,8 @@ def build_index(
     k: int = 1024,
     knn_temp: float = 1.0,
     seed: int = 1,
+    parts: int | None = None,
+    ray: str | None = None,
     resume: bool = False,
     overwrite: bool = False,
 ) -> dict[str, Any]:
@@ -126,6 +135,9 @@ def build_index(
     quality_queries : held-out queries for the comparison with exact search; 0 leaves it out.
     k, knn_temp : neighbours and temperature of that comparison.
     seed : of the training sample and the held-out queries.
+    parts : build the index in so many parts, one at a time; None builds it in one piece.
+    ray : the address of a Ray cluster (see ``connect``) that builds the parts side by side. Its nodes must see the
+        datastore's folder at the same path.
     resume : go on with an interrupted build.
     overwrite : replace a finished index of that name.
 
@@ -136,7 +148,7 @@ def build_index(
     Raises
     ------
     UserError
-        Where faiss does not know the factory string, the index exists, or the disk is full.
+        Where faiss does not know the factory string, the index exists, the disk is full, or a Ray task fails.
     """
     if sim_func not in METRICS:
         raise UserError(f"sim_func={sim_func!r} is unknown; use l2 or dot.")
@@ -150,23 +162,39 @@ def build_index(
     files = IndexFiles(datastore.path, name)
     if (files.index.exists() or files.part(0).exists()) and not overwrite:
         raise UserError(f"The index {files.index} exists already; choose another --name or give --overwrite.")
+    if ray is not None and parts is None:
+        raise UserError("Ray builds an index part by part: say in how many, with --parts.")
+    if parts is not None and not 1 <= parts <= min(MOST_PARTS, len(datastore)):
+        raise UserError(f"parts={parts} must be between 1 and {min(MOST_PARTS, len(datastore))}.")
     checkpoint = files.folder / f"{name}.faiss.part"
-    settings = {
+    settings: dict[str, Any] = {
         "factory": factory,
         "sim_func": sim_func,
         "seed": seed,
         "train_sample": train_sample,
         "keys_sha256": datastore.keys_checksum,
     }
+    if parts is not None:
+        settings["parts"] = parts
     with disk_errors_in(datastore.path):
         index, seconds = _resume(checkpoint, settings) if resume else (None, {})
         if index is None:
+            _state(checkpoint).unlink(missing_ok=True)
             index = _train(datastore, factory, sim_func, train_sample, seed, seconds)
-        _add(datastore, index, checkpoint, settings, seconds)
+        index_type = type(index).__name__
+        # Finished files, and what they will be called.
+        written = {checkpoint: files.index}
+        records = []
+        if parts is None:
+            _add(datastore, index, checkpoint, settings, seconds)
+        else:
+            written = {_piece(files, number): files.part(number) for number in range(parts)}
+            records = _add_in_parts(datastore, index, files, checkpoint, settings, seconds, ray)
+            index = join_parts([read_index(piece) for piece in written], relative_ids=True)
         metadata: dict[str, Any] = {
             **settings,
             "count": len(datastore),
-            "type": type(index).__name__,
+            "type": index_type,
             "seconds": {stage: round(value, 1) for stage, value in seconds.items()},
             "faiss": faiss.__version__,
         }
@@ -177,14 +205,25 @@ def build_index(
             if budget.slowdown is not None:
                 limit = (budget.slowdown - 1) * lm_microseconds(datastore)
                 metadata |= {"probe": fastest_enough(metadata["quality"], limit), "slowdown": budget.slowdown}
-        _write(index, checkpoint)
-        metadata["bytes"] = checkpoint.stat().st_size
+        if parts is None:
+            _write(index, checkpoint)
+            metadata["bytes"] = checkpoint.stat().st_size
+        else:
+            metadata |= {
+                "bytes": sum(part["bytes"] for part in records),
+                "parts": records,
+                "part_ids": "relative",
+            }
+        metadata["bytes_held"] = sum(bytes_held(read_index(path)) for path in written)
         # The metadata goes last: whoever finds both finds a finished index.
         files.metadata.unlink(missing_ok=True)
-        replace_file(checkpoint, files.index)
-        metadata["bytes_held"] = bytes_held(read_index(files.index))
+        for old in (files.index, *files.folder.glob(f"{name}.[0-9][0-9][0-9].faiss")):
+            old.unlink(missing_ok=True)
+        for temporary, final in written.items():
+            replace_file(temporary, final)
         write_json(files.metadata, metadata)
-        record_derived(datastore.path, [files.index.name, files.metadata.name])
+        record_derived(datastore.path, [files.metadata.name, *(final.name for final in written.values())])
+        checkpoint.unlink(missing_ok=True)  # of an index in parts: the trained one
         _state(checkpoint).unlink(missing_ok=True)
     return metadata
 
@@ -203,7 +242,7 @@ def _resume(checkpoint: Path, settings: dict[str, Any]) -> tuple[faiss.Index | N
             f"give the same settings, or leave out --resume to start anew."
         )
     index = faiss.read_index(str(checkpoint))
-    logger.info("Going on at %d entries.", index.ntotal)
+    logger.info("Going on with %s.", "the parts that lack" if "parts" in settings else f"{index.ntotal:,} entries")
     return index, state["seconds"]
 
 
@@ -310,6 +349,19 @@ def _add(
 ) -> None:
     """Add the keys that are not in the index yet, in order."""
     keys = datastore.require_keys("an index")
+    start = saved = time.perf_counter()
+    with tqdm(total=len(datastore), initial=index.ntotal, desc="Adding keys", unit=" keys", unit_scale=True) as bar:
+        for added in _add_run(index, keys, 0, len(datastore)):
+            bar.update(added)
+            if time.perf_counter() - saved > CHECKPOINT_SECONDS and index.ntotal < len(datastore):
+                _write(index, checkpoint)
+                write_json(_state(checkpoint), {"settings": settings, "seconds": seconds})
+                saved = time.perf_counter()
+    seconds["add"] = seconds.get("add", 0.0) + time.perf_counter() - start
+
+
+def _add_run(index: faiss.Index, keys: np.ndarray, start: int, stop: int) -> Iterator[int]:
+    """Add the entries from ``start`` to ``stop`` that the index does not have yet, in chunks; yields their sizes."""
     ivf, assigner = inverted_file(index), None
     # GPUs find each key's list where it is a plain one: fast-scan types take no lists that were found elsewhere, and
     # other indexes than flat ones are looked through for a list on the CPU.
@@ -317,21 +369,72 @@ def _add(
         quantizer = faiss.downcast_index(index.quantizer)
         if isinstance(quantizer, faiss.IndexFlat):
             assigner = faiss.index_cpu_to_all_gpus(quantizer)
-    start = saved = time.perf_counter()
-    with tqdm(total=len(datastore), initial=index.ntotal, desc="Adding keys", unit=" keys", unit_scale=True) as bar:
-        while index.ntotal < len(datastore):
-            chunk = _finite(keys[index.ntotal : index.ntotal + ADD_CHUNK])
-            if assigner is None or ivf is None:
-                index.add(chunk)
-            else:
-                lists = assigner.search(chunk, 1)[1][:, 0].copy()
-                ivf.add_core(len(chunk), faiss.swig_ptr(chunk), None, faiss.swig_ptr(lists))
-            bar.update(len(chunk))
-            if time.perf_counter() - saved > CHECKPOINT_SECONDS and index.ntotal < len(datastore):
-                _write(index, checkpoint)
-                write_json(_state(checkpoint), {"settings": settings, "seconds": seconds})
-                saved = time.perf_counter()
-    seconds["add"] = seconds.get("add", 0.0) + time.perf_counter() - start
+    while (begin := start + index.ntotal) < stop:
+        chunk = _finite(keys[begin : min(begin + ADD_CHUNK, stop)])
+        if assigner is None or ivf is None:
+            index.add(chunk)
+        else:
+            lists = assigner.search(chunk, 1)[1][:, 0].copy()
+            ivf.add_core(len(chunk), faiss.swig_ptr(chunk), None, faiss.swig_ptr(lists))
+        yield len(chunk)
+
+
+def _add_in_parts(
+    datastore: Datastore,
+    trained: faiss.Index,
+    files: IndexFiles,
+    checkpoint: Path,
+    settings: dict[str, Any],
+    seconds: dict[str, float],
+    ray: str | None,
+) -> list[dict[str, int]]:
+    """Build the parts that are not there yet, each in its file ``_piece``; returns what the metadata says of them."""
+    parts: int = settings["parts"]
+    if not _state(checkpoint).exists():
+        for number in range(MOST_PARTS):
+            _piece(files, number).unlink(missing_ok=True)
+        _write(trained, checkpoint)
+        write_json(_state(checkpoint), {"settings": settings, "seconds": seconds})
+    ends = [len(datastore) * number // parts for number in range(parts + 1)]
+    records: dict[int, dict[str, int]] = {}
+    jobs: dict[int, tuple[Path, Path, int, int, Path]] = {}
+    for number, (start, stop) in enumerate(zip(ends, ends[1:], strict=False)):
+        piece = _piece(files, number).resolve()
+        if piece.exists():
+            records[number] = {"start": start, "stop": stop, "bytes": piece.stat().st_size}
+        else:
+            jobs[number] = datastore.path.resolve(), checkpoint.resolve(), start, stop, piece
+    began = time.perf_counter()
+    there = sum(record["stop"] - record["start"] for record in records.values())
+    with tqdm(total=len(datastore), initial=there, desc="Building parts", unit=" keys", unit_scale=True) as bar:
+        if ray is None:
+            for number, job in jobs.items():
+                records[number] = _build_part(*job, bar)
+        else:
+            for number, record in run_tasks(ray, _build_part, jobs):
+                records[number] = record
+                bar.update(record["stop"] - record["start"])
+    seconds["add"] = time.perf_counter() - began
+    return [records[number] for number in range(parts)]
+
+
+def _build_part(
+    store: Path, trained: Path, start: int, stop: int, piece: Path, bar: tqdm | None = None
+) -> dict[str, int]:
+    """Write the part with the entries from ``start`` to ``stop``, numbered from 0; runs in a Ray task as well."""
+    keys = Datastore.open(store).require_keys("an index")
+    index = faiss.read_index(str(trained))
+    for added in _add_run(index, keys, start, stop):
+        if bar is not None:
+            bar.update(added)
+    _write(index, piece)
+    return {"start": start, "stop": stop, "bytes": piece.stat().st_size}
+
+
+def _piece(files: IndexFiles, number: int) -> Path:
+    """Where a finished part waits for the others."""
+    part = files.part(number)
+    return part.with_name(part.name + ".part")
 
 
 def _write(index: faiss.Index, path: Path) -> None:

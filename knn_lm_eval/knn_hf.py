@@ -20,7 +20,7 @@ from knn_lm_eval.adaptive import Gate
 from knn_lm_eval.augmentation import Augmentation
 from knn_lm_eval.errors import UserError, report_user_errors
 from knn_lm_eval.generation import MixedForward
-from knn_lm_eval.index import DEFAULT_INDEX, bytes_held
+from knn_lm_eval.index import DEFAULT_INDEX
 from knn_lm_eval.language_model import CausalLM
 from knn_lm_eval.loading import CausalHFLM, recorded_arguments
 from knn_lm_eval.loglikelihood import RollingLoglikelihood
@@ -64,6 +64,10 @@ class KNNHF(CausalHFLM):
     recompute_dists : use exact distances from the keys on disk instead of the index's approximations.
     knn_gpu : search on all visible GPUs (needs faiss-gpu).
     index : the name of the datastore's index.
+    retriever : ``local`` (default) searches in this process; ``ray`` searches the index's parts on a Ray cluster,
+        whose nodes must see the datastore's folder at the same path.
+    address : with ``retriever=ray``, the cluster: ``HOST:PORT``; ``auto`` (default) joins the one that runs on this
+        machine, or starts one.
     context_len : in rolling log-likelihoods, the tokens of context that each scored token has at least, where
         the text has them; 1 is lm-eval's disjoint windows, half of ``max_length`` the kNN-LM papers' protocol.
     retomaton : follow pointers instead of searching at every token (Alon et al. 2022).
@@ -98,6 +102,8 @@ class KNNHF(CausalHFLM):
         recompute_dists: bool = False,
         knn_gpu: bool = False,
         index: str = DEFAULT_INDEX,
+        retriever: Literal["local", "ray"] = "local",
+        address: str = "auto",
         context_len: int = 1,
         retomaton: bool = False,
         min_knns: float | None = None,
@@ -122,6 +128,8 @@ class KNNHF(CausalHFLM):
             recompute_dists=recompute_dists,
             knn_gpu=knn_gpu,
             index=index,
+            retriever=retriever,
+            address=address,
             retomaton=retomaton,
             min_knns=min_knns,
             max_knns=max_knns,
@@ -361,7 +369,7 @@ class KNNHF(CausalHFLM):
         store, retriever = self.retriever.datastore, self.retriever
         return {
             "index_on_disk": retriever.metadata["bytes"],
-            "index_in_memory": bytes_held(retriever.cpu_index),
+            "index_in_memory": retriever.bytes_held,
             "values_on_disk": store.values.nbytes,
             "keys_on_disk": store.keys.nbytes if retriever.recompute_dists and store.keys is not None else 0,
             "process": resident_bytes(),
@@ -384,6 +392,7 @@ class KNNHF(CausalHFLM):
             "positions_generated": mixed.positions,
             "searches": statistics.searches,
             "entries_compared": statistics.entries_compared,
+            "restarts": statistics.restarts,
             "rows": self.scorer.rows_scored + mixed.positions,
             "rows_skipped": self.scorer.rows_skipped + mixed.skipped,
         }
@@ -408,14 +417,14 @@ class KNNHF(CausalHFLM):
             {name: sum(one[name] for one in of_all) for name in of_all[0]}
             for of_all in zip(*(self._work_of_all or [self._work()]), strict=True)
         )
-        walked: dict[str, Any] = {}
+        walked: dict[str, Any] = {"restarts": counts["restarts"]} if "retriever" in self.settings else {}
         if isinstance(self.scorer, RetomatonScorer):
-            walked = {
+            walked |= {
                 "saved_searches": 1 - counts["walk_searches"] / max(1, counts["steps"]),
                 "mean_candidates": counts["candidates"] / max(1, counts["steps"]),
             }
         elif isinstance(gate := self.mixed_forward.augmentation.lmbda, Gate) and gate.threshold is not None:
-            walked = {"saved_searches": counts["rows_skipped"] / max(1, counts["rows"])}
+            walked |= {"saved_searches": counts["rows_skipped"] / max(1, counts["rows"])}
         return super().get_model_info() | {
             "knn": {
                 **walked,

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from knn_lm_eval.errors import UserError
 
 # Read by Ray where it connects: its own patience with an address that nobody answers at is a quarter of an hour.
-# A Ray that starts here by itself reports its use to nobody.
+# A Ray that starts here by itself reports its use to nobody, and kills nobody for memory: it takes the pages of
+# mapped indexes, which the system drops when it needs them, for memory in use.
 ENVIRONMENT = {
     "RAY_NUM_REDIS_GET_RETRIES": "1",
     "RAY_py_gcs_connect_timeout_s": "5",
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_memory_monitor_refresh_ms": "0",
 }
 
 
@@ -53,3 +56,45 @@ def connect(address: str) -> Any:
             ) from error
         ray.init(address="local", include_dashboard=False, **quiet)
     return ray
+
+
+def run_tasks(
+    address: str, function: Callable[..., Any], jobs: Mapping[int, tuple[Any, ...]]
+) -> Iterator[tuple[int, Any]]:
+    """Call a function with each job's arguments, as Ray tasks: on each node one at a time, with all its CPUs.
+
+    Parameters
+    ----------
+    address : as for ``connect``.
+    function : a module's own; the nodes must have the package.
+    jobs : the arguments, by the job's number.
+
+    Yields
+    ------
+    The number of each job and what the function returned, as they come.
+
+    Raises
+    ------
+    UserError
+        Where a task raises one, or dies again and again.
+    """
+    ray = connect(address)
+    cpus = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
+    task = ray.remote(function).options(num_cpus=min((n for n in cpus if n), default=1), scheduling_strategy="SPREAD")
+    waiting = {task.remote(*arguments): number for number, arguments in jobs.items()}
+    try:
+        while waiting:
+            (done,), _ = ray.wait(list(waiting), num_returns=1)
+            number = waiting[done]
+            yield number, ray.get(done)
+            del waiting[done]
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, UserError):
+            raise UserError(f"On a Ray node: {error.cause}") from error
+        raise
+    except ray.exceptions.RayError as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise UserError(f"A Ray task died, and so did those that were started in its place: {first_line}") from error
+    finally:
+        for reference in waiting:
+            ray.cancel(reference)

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import faiss
 import numpy as np
 import torch
 from torch import Tensor
 
+from knn_lm_eval.code_distances import CodeDistances
 from knn_lm_eval.datastore import Datastore
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.index import (
     DEFAULT_INDEX,
+    bytes_held,
+    find_parts,
     inverted_file,
     open_index,
     search,
@@ -22,16 +27,20 @@ from knn_lm_eval.index import (
     vectors_compared,
 )
 
+# queries [n, dimension], entries int64 [n, m], counts int64 [n] -> distances float32 [n, m], undefined beyond counts.
+EntryDistances = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+
 # Keys gathered at a time for exact distances: bounds the memory that recompute_dists takes.
 GATHER_BYTES = 2**26
 
 
 @dataclass
 class RetrievalStatistics:
-    """What a retriever did: queries searched, vectors compared with them, seconds."""
+    """What a retriever did: queries searched, vectors compared with them, shards that were started again, seconds."""
 
     searches: int = 0
     entries_compared: int = 0
+    restarts: int = 0
     seconds: dict[str, float] = field(default_factory=lambda: {"search": 0.0, "distances": 0.0, "values": 0.0})
 
 
@@ -78,6 +87,8 @@ class Retriever:
     """
 
     on_gpus = False
+    index: faiss.Index
+    cpu_index: faiss.Index
 
     def __init__(
         self,
@@ -98,7 +109,7 @@ class Retriever:
             raise UserError(f"probe={probe} must be at least 1.")
         if recompute_dists:
             datastore.require_keys("recompute_dists=True")
-        self.index, self.metadata = open_index(datastore, index)
+        self.metadata, self.parts = find_parts(datastore, index)
         index_sim_func = self.metadata["sim_func"]
         self.sim_func = sim_func or index_sim_func
         if self.sim_func not in ("l2", "dot"):
@@ -109,15 +120,32 @@ class Retriever:
                 f"build one with --sim_func {self.sim_func}, or add recompute_dists=True."
             )
         self.datastore, self.k, self.recompute_dists = datastore, k, recompute_dists
-        self.index_name, self.cpu_index = index, self.index
-        ivf = inverted_file(self.index)
-        self.probe = None if ivf is None else min(probe or self.metadata.get("probe") or 32, ivf.nlist)
-        if self.probe is not None:
-            set_probe(self.index, self.probe)
-        if gpu:
-            self.index = to_gpus(self.index, k)
-            self.on_gpus = self.index is not self.cpu_index
+        self.index_name, self.gpu = index, gpu
         self.statistics = RetrievalStatistics()
+        self.probe = self._open(probe or self.metadata.get("probe") or 32)
+
+    def _open(self, probe: int) -> int | None:
+        """Get ready to search; returns how many lists a search visits, ``probe`` at most, None without lists."""
+        self.cpu_index, _ = open_index(self.datastore, self.index_name)
+        set_probe(self.cpu_index, probe)
+        self.index = to_gpus(self.cpu_index, self.k) if self.gpu else self.cpu_index
+        self.on_gpus = self.index is not self.cpu_index
+        ivf = inverted_file(self.cpu_index)
+        return None if ivf is None else min(probe, ivf.nlist)
+
+    @property
+    def values(self) -> np.ndarray:
+        """int32 ``[count]``: the values, of those entries at least that this retriever has told of."""
+        return self.datastore.values
+
+    @property
+    def bytes_held(self) -> int:
+        """What the index takes of this process's own memory; see ``index.bytes_held``."""
+        return bytes_held(self.cpu_index)
+
+    def with_probe(self, probe: int) -> Retriever:
+        """Another over the same index, with statistics of its own, that visits ``probe`` lists."""
+        return Retriever(self.datastore, self.k, probe, self.sim_func, self.recompute_dists, self.gpu, self.index_name)
 
     def search(self, queries: Tensor) -> Found:
         """The ``k`` nearest entries of each query, nearest (by the index) first.
@@ -152,6 +180,18 @@ class Retriever:
             )
             statistics.seconds["distances"] += time.perf_counter() - start
         return distances, entries
+
+    def distances_to(self, codes: CodeDistances | None) -> EntryDistances:
+        """Distances to given entries: by the index's codes, or exact ones where ``codes`` is None."""
+        if codes is not None:
+            return codes
+        keys = self.datastore.require_keys(f"RetoMaton with the index {self.metadata['factory']}")
+
+        def exact(queries: np.ndarray, entries: np.ndarray, counts: np.ndarray) -> np.ndarray:
+            entries = np.where(np.arange(entries.shape[1]) < counts[:, None], entries, -1)
+            return exact_distances(keys, queries, entries, self.sim_func)
+
+        return exact
 
 
 def entry_counts(weights: np.ndarray | None, entries: np.ndarray) -> Tensor | None:

@@ -74,7 +74,7 @@ class SweepScorer(Scorer):
             raise UserError("A curve needs a number for lmbda, not an adaptive one: give lmbda=... or params=False.")
         self.constant: float = lm.settings["lmbda"]
         super().__init__(lm.scorer.model, lm.retriever, self.constant, lm.settings["knn_temp"], lm.softmax_dtype)
-        self.values = np.asarray(lm.retriever.datastore.values)
+        self.values = np.asarray(lm.retriever.values)
         self.base, self.knn_lm = CurvePoint("base"), CurvePoint("knn-lm")
         self.walkers: list[tuple[CurvePoint, Automaton]] = []
         for clusters in clusterings:

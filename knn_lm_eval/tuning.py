@@ -326,9 +326,7 @@ def _with_probe(lm: KNNHF, probe: int) -> Retriever:
     own = lm.retriever
     if own.probe is None:
         raise UserError(f"--probe is for indexes with inverted lists, and {own.index_name!r} has none; leave it out.")
-    return Retriever(
-        own.datastore, own.k, probe, own.sim_func, own.recompute_dists, own.index is not own.cpu_index, own.index_name
-    )
+    return own.with_probe(probe)
 
 
 def knn_log_probs(

@@ -83,8 +83,7 @@ def main() -> None:
         texts[path.stem] = text if not arguments.tokens else lm.tokenizer.decode(ids[: arguments.tokens])
     trials = []
     for name, probes in wanted:
-        gpu = own.index is not own.cpu_index
-        retriever = Retriever(store, max(ks), None, own.sim_func, own.recompute_dists, gpu, name)
+        retriever = Retriever(store, max(ks), None, own.sim_func, own.recompute_dists, own.gpu, name)
         trials += [Trial(retriever, probe or retriever.probe, k) for probe in probes for k in ks]
     threads = 1 if arguments.cpu_time else arguments.threads
     if threads:

@@ -257,6 +257,61 @@ def test_an_interrupted_build_resumes_to_the_same_index(tmp_path: Path, monkeypa
     assert not list(broken.path.glob("*.part*"))
 
 
+@pytest.mark.parametrize("factory", ["Flat", "IVF16,RaBitQfs", "PCA8,IVF16,SQ8"])
+def test_an_index_in_parts_finds_what_it_finds_in_one(tmp_path: Path, factory: str) -> None:
+    store = make_store(tmp_path / "s")
+    build_index(store, factory, quality_queries=0)
+    metadata = build_index(store, factory, name="parts", parts=4, quality_queries=64)
+    runs = [(part["start"], part["stop"]) for part in metadata["parts"]]
+    assert runs == [(0, 750), (750, 1500), (1500, 2250), (2250, 3000)]
+    assert metadata["bytes"] == sum(file.stat().st_size for file in store.path.glob("parts.*.faiss"))
+    assert metadata["factory"] == factory and metadata["quality"]
+    derived = json.loads((store.path / "manifest.json").read_text())["derived"]
+    assert {"parts.json", "parts.000.faiss", "parts.003.faiss"} <= set(derived)
+    queries = np.random.default_rng(1).standard_normal((9, store.dimension)).astype(np.float32)
+    whole, joined = (Retriever(store, k=60, probe=4, index=name) for name in ("index", "parts"))
+    (distances, entries), (expected_distances, expected_entries) = joined.find(queries), whole.find(queries)
+    np.testing.assert_allclose(distances, expected_distances, rtol=1e-5, atol=1e-5)
+    for mine, expected in zip(entries, expected_entries, strict=True):  # equal distances may change places
+        assert len(set(mine) & set(expected)) >= 59
+    build_index(store, factory, name="parts", quality_queries=0, overwrite=True)  # in one piece again
+    assert not list(store.path.glob("parts.*.faiss")) and (store.path / "parts.faiss").exists()
+
+
+def test_an_interrupted_build_keeps_its_finished_parts(tmp_path: Path, monkeypatch) -> None:
+    store = make_store(tmp_path / "s")
+    settings = {"factory": "IVF16,RaBitQfs", "parts": 3, "quality_queries": 0}
+    build_index(store, name="whole", **settings)
+    built: list[int] = []
+
+    def fail_at_the_last(*job: object) -> dict:
+        if len(built) == 2:
+            raise KeyboardInterrupt
+        built.append(job[2])
+        return original(*job)
+
+    original = indexing._build_part
+    monkeypatch.setattr(indexing, "_build_part", fail_at_the_last)
+    with pytest.raises(KeyboardInterrupt):
+        build_index(store, **settings)
+    assert built == [0, 1000] and not (store.path / "index.json").exists()
+    with pytest.raises(UserError, match="was begun with .*'parts': 3"):
+        build_index(store, resume=True, **settings | {"parts": 2})
+    built.clear()
+    build_index(store, resume=True, **settings)
+    assert built == [2000]
+    for number in range(3):
+        files = [store.path / f"{name}.{number:03d}.faiss" for name in ("index", "whole")]
+        assert files[0].read_bytes() == files[1].read_bytes()
+    assert not list(store.path.glob("*.part*"))
+
+
+@pytest.mark.parametrize("parts", [0, 2000])
+def test_numbers_of_parts_that_cannot_be_are_refused(own_store: Datastore, parts: int) -> None:
+    with pytest.raises(UserError, match="must be between 1 and 1000"):
+        build_index(own_store, "Flat", name="other", parts=parts)
+
+
 def test_other_settings_do_not_resume(tmp_path: Path, monkeypatch) -> None:
     store = make_store(tmp_path / "s")
     monkeypatch.setattr(indexing, "ADD_CHUNK", 500)
