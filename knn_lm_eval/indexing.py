@@ -45,7 +45,7 @@ from knn_lm_eval.retrieval import entry_counts
 
 logger = logging.getLogger(__name__)
 
-LISTS_PER_ROOT = 2  # inverted lists for each root of the number of entries
+LISTS_PER_ROOT = 4  # inverted lists for each root of the number of entries
 EXACT_UP_TO = 2**16  # entries; below, exact search costs less than an approximate index saves
 ADD_CHUNK = 2**16  # keys read and added at a time
 CHECKPOINT_SECONDS = 300
@@ -98,13 +98,15 @@ def choose_factory(count: int, dimension: int, sim_func: str = "l2", bytes_per_e
 
 
 def estimated_bytes(factory: str, count: int, dimension: int, sim_func: str = "l2") -> float:
-    """About how many bytes per entry an index will have: code, entry number, and its share of the lists' centroids."""
+    """About how many bytes per entry an index will have: code, entry number, and its share of what the lists take."""
     index = _make(factory, dimension, sim_func)
-    ivf = inverted_file(index)
+    if (ivf := inverted_file(index)) is None:
+        return index.sa_code_size()
     graph = 2 * 32 * 4 + 16 if "_HNSW32" in factory else 0
-    lists = 0 if ivf is None else ivf.nlist * (4 * ivf.d + graph)
+    # Fast-scan lists are laid out in blocks of 32; what is measured is about a block more than the codes take.
+    rounding = index.sa_code_size() * 32 if isinstance(ivf, faiss.IndexIVFFastScan) else 0
     transform = 4 * dimension**2 if isinstance(index, faiss.IndexPreTransform) else 0
-    return index.sa_code_size() + (8 if ivf is not None else 0) + (lists + transform) / count
+    return index.sa_code_size() + 8 + (ivf.nlist * (4 * ivf.d + graph + rounding) + transform) / count
 
 
 def build_index(

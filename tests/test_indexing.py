@@ -63,25 +63,25 @@ def brute_force(store: Datastore, queries: np.ndarray, k: int, dot: bool) -> tup
 
 def test_auto_is_exact_for_small_stores_and_rotated_rabitq_for_large_ones() -> None:
     assert choose_factory(60_000, 576) == "Flat"
-    assert choose_factory(400_000, 576) == "RR576,IVF1024,RaBitQfs"
-    assert choose_factory(100_000_000, 64, "dot") == "RR64,IVF16384_HNSW32,RaBitQfs"
+    assert choose_factory(400_000, 576) == "RR576,IVF2048,RaBitQfs"
+    assert choose_factory(100_000_000, 64, "dot") == "RR64,IVF32768_HNSW32,RaBitQfs"
 
 
 def test_a_budget_of_bytes_buys_bits_then_costs_dimensions() -> None:
-    chosen = [choose_factory(400_000, 576, "l2", budget) for budget in (400, 200, 120, 90, 60, 3000)]
+    chosen = [choose_factory(400_000, 576, "l2", budget) for budget in (400, 220, 120, 100, 70, 3000)]
     assert chosen == [
-        "RR576,IVF1024,RaBitQfs4",
-        "RR576,IVF1024,RaBitQfs2",
-        "RR576,IVF1024,RaBitQfs",
-        "PCAR504,IVF1024,RaBitQfs",
-        "PCAR216,IVF1024,RaBitQfs",
-        "RR576,IVF1024,RaBitQfs4",
+        "RR576,IVF2048,RaBitQfs4",
+        "RR576,IVF2048,RaBitQfs2",
+        "RR576,IVF2048,RaBitQfs",
+        "PCAR504,IVF2048,RaBitQfs",
+        "PCAR288,IVF2048,RaBitQfs",
+        "RR576,IVF2048,RaBitQfs4",
     ]
     assert choose_factory(60_000, 576, "l2", 2400) == "Flat"
     assert "RaBitQ" in choose_factory(60_000, 576, "l2", 2000)
     with pytest.raises(UserError, match="takes 10 bytes per entry"):
         choose_factory(400_000, 576, "l2", 10)
-    with pytest.raises(UserError, match="takes 60 bytes per entry"):
+    with pytest.raises(UserError, match="takes 60 bytes per entry; the smallest, RR576,IVF2048"):
         choose_factory(400_000, 576, "dot", 60)
 
 
