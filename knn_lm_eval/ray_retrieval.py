@@ -11,6 +11,7 @@ Ray restarts a shard that dies and sends it again what it had not answered.
 from __future__ import annotations
 
 import copy
+import itertools
 import os
 import socket
 import uuid
@@ -164,13 +165,17 @@ class RayRetriever(Retriever):
         threads = max(1, int(ray.cluster_resources().get("CPU", 1)) // len(self.parts))
         if (limit := os.environ.get("OMP_NUM_THREADS", "")).isdigit():
             threads = min(threads, int(limit))
-        # Two calls at a time: one that works, and one that asks where the shard is.
-        actor = ray.remote(Shard).options(
-            scheduling_strategy="SPREAD", max_restarts=RESTARTS, max_task_retries=-1, max_concurrency=2
-        )
+        # In turn, as Ray's own SPREAD may put all on one node; soft: a shard of a node that is gone goes elsewhere.
+        nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
+        affinity = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy
+        places = [affinity(node, soft=True) for node in nodes] or ["SPREAD"]
+        # Two calls at a time: one that works, and one that asks whether the shard is there.
+        options = {"max_restarts": RESTARTS, "max_task_retries": -1, "max_concurrency": 2}
         self._shards = [
-            actor.remote(folder, replace(part, path=folder / part.path.name), self.index_name, threads)
-            for part in self.parts
+            ray.remote(Shard)
+            .options(scheduling_strategy=place, **options)
+            .remote(folder, replace(part, path=folder / part.path.name), self.index_name, threads)
+            for part, place in zip(self.parts, itertools.cycle(places), strict=False)
         ]
         self._starts = np.array([part.start for part in self.parts])
         self._lives: dict[int, Life] = {}
@@ -296,7 +301,7 @@ class RayRetriever(Retriever):
             self._get(waiting[reference], reference)
         if missing:
             raise UserError(
-                f"{self._name(waiting[missing[0]])}: no node has had a free CPU for it within "
+                f"{self._name(waiting[missing[0]])}: there has been no free CPU on a node for it within "
                 f"{2 * PLACE_SECONDS:g} seconds; add nodes or free some, and run again."
             )
 

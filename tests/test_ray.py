@@ -6,7 +6,6 @@ import functools
 import json
 import os
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -120,8 +119,6 @@ def test_what_is_wrong_with_the_store_is_said_by_the_task(address: str, tmp_path
 
 
 def test_shards_lie_on_both_nodes(opened: Callable) -> None:
-    while ray.available_resources().get("CPU", 0) < 2:  # a task of the test before may still end
-        time.sleep(0.1)
     _, retriever = opened("rabitq")
     actors = ray._private.state.actors()
     nodes = {actors[shard._actor_id.hex()]["Address"]["NodeID"] for shard in retriever._shards}
@@ -221,7 +218,7 @@ def test_a_shard_without_a_place_ends_the_run(
     assert ray.get([occupant.here.remote() for occupant in occupants]) == [True, True]
     kill_during_a_search(retriever, monkeypatch)
     monkeypatch.setattr(ray_retrieval, "PLACE_SECONDS", 1.0)
-    with pytest.raises(UserError, match=r"whole\.faiss .*: no node has had a free CPU for it within 2 seconds"):
+    with pytest.raises(UserError, match=r"whole\.faiss .*: there has been no free CPU on a node for it within 2 sec"):
         retriever.find(QUERIES)
     for occupant in occupants:
         ray.kill(occupant)
