@@ -59,11 +59,12 @@ def read_with_mapped_lists(path: Path) -> faiss.Index | None:
 
 
 def _as_in_file(lists: Any, path: Path, places: list[tuple[int, int, int]]) -> bool:
-    """Whether the longest list is found where it lies: a later faiss may place lists otherwise."""
+    """Whether the longest list begins where it lies: a later faiss may place lists otherwise."""
     number = max(range(len(places)), key=lambda number: places[number][0], default=0)
     if not places or not (size := places[number][0]):
         return True
     _, distance, begin = places[number]
+    size = min(size, 1024)  # lists may be larger than the memory
     ids, codes = lists.get_ids(number), lists.get_codes(number)
     with open(path, "rb") as file:
         file.seek(begin - distance)
