@@ -10,8 +10,8 @@ from typing import Any
 from knn_lm_eval.errors import UserError
 
 # Read by Ray where it connects: its own patience with an address that nobody answers at is a quarter of an hour.
-# A Ray that starts here by itself reports its use to nobody, and kills nobody for memory: it takes the pages of
-# mapped indexes, which the system drops when it needs them, for memory in use.
+# A Ray that starts here by itself reports its use to nobody, and does without the monitor that kills processes where
+# the machine's memory fills: mapped indexes may fill it, and make room when asked.
 ENVIRONMENT = {
     "RAY_NUM_REDIS_GET_RETRIES": "1",
     "RAY_py_gcs_connect_timeout_s": "5",

@@ -229,6 +229,7 @@ def test_a_begun_dump_of_another_version_is_refused(tmp_path: Path, lm: CausalHF
         dump_datastore(lm, [], tmp_path, resume=True)
 
 
+@pytest.mark.xdist_group("ray")  # one Ray at a time
 @pytest.mark.slow
 def test_ray_tasks_write_what_one_process_writes_also_where_one_is_killed(
     tmp_path: Path, model_folder: Path, text_file: Path, alone: Datastore
@@ -262,6 +263,7 @@ def is_writing(process: psutil.Process) -> bool:
         return False
 
 
+@pytest.mark.xdist_group("ray")  # one Ray at a time
 @pytest.mark.slow
 def test_an_error_in_a_ray_task_is_told_in_one_sentence(
     tmp_path: Path, model_folder: Path, text_file: Path, alone: Datastore
