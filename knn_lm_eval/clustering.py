@@ -39,7 +39,7 @@ from knn_lm_eval.files import (
     write_json,
     write_npy_header,
 )
-from knn_lm_eval.index import DEFAULT_INDEX, faiss_gpus, open_index, search, set_probe
+from knn_lm_eval.index import DEFAULT_INDEX, DEFAULT_PROBE, faiss_gpus, inverted_file, open_index, search, set_probe
 from knn_lm_eval.safe_pickle import SparseMatrix, load_sparse_matrix
 from knn_lm_eval.states import SavedStates
 
@@ -179,7 +179,7 @@ class NeighbourSearch:
         if probe is not None and probe < 1:
             raise UserError(f"probe={probe} must be at least 1.")
         faiss_index, metadata = open_index(datastore, index)
-        probe = probe or metadata.get("probe")
+        probe = None if inverted_file(faiss_index) is None else probe or metadata.get("probe") or DEFAULT_PROBE
         if probe is not None:
             set_probe(faiss_index, probe)
         settings = {"k": k, "index": index, "factory": metadata["factory"], "probe": probe}

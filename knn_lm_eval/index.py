@@ -31,6 +31,7 @@ from knn_lm_eval.mapped_lists import read_with_mapped_lists  # noqa: E402
 logger = logging.getLogger(__name__)
 
 DEFAULT_INDEX = "index"
+DEFAULT_PROBE = 32  # of an index that was not measured: the kNN-LM papers'
 WORTH_TELLING = 2**26  # bytes of an index in memory
 METRICS = {"l2": faiss.METRIC_L2, "dot": faiss.METRIC_INNER_PRODUCT}
 GPU_MAX_K = 2048  # faiss's own limit

@@ -17,6 +17,7 @@ from knn_lm_eval.datastore import Datastore
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.index import (
     DEFAULT_INDEX,
+    DEFAULT_PROBE,
     bytes_held,
     find_parts,
     inverted_file,
@@ -122,7 +123,7 @@ class Retriever:
         self.datastore, self.k, self.recompute_dists = datastore, k, recompute_dists
         self.index_name, self.gpu = index, gpu
         self.statistics = RetrievalStatistics()
-        self.probe = self._open(probe or self.metadata.get("probe") or 32)
+        self.probe = self._open(probe or self.metadata.get("probe") or DEFAULT_PROBE)
 
     def _open(self, probe: int) -> int | None:
         """Get ready to search; returns how many lists a search visits, ``probe`` at most, None without lists."""
