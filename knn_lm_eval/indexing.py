@@ -103,8 +103,9 @@ def estimated_bytes(factory: str, count: int, dimension: int, sim_func: str = "l
     if (ivf := inverted_file(index)) is None:
         return index.sa_code_size()
     graph = 2 * 32 * 4 + 16 if "_HNSW32" in factory else 0
-    # Fast-scan lists are laid out in blocks of 32; what is measured is about a block more than the codes take.
-    rounding = index.sa_code_size() * 32 if isinstance(ivf, faiss.IndexIVFFastScan) else 0
+    # Fast-scan lists are laid out in blocks of 32 codes, the last of which is half empty on average.
+    is_in_blocks = isinstance(faiss.downcast_index(ivf), faiss.IndexIVFFastScan)
+    rounding = index.sa_code_size() * 16 if is_in_blocks else 0
     transform = 4 * dimension**2 if isinstance(index, faiss.IndexPreTransform) else 0
     return index.sa_code_size() + 8 + (ivf.nlist * (4 * ivf.d + graph + rounding) + transform) / count
 

@@ -68,7 +68,7 @@ def test_auto_is_exact_for_small_stores_and_rotated_rabitq_for_large_ones() -> N
 
 
 def test_a_budget_of_bytes_buys_bits_then_costs_dimensions() -> None:
-    chosen = [choose_factory(400_000, 576, "l2", budget) for budget in (400, 220, 120, 100, 70, 3000)]
+    chosen = [choose_factory(400_000, 576, "l2", budget) for budget in (400, 220, 120, 105, 70, 3000)]
     assert chosen == [
         "RR576,IVF2048,RaBitQfs4",
         "RR576,IVF2048,RaBitQfs2",
