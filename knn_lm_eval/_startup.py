@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from typing import Any
 
 MODEL_NAME = "knn-hf"
-MODEL_PLACE = "knn_lm_eval.knn_hf:KNNHF"
+MODEL_PLACE = "knn_lm_eval.model.knn_hf:KNNHF"
 
 
 def register_model(models: "ModuleType") -> None:
@@ -45,8 +45,6 @@ def add_tasks(manager: "ModuleType") -> None:
 
     @functools.cache
     def ours() -> "list[Path]":
-        from knn_lm_eval.paths import tasks_dir
-
         discover = getattr(manager, "discover_plugin_task_paths", list)
         return [] if tasks_dir() in _resolved(discover()) else [tasks_dir()]
 
@@ -65,6 +63,15 @@ def add_tasks(manager: "ModuleType") -> None:
         original(self, *args, **kwargs)
 
     manager.TaskManager.__init__ = init
+
+
+def tasks_dir() -> "Path":
+    """The folder of task files: inside the package in a wheel, beside it in a checkout, where that is a link."""
+    from pathlib import Path
+
+    package = Path(__file__).resolve().parent
+    folder = package / "tasks"
+    return folder.resolve() if folder.is_dir() else package.parent / "tasks"  # no link where git makes none (Windows)
 
 
 def _resolved(paths: "Sequence[Any]") -> "list[Path]":

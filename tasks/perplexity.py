@@ -12,7 +12,7 @@ from typing import Any
 from lm_eval.api.task import ConfigurableTask
 
 from knn_lm_eval.errors import report_user_errors
-from knn_lm_eval.loglikelihood import RollingLoglikelihood
+from knn_lm_eval.model.scores import RollingLoglikelihood
 
 logger = logging.getLogger(__name__)
 

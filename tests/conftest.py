@@ -16,12 +16,12 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from knn_lm_eval.clustering import cluster_kmeans
-from knn_lm_eval.datastore import Datastore
-from knn_lm_eval.documents import cut_into_documents
-from knn_lm_eval.dump import dump_datastore
-from knn_lm_eval.indexing import build_index
-from knn_lm_eval.loading import CausalHFLM
+from knn_lm_eval.lm.loading import CausalHFLM
+from knn_lm_eval.make.clustering import cluster_kmeans
+from knn_lm_eval.make.dump import dump_datastore
+from knn_lm_eval.make.text import cut_into_documents
+from knn_lm_eval.search.indexing import build_index
+from knn_lm_eval.store.datastore import Datastore
 
 TRAIN_TEXT = "\n".join(" ".join(topics[name].split()) for name in sorted(topics)[:3])[:12000]
 EVAL_TEXT = " ".join(topics[sorted(topics)[10]].split())[:600]

@@ -130,10 +130,10 @@ def bare_env(tmp_path: Path, wheel: Path) -> Environment:
 def test_wheel_carries_everything(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {"knn_lm_eval.pth", "knn_lm_eval/py.typed", "knn_lm_eval/_startup.py"} <= names
-    for folder in ("tasks", "scripts"):
-        files = [path.relative_to(REPO) for path in (REPO / folder).rglob("*") if path.is_file()]
-        ignored = re.compile(r"(^|/)(\.|__pycache__/)|\.sh$")
-        there = {f"knn_lm_eval/{path}" for path in files if not ignored.search(str(path))}
+    for path, inside in ((REPO / "tasks", "knn_lm_eval/tasks"), (REPO / "knn_lm_eval", "knn_lm_eval")):
+        files = [file.relative_to(path) for file in path.rglob("*") if file.is_file()]
+        ignored = re.compile(r"(^|/)(\.|__pycache__/)")
+        there = {f"{inside}/{file}" for file in files if not ignored.search(str(file))}
         assert there and there <= names
     assert all(name.startswith("knn_lm_eval") for name in names)
 
@@ -141,13 +141,13 @@ def test_wheel_carries_everything(wheel: Path) -> None:
 def test_each_environment_imports_its_own_copy(wheel_env: Environment, editable_env: Environment) -> None:
     source = """
         import knn_lm_eval
-        from knn_lm_eval.paths import scripts_dir, tasks_dir
-        print(knn_lm_eval.__file__, tasks_dir(), scripts_dir(), sep="\\n")
+        from knn_lm_eval._startup import tasks_dir
+        print(knn_lm_eval.__file__, tasks_dir(), sep="\\n")
     """
     package = wheel_env.site / "knn_lm_eval"
-    expected = [package / "__init__.py", package / "tasks", package / "scripts"]
+    expected = [package / "__init__.py", package / "tasks"]
     assert wheel_env.code(source).split() == [str(path) for path in expected]
-    expected = [REPO / "knn_lm_eval" / "__init__.py", REPO / "tasks", REPO / "scripts"]
+    expected = [REPO / "knn_lm_eval" / "__init__.py", REPO / "tasks"]
     assert editable_env.code(source).split() == [str(path) for path in expected]
     assert not (editable_env.site / "knn_lm_eval").exists()
 
@@ -219,7 +219,7 @@ def test_task_folders_keep_their_order(env: Environment, tmp_path: Path) -> None
         import json
         from pathlib import Path
         from lm_eval.tasks import TaskManager
-        from knn_lm_eval.paths import tasks_dir
+        from knn_lm_eval._startup import tasks_dir
 
         folder, ours = {str(tmp_path)!r}, tasks_dir()
 
@@ -315,7 +315,7 @@ def test_entry_points_alone_do_the_work(env: Environment, tmp_path: Path) -> Non
         import lm_eval.models
         from lm_eval.api.registry import model_registry
         from lm_eval.tasks.manager import TaskManager
-        from knn_lm_eval.paths import tasks_dir
+        from knn_lm_eval._startup import tasks_dir
 
         assert list(model_registry) == ["hf", "knn-hf"]
         assert isinstance(model_registry["knn-hf"], EntryPoint)
@@ -330,7 +330,7 @@ def test_hook_helps_where_task_entry_points_fail(env: Environment, tmp_path: Pat
     manager = textwrap.dedent(FAKE_LM_EVAL["tasks/manager.py"]) + failing
     source = """
         from lm_eval.tasks.manager import TaskManager
-        from knn_lm_eval.paths import tasks_dir
+        from knn_lm_eval._startup import tasks_dir
 
         assert TaskManager(["theirs"]).paths == [tasks_dir(), "theirs"]
         assert TaskManager(["theirs"], include_defaults=False).paths == ["theirs"]
@@ -380,7 +380,7 @@ def test_failed_import_can_be_repeated(bare_env: Environment, tmp_path: Path) ->
                 import lm_eval.models
             except AssertionError:
                 assert not lm_eval.ready
-        assert dict(model_registry) == {"knn-hf": "knn_lm_eval.knn_hf:KNNHF"}
+        assert dict(model_registry) == {"knn-hf": "knn_lm_eval.model.knn_hf:KNNHF"}
         assert "exec_module" not in vars(lm_eval.models.__spec__.loader)
     """
     bare_env.code(source, PYTHONPATH=write_package(tmp_path, files))

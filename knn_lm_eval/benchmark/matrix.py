@@ -1,0 +1,277 @@
+"""The file that says what a benchmark consists of: models x datastores x methods x tasks, read into cells.
+
+    output: results/benchmark
+    models:
+      gpt2: {pretrained: gpt2, max_length: 1024}
+    datastores:
+      law: stores/gpt2-law                  # or {path: ..., models: [gpt2], index: ...}
+    methods:
+      base: {model: hf}
+      knn: {k: 1024, lmbda: 0.25}
+      tuned: {params: "tuned/{model}-{datastore}.json"}
+    tasks:
+      law: {limit: 500, metadata: {data_dir: DATA}}
+
+Every method but those of ``model: hf`` is combined with every datastore that is for the model.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import inspect
+import json
+import re
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from lm_eval.models.huggingface import HFLM
+
+from knn_lm_eval.errors import UserError
+from knn_lm_eval.model.knn_hf import KNNHF
+from knn_lm_eval.model.params import STORE_DEFAULT
+from knn_lm_eval.search.faiss_index import DEFAULT_INDEX, IndexFiles
+from knn_lm_eval.store.datastore import read_manifest
+from knn_lm_eval.system.files import read_json, sha256
+
+TOP = ("output", "models", "datastores", "methods", "tasks", "metadata", "include_path", "batch_size", "device", "seed")
+TASK = ("task", "limit", "num_fewshot", "metadata", "gen_kwargs", "apply_chat_template", "system_instruction")
+HF = [name for name in inspect.signature(HFLM.__init__).parameters if name not in ("self", "kwargs")]
+KNN = [
+    name
+    for name in inspect.signature(KNNHF.__init__).parameters
+    if name not in ("self", "pretrained", "datastore", "kwargs")
+]
+NAME = re.compile(r"[\w.+=-]*\w[\w.+=-]*")  # a folder gets this name
+DEFAULT_SEED = 1234
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One evaluation.
+
+    Attributes
+    ----------
+    model, datastore, method, task : the names in the file; ``datastore`` is None for the LM alone.
+    kind : lm-eval's model, ``hf`` or ``knn-hf``.
+    args : its model arguments.
+    task_settings : what ``TASK`` lists, ``task`` always among them.
+    seed : of everything random.
+    """
+
+    model: str
+    datastore: str | None
+    method: str
+    task: str
+    kind: str
+    args: dict[str, Any]
+    task_settings: dict[str, Any]
+    seed: int
+
+    @property
+    def lm_args(self) -> dict[str, Any]:
+        """Those arguments that are about the LM and its windows, not about retrieval."""
+        return {name: value for name, value in self.args.items() if name not in (*KNN, "datastore")}
+
+    @property
+    def folder(self) -> Path:
+        """Where the results lie, below the output folder."""
+        return Path(self.model, self.method, *([self.datastore] if self.datastore else []), self.task)
+
+    def __str__(self) -> str:
+        return " x ".join([self.model, *([self.datastore] if self.datastore else []), self.method, self.task])
+
+    def identity(self) -> dict[str, Any]:
+        """What the results depend on: the settings, and the content of datastore, index and files named in them."""
+        files = [str(value) for value in self.args.values() if isinstance(value, str) and Path(value).is_file()]
+        contents: dict[str, Any] = {name: sha256(Path(name), progress=False) for name in sorted(files)}
+        if "datastore" in self.args:
+            try:
+                manifest = read_manifest(self.args["datastore"])
+                contents["keys"] = manifest["files"]
+                of_clusters = f"clusters/{self.args.get('clusters')}/"
+                derived = manifest.get("derived", {})
+                contents["clusters"] = {name: derived[name] for name in derived if name.startswith(of_clusters)}
+                index = IndexFiles(Path(self.args["datastore"]), self.args.get("index", DEFAULT_INDEX))
+                contents["index"] = read_json(index.metadata)
+                if (default := index.folder / STORE_DEFAULT).is_file():
+                    contents["default"] = sha256(default, progress=False)
+            except (UserError, OSError, KeyError):
+                contents["keys"] = None  # to be reported when the cell is run
+        return {
+            "model": self.kind,
+            "model_args": self.args,
+            "task": self.task_settings,
+            "seed": self.seed,
+            "contents": contents,
+        }
+
+    def checksum(self) -> str:
+        """Of ``identity``."""
+        return hashlib.sha256(json.dumps(self.identity(), sort_keys=True, default=str).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """The cells, and how to run them."""
+
+    output: Path
+    cells: list[Cell]
+    batch_size: int | str
+    device: str | None
+    include_path: list[str]
+
+
+def read_matrix(path: Path) -> Matrix:
+    """Read a benchmark's file.
+
+    Raises
+    ------
+    UserError
+        Where it is no YAML, or has keys that nobody reads; the nearest valid one is named.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"Cannot read {path}: {error.strerror}.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    return Matrix(
+        output=Path(_top(content, path).get("output") or path.with_suffix("").name + "_results"),
+        cells=list(_cells(content, path)),
+        batch_size=content.get("batch_size", 1),
+        device=content.get("device"),
+        include_path=[str(folder) for folder in _listed(content.get("include_path"))],
+    )
+
+
+def _cells(content: dict[str, Any], path: Path) -> Iterator[Cell]:
+    models = _section(content, "models", path)
+    stores = _section(content, "datastores", path, shorthand="path")
+    methods = _section(content, "methods", path)
+    tasks = _section(content, "tasks", path)
+    seed = content.get("seed", DEFAULT_SEED)
+    if not isinstance(seed, int):
+        raise UserError(f"{path}: seed: {seed!r} is not a whole number.")
+    _check(path, models, stores, methods, tasks)
+    metadata = _mapping(content.get("metadata"), f"{path}: metadata")
+    for name, task_settings in tasks.items():
+        own = _mapping(task_settings.get("metadata"), f"{path}: tasks: {name}: metadata")
+        task_settings |= {"task": task_settings.get("task", name), "metadata": metadata | own}
+    for method, settings in methods.items():
+        settings.setdefault("model", _kind(method, settings))
+
+    for model, model_args in models.items():
+        theirs = [name for name, store in stores.items() if model in (_listed(store.get("models")) or models)]
+        for task, task_settings in tasks.items():
+            for method, settings in methods.items():
+                kind = settings["model"]
+                for store_name in theirs if kind == "knn-hf" else [None]:
+                    own = {key: value for key, value in settings.items() if key != "model"}
+                    args = model_args | (_store_args(stores[store_name]) if store_name else {}) | own
+                    args = {key: _filled(value, model, store_name) for key, value in args.items()}
+                    yield Cell(model, store_name, method, task, kind, args, task_settings, seed)
+
+
+def _kind(method: str, settings: dict[str, Any]) -> str:
+    """lm-eval's model: ``base`` without another word is the LM alone."""
+    return settings.get("model", "hf" if method == "base" else "knn-hf")
+
+
+def _check(
+    path: Path,
+    models: dict[str, dict[str, Any]],
+    stores: dict[str, dict[str, Any]],
+    methods: dict[str, dict[str, Any]],
+    tasks: dict[str, dict[str, Any]],
+) -> None:
+    for name, args in models.items():
+        if "pretrained" not in args:
+            raise UserError(f"{path}: models: {name} has no `pretrained`; say which model it is.")
+        # Other arguments are the model class's own, which nobody can list: those that look mistyped are refused.
+        for key in set(args) - {*HF, "context_len"}:
+            if near := difflib.get_close_matches(key, HF, 1, 0.8):
+                raise UserError(f"{path}: models: {name}: unknown key {key!r}; did you mean {near[0]!r}?")
+    for name, store in stores.items():
+        _refuse_unknown(store, ["path", "models", *KNN], f"{path}: datastores: {name}")
+        if "path" not in store:
+            raise UserError(f"{path}: datastores: {name} has no `path`; say where the datastore is.")
+        for model in _listed(store.get("models")):
+            _refuse_unknown({model: None}, models, f"{path}: datastores: {name}: models")
+    for name, method in methods.items():
+        kind = _kind(name, method)
+        if kind not in ("hf", "knn-hf"):
+            raise UserError(f"{path}: methods: {name}: model: {kind!r} is unknown; use hf or knn-hf.")
+        _refuse_unknown(method, ["model", *(["context_len"] if kind == "hf" else KNN)], f"{path}: methods: {name}")
+        if kind == "knn-hf" and not stores:
+            raise UserError(f"{path}: methods: {name} needs a datastore; list some under `datastores`.")
+    for name, task in tasks.items():
+        where = f"{path}: tasks: {name}"
+        _refuse_unknown(task, TASK, where)
+        limit = task.get("limit")
+        if limit is not None and (isinstance(limit, bool) or not isinstance(limit, (int, float)) or limit <= 0):
+            raise UserError(f"{where}: limit: {limit!r} is not a number above 0.")
+
+
+def _store_args(store: dict[str, Any]) -> dict[str, Any]:
+    args = {key: value for key, value in store.items() if key not in ("path", "models")}
+    return args | {"datastore": str(store["path"])}
+
+
+def _filled(value: Any, model: str, datastore: str | None) -> Any:
+    """A setting with the cell's names in the places of ``{model}`` and ``{datastore}``."""
+    if not isinstance(value, str):
+        return value
+    return value.replace("{model}", model).replace("{datastore}", datastore or "")
+
+
+def _top(content: Any, path: Path) -> dict[str, Any]:
+    if not isinstance(content, dict):
+        raise UserError(f"{path} should hold keys and values: {', '.join(TOP)}.")
+    _refuse_unknown(content, TOP, str(path))
+    for name in ("models", "methods", "tasks"):
+        if not content.get(name):
+            raise UserError(f"{path}: {name} is missing or empty.")
+    return content
+
+
+def _section(content: dict[str, Any], name: str, path: Path, shorthand: str = "") -> dict[str, dict[str, Any]]:
+    """A section's entries by name: a mapping, or a list of names."""
+    section = content.get(name) or {}
+    if isinstance(section, list):
+        section = dict.fromkeys(section)
+    entries = {}
+    for entry, settings in _mapping(section, f"{path}: {name}").items():
+        if not NAME.fullmatch(str(entry)):
+            raise UserError(
+                f"{path}: {name}: {entry!r} cannot name a folder; use letters, digits and . + - = _ "
+                "(and give the task's own name as `task:`)."
+            )
+        if shorthand and isinstance(settings, str):
+            settings = {shorthand: settings}
+        entries[str(entry)] = _mapping(settings, f"{path}: {name}: {entry}")
+    return entries
+
+
+def _mapping(value: Any, where: str) -> dict[str, Any]:
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: {value!r} should be keys and values.")
+    return dict(value)
+
+
+def _listed(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _refuse_unknown(given: Collection[str], known: Collection[str], where: str) -> None:
+    for key in given:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), list(known), 1, 0)
+            raise UserError(f"{where}: unknown key {key!r}; did you mean {near[0]!r}?")

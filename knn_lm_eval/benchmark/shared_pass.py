@@ -1,0 +1,158 @@
+"""Evaluations that share one LM: it is loaded once, and one pass over a task's texts scores for all of them.
+
+A pass reads the texts with one evaluation's requests and keeps every evaluation's scores. Each evaluation then runs
+through lm-eval as if it were alone, and finds its scores ready. What it doesn't find (generated text, texts of
+another task) it computes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from lm_eval.models.huggingface import HFLM
+
+from knn_lm_eval.errors import UserError
+from knn_lm_eval.lm.language_model import CausalLM
+from knn_lm_eval.lm.loading import CausalHFLM
+from knn_lm_eval.model.knn_hf import KNNHF
+from knn_lm_eval.model.scoring import Passage, Score, Scorer, score_together
+
+
+class ReadingEnds(Exception):
+    """There is nothing (more) that a pass could share."""
+
+
+class LoadedModel:
+    """The place for a model that several LMs use: the first to need it loads it."""
+
+    model: Any = None
+
+
+class SharedLM(KNNHF):
+    """A ``knn-hf`` that can take its model, and scores, from others.
+
+    Parameters
+    ----------
+    loaded : where the model is, or will be.
+    **kwargs : as for ``KNNHF``.
+    """
+
+    def __init__(self, loaded: LoadedModel, **kwargs: Any) -> None:
+        self._loaded = loaded
+        self.shared_pass: SharedPass | None = None
+        super().__init__(**kwargs)
+
+    def _create_model(self, *args: Any, **kwargs: Any) -> None:
+        if self._loaded.model is None:
+            super()._create_model(*args, **kwargs)
+            self._loaded.model = self.model
+        self._model: Any = self._loaded.model
+
+    def _score_passages(self, batches: list[list[Passage]], want_greedy: bool) -> list[list[Score]]:
+        if self.shared_pass is None:
+            return super()._score_passages(batches, want_greedy)
+        return self.shared_pass.score(self, batches, want_greedy)
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        """As ``hf``'s; each evaluation generates for itself."""
+        if self.shared_pass is not None and self.shared_pass.reading:
+            raise ReadingEnds("generated text is each evaluation's own")
+        return super().generate_until(requests, disable_tqdm)
+
+
+class SharedBaseLM(SharedLM):
+    """The LM alone, as lm-eval's ``hf``, for the same passes.
+
+    Parameters
+    ----------
+    loaded : where the model is, or will be.
+    pretrained, **kwargs : as for ``hf``.
+    context_len : as for ``KNNHF``.
+    """
+
+    def __init__(self, loaded: LoadedModel, pretrained: str, context_len: int = 1, **kwargs: Any) -> None:
+        self._loaded = loaded
+        self.shared_pass = None
+        CausalHFLM.__init__(self, pretrained, **kwargs)
+        if not 1 <= context_len <= self.max_length:
+            raise UserError(f"context_len={context_len} must be between 1 and max_length={self.max_length}.")
+        self.context_len, self.carry_state = context_len, False
+        self.settings = {"lmbda": 0.0, "context_len": context_len}
+        # Any key type will do, for nobody looks at the keys; this one every architecture has.
+        model = CausalLM(self.model, "last_ffn_output", self.mixed_precision_dtype)
+        self.scorer = Scorer(model, None, 0.0, 1.0, self.softmax_dtype)
+
+    def gather_object(self, obj: Any, dst: int = 0) -> list[Any] | None:
+        """As ``hf``'s: there is no retrieval to report of."""
+        return HFLM.gather_object(self, obj, dst)
+
+    def get_model_info(self) -> dict[str, Any]:
+        """As ``hf``'s, with what comparisons need to know."""
+        return HFLM.get_model_info(self) | {
+            "knn": {
+                **self.settings,
+                "tokens_scored": self.scorer.tokens_scored,
+                "seconds": {stage: round(value, 3) for stage, value in self.scorer.seconds.items()},
+            }
+        }
+
+
+class SharedPass:
+    """The scores of several LMs, which one of them has the others' made while it makes its own.
+
+    Parameters
+    ----------
+    lms : of one model, with the same windows; those that read keys read the same ones.
+
+    Attributes
+    ----------
+    reader : the LM whose requests are run first; while ``reading``, all scores are made.
+    """
+
+    def __init__(self, lms: Sequence[SharedLM]) -> None:
+        self.lms = lms
+        # RetoMaton wants many passages at once; the others don't mind.
+        self.reader = max(lms, key=lambda lm: lm.scorer.rows_at_once)
+        self.reading = True
+        # By LM: the scores, or the error that it ended with.
+        self.scores: list[dict[bytes, list[Score]]] = [{} for _ in lms]
+        self.errors: list[Exception | None] = [None for _ in lms]
+        for lm in lms:
+            lm.shared_pass = self
+
+    def score(self, lm: SharedLM, batches: list[list[Passage]], want_greedy: bool) -> list[list[Score]]:
+        """The scores of ``lm``; raises the error that it ended with while they were made."""
+        mine = next(number for number, other in enumerate(self.lms) if other is lm)
+        keys = [_key(passage, want_greedy) for batch in batches for passage in batch]
+        if self.reading:
+            self._score_all(batches, keys, want_greedy)
+            # The reader's own results are thrown away, so anybody's scores will do.
+            for scores, error in zip(self.scores, self.errors, strict=True):
+                if error is None:
+                    return [scores[key] for key in keys]
+            raise ReadingEnds("none of the evaluations is left")
+        if (error := self.errors[mine]) is not None:
+            raise error
+        if all(key in self.scores[mine] for key in keys):
+            return [self.scores[mine][key] for key in keys]
+        return lm.scorer.score(batches, want_greedy)
+
+    def _score_all(self, batches: list[list[Passage]], keys: list[bytes], want_greedy: bool) -> None:
+        alive = [number for number, error in enumerate(self.errors) if error is None]
+        scored = score_together([self.lms[number].scorer for number in alive], batches, want_greedy)
+        for number, result in zip(alive, scored, strict=True):
+            if isinstance(result, Exception):
+                self.errors[number] = result
+            else:
+                self.scores[number].update(zip(keys, result, strict=True))
+
+
+def _key(passage: Passage, want_greedy: bool) -> bytes:
+    """Names what was asked: 16 bytes, so that a long text's requests need not be kept."""
+    digest = hashlib.blake2b(digest_size=16)
+    for tokens in (passage.tokens, *passage.continuations, [int(want_greedy)]):
+        digest.update(np.array([len(tokens), *tokens], dtype=np.int64).tobytes())
+    return digest.digest()

@@ -1,0 +1,105 @@
+"""Evaluate a matrix of models, datastores, methods and tasks, written in a YAML file; finished cells are skipped."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from knn_lm_eval.errors import UserError, report_user_errors
+
+if TYPE_CHECKING:
+    from knn_lm_eval.benchmark.estimate import Estimate
+    from knn_lm_eval.benchmark.runner import Outcome
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("matrix", type=Path, help="the YAML file (the README shows one)")
+    parser.add_argument("--dry_run", action="store_true", help="print the plan, with time and memory, and stop")
+    parser.add_argument("--verbose", action="store_true", help="tracebacks of cells that fail")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    report_user_errors()
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    if arguments.verbose:
+        logging.getLogger("knn_lm_eval").setLevel(logging.DEBUG)
+
+    from knn_lm_eval.benchmark.matrix import read_matrix
+
+    matrix = read_matrix(arguments.matrix)
+    if arguments.dry_run:
+        from knn_lm_eval.benchmark.estimate import estimate
+
+        print_plan(estimate(matrix))
+        return
+
+    from knn_lm_eval.benchmark.runner import run_matrix
+
+    total, known = len(matrix.cells), 0
+
+    def report(outcome: Outcome) -> None:
+        nonlocal known
+        known += 1
+        print(f"[{known}/{total}] {outcome.cell}: {outcome.state}", flush=True)
+
+    failed = [outcome for outcome in run_matrix(matrix, report) if outcome.state == "failed"]
+    print(f"{total - len(failed)} of {total} cells are in {matrix.output}.")
+    for outcome in failed:
+        kind = "" if isinstance(outcome.error, UserError) else f"{type(outcome.error).__name__}: "
+        print(f"failed: {outcome.cell}: {kind}{outcome.error}", file=sys.stderr)
+    if failed:
+        raise SystemExit(1)
+
+
+def print_plan(estimates: list[Estimate]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, 1), header_style="bold")
+    for heading in ("cell", "state"):
+        table.add_column(heading)
+    for heading in ("tokens", "memory", "time alone"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for one in estimates:
+        tokens = "" if one.state == "finished" else "?" if one.tokens_read is None else f"{one.tokens_read:,}"
+        memory = "?" if one.memory is None else size(one.memory)
+        spent = "" if one.state == "finished" else duration(one.seconds) + ("" if one.measured else " *")
+        table.add_row(str(one.cell), one.state, tokens, memory, spent)
+    console = Console()
+    (console if console.is_terminal else Console(width=160)).print(table)
+    todo = [one for one in estimates if one.state != "finished"]
+    # The LM's pass over a task is shared: counted once it is the least, counted for each cell the most.
+    known = [(one.seconds, one) for one in todo if one.seconds is not None]
+    most = sum(seconds for seconds, _ in known)
+    passes: dict[tuple[str, str], float] = {}
+    for seconds, one in known:
+        key = one.cell.model, one.cell.task
+        passes[key] = max(seconds, passes.get(key, 0.0))
+    unknown = f", without {len(todo) - len(known)} that cannot be estimated" if len(known) < len(todo) else ""
+    print(
+        f"{len(todo)} of {len(estimates)} cells to do: {duration(sum(passes.values()))} where cells share the "
+        f"reading, {duration(most)} where none does{unknown}."
+    )
+    if any(not one.measured for _, one in known):
+        print(
+            "* from the LM's size and the speed of a matrix product here, without searches; "
+            "finished cells of the same model and method make it better."
+        )
+
+
+def size(number: int) -> str:
+    return f"{number / 2**20:,.0f} MiB" if number < 2**30 else f"{number / 2**30:,.1f} GiB"
+
+
+def duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "?"
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,81 @@
+"""Build a faiss index over a datastore's keys, and measure how well it serves kNN-LM."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+
+from knn_lm_eval.errors import report_user_errors
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--datastore", required=True, help="the datastore's folder or address")
+    parser.add_argument(
+        "--factory",
+        default="auto",
+        help="a faiss factory string, such as IVF4096,PQ64 (the kNN-LM papers') or Flat (exact); auto chooses by "
+        "the number of entries and the budget (default)",
+    )
+    parser.add_argument(
+        "--budget",
+        nargs="+",
+        default=[],
+        metavar="LIMIT",
+        help="for auto, the index's bytes per entry (such as 64); and how much slower than the LM alone kNN-LM may be "
+        "(such as 1.1x, which loads the datastore's LM and measures it): decides the probe that is used by default",
+    )
+    parser.add_argument("--sim_func", default="l2", choices=["l2", "dot"], help="what near means (default: l2)")
+    parser.add_argument("--name", default="index", help="the index's name, to have several (default: index)")
+    parser.add_argument("--train_sample", type=int, help="keys to train on (default: 64 per inverted list)")
+    parser.add_argument(
+        "--quality_queries",
+        type=int,
+        default=512,
+        help="held-out queries to measure the index with (default: 512)",
+    )
+    parser.add_argument("--k", type=int, default=1024, help="neighbours for the measurement (default: 1024)")
+    parser.add_argument("--knn_temp", type=float, default=1.0, help="temperature for the measurement (default: 1)")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--parts", type=int, help="build so many parts, one at a time: takes the memory of one")
+    parser.add_argument(
+        "--ray",
+        metavar="ADDRESS",
+        help="build the parts side by side on a Ray cluster: HOST:PORT, or auto for the one that runs here (none: "
+        "one is started); its nodes must see the datastore's folder",
+    )
+    parser.add_argument("--resume", action="store_true", help="go on with an interrupted build")
+    parser.add_argument("--overwrite", action="store_true", help="replace the index of that name")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    report_user_errors()
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+    logging.getLogger("faiss").setLevel(logging.WARNING)
+
+    from knn_lm_eval.make.lm_speed import Budget
+    from knn_lm_eval.search.indexing import build_index
+    from knn_lm_eval.store.fetching import open_datastore
+
+    settings = vars(arguments)
+    settings["budget"] = Budget.parse(arguments.budget)
+    metadata = build_index(open_datastore(settings.pop("datastore")), **settings)
+    print(
+        f"{metadata['factory']}: {metadata['count']:,} entries, {metadata['bytes'] / metadata['count']:.0f} bytes each"
+    )
+    if metadata.get("quality"):
+        print(f"against exact search, k = {metadata['quality_k']}, temperature {metadata['quality_knn_temp']}:")
+        print("  probe  recall  error of p_kNN  (mean p_kNN)  us/query")
+        for row in metadata["quality"]:
+            mark = "*" if row["probe"] == metadata["probe"] else " "
+            print(
+                f"{mark} {row['probe'] or '-':>5}  {row['recall']:6.3f}  {row['p_knn_error']:14.5f}"
+                f"  {row['p_knn']:12.5f}  {row['microseconds']:8.0f}"
+            )
+        if metadata["probe"]:
+            why = "more probes bring p_kNN hardly nearer to exact search"
+            if "slowdown" in metadata:
+                why += f", or more than {metadata['slowdown']:g} times the LM's own time"
+            print(f"* used by default (probe={metadata['probe']}): {why}")

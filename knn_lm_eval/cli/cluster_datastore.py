@@ -1,0 +1,72 @@
+"""Cluster a datastore's entries for RetoMaton: k-means, greedy merging, or a published members file."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from pathlib import Path
+
+from knn_lm_eval.errors import UserError, report_user_errors
+
+# Which arguments go with which method; the functions know the defaults.
+OPTIONS = {
+    "kmeans": ("num_clusters", "sample", "iterations", "seed", "resume"),
+    "greedy_merge": ("k", "index", "probe", "resume"),
+    "import": (),
+}
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, argument_default=argparse.SUPPRESS)
+    parser.add_argument("--datastore", required=True, help="the datastore's folder or address")
+    way = parser.add_mutually_exclusive_group(required=True)
+    way.add_argument(
+        "--method",
+        choices=["kmeans", "greedy_merge"],
+        help="k-means of the keys, or merging near neighbours of the same value",
+    )
+    way.add_argument("--members", type=Path, help="take over a published members*.pkl (a pickled scipy sparse matrix)")
+    parser.add_argument("--name", help="the clusters' name, to have several (default: the method's)")
+    parser.add_argument("--num_clusters", type=int, help="k-means: how many (default: 1/100 of the entries)")
+    parser.add_argument(
+        "--sample", type=int, help="k-means: keys to train on, held in memory (default: 64 per cluster)"
+    )
+    parser.add_argument("--iterations", type=int, help="k-means: how many (default: 20)")
+    parser.add_argument("--seed", type=int, help="k-means: of the sample and the first centroids (default: 1)")
+    parser.add_argument("--k", type=int, help="greedy_merge: neighbours that an entry may absorb (default: 9)")
+    parser.add_argument("--index", help="greedy_merge: the index to search for them (default: index)")
+    parser.add_argument(
+        "--probe", type=int, help="greedy_merge: inverted lists visited per search (default: the index's)"
+    )
+    parser.add_argument("--resume", action="store_true", help="go on with an interrupted clustering")
+    parser.add_argument("--overwrite", action="store_true", help="replace the clusters of that name")
+    return parser.parse_args()
+
+
+def main() -> None:
+    settings = vars(parse_arguments())
+    report_user_errors()
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+    logging.getLogger("faiss").setLevel(logging.WARNING)
+    method = settings.pop("method", "import")
+    for name in settings.keys() - {"datastore", "members", "name", "overwrite"}:
+        if name not in OPTIONS[method]:
+            raise UserError(f"--{name} does not go with the method {method}; leave it out.")
+
+    from knn_lm_eval.make.clustering import cluster_greedy_merge, cluster_kmeans, import_members
+    from knn_lm_eval.store.fetching import open_datastore
+
+    datastore = open_datastore(settings.pop("datastore"))
+    settings.setdefault("name", method)
+    if method == "import":
+        clusters = import_members(datastore, pickle_file=settings.pop("members"), **settings)
+    else:
+        clusters = (cluster_kmeans if method == "kmeans" else cluster_greedy_merge)(datastore, **settings)
+    summary = clusters.metadata["summary"]
+    print(f"{clusters.path}: {len(clusters):,} clusters of {len(clusters.members):,} entries")
+    if len(clusters.members):
+        print(
+            f"sizes: mean {summary['mean']:,}, median {summary['median']:,.0f}, largest {summary['max']:,}; "
+            f"{summary['singletons']:.1%} have one entry, {summary['empty']:,} none\n"
+            f"{summary['purity']:.1%} of the entries have their cluster's most common value"
+        )

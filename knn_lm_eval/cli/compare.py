@@ -1,0 +1,79 @@
+"""Compare lm-eval results: a table of methods and tasks, with differences to a baseline and how sure they are."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from pathlib import Path
+
+from knn_lm_eval.errors import UserError, report_user_errors
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("results", type=Path, nargs="+", help="folders with results files of lm-eval, or such files")
+    parser.add_argument("--baseline", help="the method to compare with, such as hf (default: no differences)")
+    parser.add_argument("--metric", help="for all tasks that have it (default: one for each task)")
+    parser.add_argument("--format", choices=["terminal", "markdown", "csv", "latex"], default="terminal")
+    parser.add_argument("--output", type=Path, help="the file for Markdown, CSV or LaTeX (default: print it)")
+    parser.add_argument("--report", type=Path, help="write a page with tables and charts to this HTML file as well")
+    parser.add_argument("--no_published", action="store_true", help="leave out published figures")
+    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (default: %(default)s)")
+    parser.add_argument("--resamples", type=int, default=10_000, help="of the bootstrap (default: %(default)s)")
+    parser.add_argument("--confidence", type=float, default=0.95, help="of the intervals (default: %(default)s)")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    report_user_errors()
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    if arguments.resamples < 1:
+        raise UserError(f"--resamples {arguments.resamples} must be at least 1.")
+    if not 0 < arguments.confidence < 1:
+        raise UserError(f"--confidence {arguments.confidence:g} must be between 0 and 1.")
+    if arguments.seed < 0:
+        raise UserError(f"--seed {arguments.seed} must be 0 or more.")
+    if arguments.output is not None and arguments.format == "terminal":
+        raise UserError(f"--output {arguments.output} needs --format markdown, csv or latex.")
+
+    from knn_lm_eval.report import tables
+    from knn_lm_eval.report.comparison import compare
+    from knn_lm_eval.report.results import read_folder
+    from knn_lm_eval.system.files import disk_errors_in, write_text
+
+    results, others = read_folder(arguments.results)
+    comparison = compare(
+        results,
+        arguments.baseline,
+        arguments.metric,
+        published=not arguments.no_published,
+        seed=arguments.seed,
+        resamples=arguments.resamples,
+        confidence=arguments.confidence,
+    )
+    if arguments.report is not None:
+        from knn_lm_eval.report.page import report_page
+
+        grids = [file for folder in arguments.results for file in sorted(folder.rglob("*.csv"))]
+        title = "Results in " + ", ".join(path.name or str(path) for path in arguments.results)
+        page = report_page(comparison, others, grids, title)
+        with disk_errors_in(arguments.report):
+            arguments.report.parent.mkdir(parents=True, exist_ok=True)
+            write_text(arguments.report, page)
+    made = tables.tables_of(comparison)
+    if arguments.format == "terminal":
+        tables.print_tables(made)
+        return
+    text = {
+        "markdown": lambda: tables.as_markdown(made),
+        "csv": lambda: tables.as_csv(comparison),
+        "latex": lambda: tables.as_latex(made),
+    }[arguments.format]()
+    if arguments.output is None:
+        print(text, end="")
+    else:
+        with disk_errors_in(arguments.output):
+            arguments.output.parent.mkdir(parents=True, exist_ok=True)
+            write_text(arguments.output, text)
+        print(f"Wrote {arguments.output}.")

@@ -1,0 +1,45 @@
+"""Fetch a datastore from an https address or the Hugging Face hub, or the files of one to import."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from knn_lm_eval.errors import UserError, report_user_errors
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "addresses",
+        nargs="+",
+        metavar="address",
+        help="the folder of a datastore (https://... or hf://datasets/USER/NAME[/FOLDER]), or each of the files that "
+        "another program published",
+    )
+    parser.add_argument("--output", type=Path, help="the folder (default: in the cache, $KNN_LM_EVAL_CACHE)")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    report_user_errors()
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+
+    from knn_lm_eval.store.datastore import Datastore
+    from knn_lm_eval.store.fetching import PUBLISHED_SUFFIXES, fetch_datastore, fetch_files, is_address
+
+    addresses = arguments.addresses
+    for address in addresses:
+        if not is_address(address):
+            raise UserError(f"{address} is no address; give https://... or hf://datasets/...")
+    if all(urlsplit(address).path.endswith(PUBLISHED_SUFFIXES) for address in addresses):
+        folder = fetch_files(addresses, arguments.output)
+        print(f"{folder}: {len(addresses)} files. Next: import_datastore {folder} --output STORE")
+        return
+    if len(addresses) > 1:
+        raise UserError("Several addresses should each be a file; give one datastore's folder at a time.")
+    store = Datastore.open(fetch_datastore(addresses[0], arguments.output))
+    print(f"{store.path}: {len(store):,} entries of {store.dimension} numbers")

@@ -1,0 +1,45 @@
+"""Make a large datastore for measuring indexes: real datastores, and noisy copies of their entries."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+
+from knn_lm_eval.errors import UserError, report_user_errors
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("datastores", nargs="+", help="datastores of one model, a domain each, say")
+    parser.add_argument("--output", required=True, help="the folder to write")
+    parser.add_argument("--entries", type=int, required=True, help="how many entries to make")
+    parser.add_argument(
+        "--noise",
+        type=float,
+        default=0.3,
+        help="how much of the difference between two contexts of the same next token is added (default: %(default)s)",
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    report_user_errors()
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    if arguments.entries < 1:
+        raise UserError(f"--entries {arguments.entries} must be at least 1.")
+    if arguments.noise < 0:
+        raise UserError(f"--noise {arguments.noise} must not be negative.")
+
+    from knn_lm_eval.make.growing import grow_datastore
+    from knn_lm_eval.store.fetching import open_datastore
+
+    store = grow_datastore(
+        [open_datastore(path) for path in arguments.datastores],
+        arguments.output,
+        arguments.entries,
+        noise=arguments.noise,
+        seed=arguments.seed,
+    )
+    print(f"{store.path}: {len(store):,} entries. Next: build_index --datastore {store.path}")

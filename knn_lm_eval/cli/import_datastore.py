@@ -1,0 +1,60 @@
+"""Import a datastore of knn-transformers, knnlm-limits, fairseq kNN-LM, retomaton or efficient-knnlm."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from pathlib import Path
+
+from knn_lm_eval.errors import report_user_errors
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("sources", type=Path, nargs="+", help="the folder that holds the published files, or the files")
+    parser.add_argument("--output", type=Path, required=True, help="the datastore's folder to make")
+    parser.add_argument(
+        "--layout",
+        choices=["knn-transformers", "knnlm-limits", "fairseq", "efficient-knnlm"],
+        help="which program's files they are (default: told from their names)",
+    )
+    parser.add_argument("--count", type=int, help="the number of entries, where the names do not say it")
+    parser.add_argument("--dimension", type=int, help="the width of a key, where the names do not say it")
+    parser.add_argument("--copy", action="store_true", help="copy keys and index instead of linking to them")
+    parser.add_argument("--pretrained", help="the model that made the datastore, to check and to record")
+    parser.add_argument(
+        "--knn_keytype",
+        default="last_ffn_input",
+        choices=["last_ffn_input", "last_ffn_output"],
+        help="what the keys are (default: last_ffn_input, as published)",
+    )
+    parser.add_argument("--key_module", help="the model's submodule whose input is the key, as for dump_datastore")
+    parser.add_argument(
+        "--document_starts",
+        type=Path,
+        help="a .npy file of the entries at which documents begin (default: one stream)",
+    )
+    return parser.parse_args()
+
+
+def main() -> None:
+    settings = vars(parse_arguments())
+    report_user_errors()
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+
+    from knn_lm_eval.make.importing import import_datastore
+    from knn_lm_eval.search.faiss_index import index_names
+    from knn_lm_eval.store.clusters import cluster_names
+
+    store = import_datastore(
+        settings.pop("sources"), settings.pop("output"), key_type=settings.pop("knn_keytype"), **settings
+    )
+    has = ["keys" if store.keys is not None else "no keys"]
+    has += ["weights"] if store.weights is not None else []
+    has += [f"the index {name}" for name in index_names(store)] or ["no index yet (next: build_index)"]
+    has += [f"the clusters {name}" for name in cluster_names(store)]
+    print(f"{store.path}: {len(store):,} entries of {store.dimension} numbers, with {', '.join(has)}")
+    if index_names(store):
+        print("How well the index retrieves was not measured: compare several probe, knn_temp and lmbda.")
+    if store.manifest["fingerprint"] is None:
+        print("No model's fingerprint is recorded: knn-hf can compare dimension and vocabulary only.")

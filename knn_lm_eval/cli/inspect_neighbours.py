@@ -1,0 +1,92 @@
+"""Show the neighbours behind each token of a text: in the terminal, or as an HTML page."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from knn_lm_eval.errors import UserError, report_user_errors
+from knn_lm_eval.make.text import read_text_file
+
+if TYPE_CHECKING:
+    from knn_lm_eval.study.inspection import InspectedToken
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model_args", required=True, help="as for lm_eval --model knn-hf: datastore=D,k=1024,...")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--text", help="the text")
+    source.add_argument("--file", type=Path, help="a UTF-8 text file")
+    parser.add_argument("--neighbours", type=int, default=5, help="neighbours shown per token (default: 5)")
+    parser.add_argument("--context", type=int, default=16, help="tokens shown before a neighbour (default: 16)")
+    parser.add_argument("--html", type=Path, help="write a page to this file instead")
+    parser.add_argument("--json", type=Path, help="write the figures to this file instead; compare --report shows them")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    report_user_errors()
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    for name in ("neighbours", "context"):
+        if getattr(arguments, name) < 1:
+            raise UserError(f"--{name} {getattr(arguments, name)} must be at least 1.")
+    text = "".join(read_text_file(arguments.file)) if arguments.file else arguments.text
+    if not text:
+        raise UserError("The text is empty: there is nothing to inspect.")
+
+    from lm_eval.utils import simple_parse_args_string
+
+    from knn_lm_eval.model.knn_hf import KNNHF
+    from knn_lm_eval.report.token_page import token_page
+    from knn_lm_eval.study.inspection import inspect_text
+    from knn_lm_eval.system.files import disk_errors_in, write_text
+
+    lm = KNNHF(**simple_parse_args_string(arguments.model_args))
+    tokens = inspect_text(lm, text, num_neighbours=arguments.neighbours, context_tokens=arguments.context)
+    if arguments.html is None and arguments.json is None:
+        print_tokens(tokens)
+        return
+    names = ["k", "lmbda", "knn_temp", "probe", *(("min_knns", "clusters") if "retomaton" in lm.settings else ())]
+    shown = {name: lm.settings[name] for name in names if lm.settings[name] is not None}
+    if isinstance(shown["lmbda"], dict):  # an adaptive one has hundreds of numbers
+        shown["lmbda"] = shown["lmbda"]["kind"]
+    settings = f"{lm.retriever.datastore.path.name}: " + ", ".join(f"{name}={value}" for name, value in shown.items())
+    written = {
+        arguments.html: lambda: token_page(tokens, "Neighbours of a text", settings),
+        arguments.json: lambda: json.dumps({"settings": settings, "tokens": [asdict(token) for token in tokens]}),
+    }
+    for path, make in written.items():
+        if path is not None:
+            with disk_errors_in(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_text(path, make())
+            print(f"Wrote {path}.")
+
+
+def print_tokens(tokens: list[InspectedToken]) -> None:
+    """Print a table: a line per token, and one per neighbour below it."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, padding=(0, 1))
+    for column in ("token", "p LM", "p kNN", "mixture", "gain"):
+        table.add_column(column, justify="left" if column == "token" else "right", no_wrap=True)
+    table.add_column("neighbours: weight, distance, context and value", ratio=1)
+    for token in tokens:
+        found = Text("" if token.searched else "(no search)", style="dim")
+        for neighbour in token.neighbours:
+            found.append("\n" if len(found) else "")
+            found.append(f"{neighbour.weight:.3f} {neighbour.distance:9.1f}  ", style="cyan")
+            found.append(neighbour.context.replace("\n", "⏎")[-60:], style="dim")
+            found.append(neighbour.value.replace("\n", "⏎"), style="bold")
+        figures = (f"{p:.4f}" for p in (token.p_lm, token.p_knn, token.p))
+        gain = Text(f"{token.gain:+.2f}", style="green" if token.gain > 0 else "red")
+        table.add_row(Text(repr(token.text), style="bold"), *figures, gain, found)
+    Console().print(table)

@@ -1,0 +1,89 @@
+"""Make a smaller datastore of an existing one: at random, by the LM's confidence, or by merging near neighbours."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from pathlib import Path
+
+from knn_lm_eval.errors import UserError, report_user_errors
+
+# Which arguments go with which method; the functions know the defaults.
+OPTIONS = {
+    "random": ("keep", "seed"),
+    "confidence": ("keep", "max_p", "model_args", "device"),
+    "greedy_merge": ("neighbours", "index", "probe", "resume"),
+}
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, argument_default=argparse.SUPPRESS)
+    parser.add_argument("--datastore", required=True, help="the datastore's folder or address; it stays as it is")
+    parser.add_argument("--output", type=Path, required=True, help="the new datastore's folder")
+    parser.add_argument(
+        "--method",
+        choices=list(OPTIONS),
+        required=True,
+        help="leave out entries at random, or those whose token the LM predicts best by itself, or merge near "
+        "neighbours of the same token into one that counts as often",
+    )
+    parser.add_argument("--keep", type=float, help="random, confidence: the share of the entries to keep, such as 0.5")
+    parser.add_argument(
+        "--max_p", type=float, help="confidence: instead of --keep, the LM's largest probability to keep, such as 0.9"
+    )
+    parser.add_argument("--seed", type=int, help="random: of the choice (default: 0)")
+    parser.add_argument(
+        "--model_args",
+        help="confidence: as for dump_datastore (default: what the datastore's manifest says). The LM reads the "
+        "store's text once, and its probabilities are kept in the store's folder",
+    )
+    parser.add_argument("--device", help="confidence: cpu, cuda, cuda:1, ... (default: cuda where there is one)")
+    parser.add_argument(
+        "--neighbours",
+        type=int,
+        help="greedy_merge: neighbours that an entry may absorb, which decides how many stay (default: 9)",
+    )
+    parser.add_argument("--index", help="greedy_merge: the index to search for them (default: index)")
+    parser.add_argument(
+        "--probe", type=int, help="greedy_merge: inverted lists visited per search (default: the index's)"
+    )
+    parser.add_argument("--resume", action="store_true", help="greedy_merge: go on with interrupted searches")
+    return parser.parse_args()
+
+
+def main() -> None:
+    settings = vars(parse_arguments())
+    report_user_errors()
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    method = settings.pop("method")
+    for name in settings.keys() - {"datastore", "output"}:
+        if name not in OPTIONS[method]:
+            raise UserError(f"--{name} does not go with the method {method}; leave it out.")
+    if method == "random" and "keep" not in settings:
+        raise UserError("The method random needs --keep, such as --keep 0.5.")
+
+    # Imported late: --help and a mistyped argument should not wait for torch.
+    from lm_eval.utils import simple_parse_args_string
+
+    from knn_lm_eval.lm.loading import CausalHFLM, recorded_arguments
+    from knn_lm_eval.make.pruning import prune_confidence, prune_greedy_merge, prune_random
+    from knn_lm_eval.store.fetching import open_datastore
+
+    datastore, output = open_datastore(settings.pop("datastore")), settings.pop("output")
+    if method == "random":
+        pruned = prune_random(datastore, output, **settings)
+    elif method == "greedy_merge":
+        pruned = prune_greedy_merge(datastore, output, **settings)
+    else:
+        model_args, device = simple_parse_args_string(settings.pop("model_args", "")), settings.pop("device", None)
+
+        def load_lm() -> CausalHFLM:
+            chosen = recorded_arguments(datastore.manifest["model"]) | model_args
+            return CausalHFLM(**chosen | ({"device": device} if device else {}))
+
+        pruned = prune_confidence(datastore, output, load_lm, **settings)
+    weight = "" if pruned.weights is None else f", of weight {pruned.weights.mean():.2f} on average"
+    print(
+        f"{pruned.path}: {len(pruned):,} of {len(datastore):,} entries ({len(pruned) / len(datastore):.1%}){weight}. "
+        f"Next: build_index --datastore {pruned.path}"
+    )

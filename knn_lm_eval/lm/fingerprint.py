@@ -1,0 +1,113 @@
+"""Telling whether a datastore was made by the model and tokenizer that now want to use it.
+
+The fingerprint is what the model does, not what its files are called: the key that it gives after a few fixed
+token ids, and the ids that its tokenizer gives for a fixed text. A renamed or converted copy passes, another
+model does not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from typing import Any
+
+import torch
+
+from knn_lm_eval.errors import UserError
+from knn_lm_eval.lm.language_model import CausalLM
+
+logger = logging.getLogger(__name__)
+
+PROBE_TEXT = "The 3rd Commission's décision (EU) no. 17/2004 — naïve, isn't it?\n\n\tΩμέγα 東京 = x_1 + 2.5e-3"
+PROBE_LENGTH = 16
+# bfloat16 instead of float32, or an 8-bit copy, moves a key by 1 to 3 %; another model by more than its length.
+SAME_MODEL, SIMILAR_MODEL = 0.05, 0.3
+
+
+def take_fingerprint(model: CausalLM, tokenizer: Any) -> dict[str, Any]:
+    """The fingerprint of a model and its tokenizer (None leaves it out), ready for JSON."""
+    vocabulary = model.inner.get_input_embeddings().weight.shape[0]
+    token_ids = [(7 + 37 * i) % vocabulary for i in range(PROBE_LENGTH)]
+    key = model.encode(torch.tensor([token_ids]))[0][0, -1].float().cpu()
+    fingerprint: dict[str, Any] = {"token_ids": token_ids, "key": [float(f"{x:.5g}") for x in key.tolist()]}
+    if tokenizer is not None:
+        ids = json.dumps(tokenizer(PROBE_TEXT, add_special_tokens=False)["input_ids"])
+        fingerprint["tokenizer_sha256"] = hashlib.sha256(ids.encode()).hexdigest()
+    return fingerprint
+
+
+def check_store_model(manifest: dict[str, Any], model: CausalLM, tokenizer: Any, used_by: str) -> None:
+    """Check that the datastore of this manifest was made by the model at hand, as far as that can be told.
+
+    A store that was imported without its model has no fingerprint: its dimension and its largest value are
+    compared with the model's, and that this was all is said.
+
+    Raises
+    ------
+    UserError
+        Where it was made by another model.
+    """
+    made_by = manifest["model"]["pretrained"] or "a model that it does not name"
+    current = take_fingerprint(model, tokenizer)
+    if manifest["fingerprint"] is not None:
+        check_fingerprint(manifest["fingerprint"], current, made_by, used_by)
+        return
+    check_model_sizes(manifest, len(current["key"]), model.vocabulary_size, used_by)
+    logger.warning(
+        "The datastore has no fingerprint of its model: only its dimension and vocabulary were compared with %s. "
+        "Import it with --pretrained to record one.",
+        used_by,
+    )
+
+
+def check_model_sizes(manifest: dict[str, Any], dimension: int, vocabulary: int, used_by: str) -> None:
+    """Raise UserError unless the store's keys and values can be those of a model of these sizes."""
+    if manifest["dimension"] != dimension:
+        raise UserError(
+            f"The datastore's keys have {manifest['dimension']} numbers and those of {used_by} {dimension}: "
+            f"it was made by another model."
+        )
+    if manifest["largest_value"] >= vocabulary:
+        raise UserError(
+            f"The datastore's values go up to {manifest['largest_value']} and {used_by} has {vocabulary} tokens: "
+            f"it was made by another model, or is of another layout than it was imported as."
+        )
+
+
+def check_fingerprint(stored: dict[str, Any], current: dict[str, Any], made_by: str, used_by: str) -> None:
+    """Compare the store's fingerprint with that of the model at hand.
+
+    Parameters
+    ----------
+    stored, current : from ``take_fingerprint``.
+    made_by, used_by : the two models' names, for the message.
+
+    Raises
+    ------
+    UserError
+        Where the tokenizers differ, the dimensions differ, or the keys are too far apart.
+    """
+    advice = (
+        f"the datastore was made with {made_by}, this model is {used_by}; use the store's own model or dump another"
+    )
+    if len(stored["key"]) != len(current["key"]):
+        raise UserError(
+            f"The datastore's keys have {len(stored['key'])} numbers and this model's {len(current['key'])}: {advice}."
+        )
+    if "tokenizer_sha256" in current and stored["tokenizer_sha256"] != current["tokenizer_sha256"]:
+        raise UserError(f"The datastore's tokenizer is not this model's: {advice}.")
+    if stored["token_ids"] != current["token_ids"]:
+        raise UserError(f"The datastore's model has another vocabulary than this model: {advice}.")
+    before, now = torch.tensor(stored["key"]), torch.tensor(current["key"])
+    distance = float((before - now).norm() / before.norm())
+    if not distance <= SIMILAR_MODEL:
+        raise UserError(f"This model's keys are {distance:.0%} away from the datastore's: {advice}.")
+    if distance > SAME_MODEL:
+        logger.warning(
+            "This model's keys are %.0f %% away from the datastore's (another dtype, quantization or fine-tuning?): "
+            "it was made with %s, this model is %s. Retrieval will be worse than with a store of its own.",
+            100 * distance,
+            made_by,
+            used_by,
+        )

@@ -1,0 +1,90 @@
+"""What an index may cost: bytes per entry, or time beside the LM's own."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from dataclasses import dataclass
+from itertools import islice
+
+from knn_lm_eval.errors import UserError
+from knn_lm_eval.lm.language_model import CausalLM
+from knn_lm_eval.lm.loading import CausalHFLM, recorded_arguments
+from knn_lm_eval.make.confidence import passages
+from knn_lm_eval.make.dump import WindowSettings, batches, chunks, cut_windows
+from knn_lm_eval.model.scoring import Scorer
+from knn_lm_eval.store.datastore import Datastore
+
+logger = logging.getLogger(__name__)
+
+BATCHES = 3
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Limits for an index; None is no limit.
+
+    Attributes
+    ----------
+    bytes_per_entry : of the index on disk, and in memory when all of it is in use.
+    slowdown : the time of kNN-LM beside that of the LM alone, such as 1.1.
+    """
+
+    bytes_per_entry: float | None = None
+    slowdown: float | None = None
+
+    @classmethod
+    def parse(cls, texts: list[str]) -> Budget:
+        """``["100"]`` is 100 bytes per entry, ``["1.1x"]`` a slowdown, both may stand together.
+
+        Raises
+        ------
+        UserError
+            Where that is neither.
+        """
+        limits: dict[str, float] = {}
+        for text in texts:
+            name = "slowdown" if text.endswith("x") else "bytes_per_entry"
+            try:
+                value = float(text.removesuffix("x"))
+            except ValueError as error:
+                raise UserError(f"--budget {text} should be bytes per entry (100) or a slowdown (1.1x).") from error
+            least = 1 if name == "slowdown" else 0
+            if not least < value < math.inf:
+                raise UserError(f"--budget {text} must be above {least}.")
+            if name in limits:
+                raise UserError(f"--budget {' '.join(texts)} gives two limits of one kind.")
+            limits[name] = value
+        return cls(**limits)
+
+
+NO_BUDGET = Budget()
+
+
+def lm_microseconds(store: Datastore) -> float:
+    """The time that the LM which made the datastore takes for a token, here, in windows as the dump had them.
+
+    Raises
+    ------
+    UserError
+        Where the datastore does not know its model, or that cannot be loaded.
+    """
+    said = store.manifest.get("model") or {}
+    if not said.get("pretrained") or "windows" not in store.manifest:
+        raise UserError(f"The datastore {store.path} does not know its model: give --budget in bytes per entry.")
+    lm = CausalHFLM(**recorded_arguments(said))
+    manifest = store.manifest
+    model = CausalLM(lm.model, manifest["key_type"], lm.mixed_precision_dtype, manifest.get("key_module"))
+    settings = WindowSettings(*(manifest["windows"][name] for name in ("max_length", "stride", "batch_size")))
+    windows = cut_windows(store.document_starts, len(store), settings)
+    cut = (batch for chunk in chunks(windows, settings) for batch in batches(chunk, settings))
+    timed = [passages(batch, store.values, lm.prefix_token_id) for batch in islice(cut, BATCHES)]
+    scorer = Scorer(model, None, 0.0, 1.0, lm.softmax_dtype)
+    scorer.score(timed[:1], False)  # warms up
+    before, start = scorer.tokens_scored, time.perf_counter()
+    scorer.score(timed, False)
+    seconds = time.perf_counter() - start
+    microseconds = 1e6 * seconds / (scorer.tokens_scored - before)
+    logger.info("The LM takes %.0f us a token here.", microseconds)
+    return microseconds

@@ -1,0 +1,229 @@
+"""Making a smaller datastore of an existing one: leaving entries out, or merging near neighbours.
+
+Each method decides which entries stay (a bool per entry) and, where it merges, how many each then stands for. The
+keys of those that stay are copied in file order, chunk by chunk, into a folder that appears when it is finished. It
+takes an index of its own, built as usual.
+"""
+
+from __future__ import annotations
+
+import datetime
+import math
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numba
+import numpy as np
+from tqdm import tqdm
+
+from knn_lm_eval.errors import UserError
+from knn_lm_eval.lm.loading import CausalHFLM
+from knn_lm_eval.make.clustering import NeighbourSearch, find_absorbers
+from knn_lm_eval.make.confidence import lm_log_probs
+from knn_lm_eval.search.faiss_index import DEFAULT_INDEX
+from knn_lm_eval.store.datastore import MANIFEST, Datastore, file_record
+from knn_lm_eval.system.checkpoints import SavedStates
+from knn_lm_eval.system.files import (
+    check_free_space,
+    check_new_folder,
+    disk_errors_in,
+    finished_folder,
+    write_json,
+    write_npy_header,
+)
+from knn_lm_eval.version import __version__
+
+CHUNK = 2**14  # entries copied at a time
+
+
+def prune_random(datastore: Datastore, output: str | Path, keep: float, seed: int = 0) -> Datastore:
+    """Keep each entry with probability ``keep``, by ``positions_of_entries``.
+
+    Stores of the same seed lie inside one another, and are the parts whose perplexity ``store_sizes`` gives.
+
+    Parameters
+    ----------
+    output : the new store's folder.
+    keep : the share to keep, above 0 and below 1.
+    seed : of the choice.
+
+    Raises
+    ------
+    UserError
+        Where ``keep`` is out of range, the store has no keys, nothing would stay, the folder is taken, or the disk
+        is full.
+    """
+    output = _check(datastore, output)
+    _check_keep(keep)
+    kept = np.empty(len(datastore), dtype=bool)
+    for start in range(0, len(kept), CHUNK):
+        entries = np.arange(start, min(start + CHUNK, len(kept)))
+        kept[entries] = positions_of_entries(entries, seed) < keep
+    return _write(datastore, output, kept, None, {"method": "random", "keep": keep, "seed": seed})
+
+
+def prune_confidence(
+    datastore: Datastore,
+    output: str | Path,
+    load_lm: Callable[[], CausalHFLM],
+    *,
+    keep: float | None = None,
+    max_p: float | None = None,
+) -> Datastore:
+    """Leave out the entries whose value the LM predicts best by itself, to which retrieval has least to add.
+
+    Where the LM is sure, what stays speaks for other tokens than the LM's: the smaller the part, the smaller the
+    lmbda that suits it.
+
+    Parameters
+    ----------
+    output : the new store's folder.
+    load_lm : gives the store's LM, as for ``lm_log_probs``.
+    keep : the share to keep, those of smallest p_LM, above 0 and below 1; of those with the same p_LM the first ones.
+    max_p : instead, the largest p_LM to keep, above 0 and below 1.
+
+    Raises
+    ------
+    UserError
+        As for ``prune_random`` and ``lm_log_probs``.
+    """
+    output = _check(datastore, output)
+    if (keep is None) == (max_p is None):
+        raise UserError("Pruning by confidence needs either keep or max_p.")
+    if keep is not None:
+        _check_keep(keep)
+    elif not 0 < max_p < 1:  # type: ignore[operator]
+        raise UserError(f"max_p={max_p} must be above 0 and below 1.")
+    log_probs = lm_log_probs(datastore, load_lm)
+    if max_p is not None:
+        return _write(datastore, output, log_probs <= math.log(max_p), None, {"method": "confidence", "max_p": max_p})
+    wanted = max(1, round(keep * len(log_probs)))  # type: ignore[operator]
+    largest = np.partition(log_probs, wanted - 1)[wanted - 1]
+    kept = log_probs < largest
+    kept[np.flatnonzero(log_probs == largest)[: wanted - int(kept.sum())]] = True
+    return _write(datastore, output, kept, None, {"method": "confidence", "keep": keep})
+
+
+def prune_greedy_merge(
+    datastore: Datastore,
+    output: str | Path,
+    neighbours: int = 9,
+    index: str = DEFAULT_INDEX,
+    probe: int | None = None,
+    resume: bool = False,
+) -> Datastore:
+    """Merge near neighbours of the same value into one entry that counts as often (He et al. 2021).
+
+    What is merged is what ``cluster_greedy_merge`` makes a cluster: entries are taken in order, and one that was not
+    absorbed yet absorbs those of its nearest neighbours that have its value and have neither been absorbed nor
+    absorbed others. The absorbing entry stays, with its own key, and its weight is the sum of theirs. How many stay
+    follows from the number of neighbours.
+
+    Parameters
+    ----------
+    output : the new store's folder.
+    neighbours : those of each entry that are looked at, without itself.
+    index, probe : the index to search, and the inverted lists visited; None takes what it was found to need.
+    resume : go on with the searches of an interrupted run for the same ``output``.
+
+    Raises
+    ------
+    UserError
+        Where the store has no such index or fewer other entries than ``neighbours``, the folder is taken, or the disk
+        is full.
+    """
+    output = _check(datastore, output)
+    searched = NeighbourSearch.open(datastore, neighbours, index, probe)
+    how = {"method": "greedy_merge", "neighbours": neighbours} | {
+        name: value for name, value in searched.settings.items() if name != "k"
+    }
+    states = SavedStates(
+        output.with_name(f".{output.name}.merging"), {**how, "keys_sha256": datastore.keys_checksum}, resume
+    )
+    with disk_errors_in(states.folder):
+        states.begin()
+        absorber = find_absorbers(searched, states)
+    counts = np.ones(len(datastore), dtype=np.int32) if datastore.weights is None else np.asarray(datastore.weights)
+    weights = np.zeros(len(datastore), dtype=np.int32)
+    _sum_weights(absorber, counts, weights)
+    pruned = _write(datastore, output, weights > 0, weights, how)
+    shutil.rmtree(states.folder)
+    return pruned
+
+
+def positions_of_entries(entries: np.ndarray, seed: int) -> np.ndarray:
+    """A number from 0 to 1 for each entry, as if drawn at random: entry i is in the part f where it is below f.
+
+    It is computed from the entry's number (by the finaliser of splitmix64), so that none have to be kept.
+    """
+    with np.errstate(over="ignore"):
+        x = entries.astype(np.uint64) + np.uint64(seed + 1) * np.uint64(0x9E3779B97F4A7C15)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return ((x ^ (x >> np.uint64(31))) >> np.uint64(11)) * 2.0**-53
+
+
+@numba.njit(cache=True)
+def _sum_weights(absorber: np.ndarray, counts: np.ndarray, weights: np.ndarray) -> None:
+    """Add what each entry counts to itself, or to the entry that absorbed it."""
+    for entry in range(len(absorber)):
+        weights[entry if absorber[entry] < 0 else absorber[entry]] += counts[entry]
+
+
+def _check(datastore: Datastore, output: str | Path) -> Path:
+    datastore.require_keys("pruning")
+    return check_new_folder(output)
+
+
+def _check_keep(keep: float) -> None:
+    if not 0 < keep < 1:
+        raise UserError(f"keep={keep} must be above 0 and below 1.")
+
+
+def _write(
+    datastore: Datastore, output: Path, kept: np.ndarray, weights: np.ndarray | None, how: dict[str, Any]
+) -> Datastore:
+    """Write the store of the entries ``kept``; ``weights`` None leaves them those that they have, if any."""
+    keys, count = datastore.require_keys("pruning"), int(kept.sum())
+    if count == 0:
+        raise UserError(f"Nothing would stay of the datastore {datastore.path} ({how}); keep more.")
+    raw = datastore.manifest.get("keys")
+    arrays = {raw["file"] if raw else "keys.npy": keys, "values.npy": datastore.values}
+    if (weights := datastore.weights if weights is None else weights) is not None:
+        arrays["weights.npy"] = weights
+    with disk_errors_in(output), finished_folder(output) as folder:
+        row_bytes = sum(array.dtype.itemsize * math.prod(array.shape[1:]) for array in arrays.values())
+        check_free_space(folder, count * row_bytes, f"{count:,} entries")
+        for name, array in arrays.items():
+            _copy_rows(array, kept, count, folder / name)
+        np.save(folder / "document_starts.npy", np.zeros(1, dtype=np.int64))
+        made_from = {name: datastore.manifest.get(name) for name in ("count", "files", "pruned_from")}
+        pruned_from: dict[str, Any] = {**how, "path": str(datastore.path.resolve()), **made_from}
+        manifest = {name: value for name, value in datastore.manifest.items() if name != "derived"} | {
+            "count": count,
+            "documents": 1,
+            "text_order": False,
+            "pruned_from": pruned_from,
+            "files": {name: file_record(folder / name) for name in (*arrays, "document_starts.npy")},
+            "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "versions": {"knn_lm_eval": __version__},
+        }
+        write_json(folder / MANIFEST, manifest)
+    return Datastore.open(output)
+
+
+def _copy_rows(array: np.ndarray, kept: np.ndarray, count: int, target: Path) -> None:
+    """Write the rows that are kept, in file order: as .npy, or without a header where the name is another."""
+    bar = tqdm(total=len(array), desc=f"Copying {target.stem}", unit=" entries", unit_scale=True)
+    with open(target, "wb") as file, bar:
+        if target.suffix == ".npy":
+            write_npy_header(file, array.dtype, (count, *array.shape[1:]))
+        for start in range(0, len(array), CHUNK):
+            here = slice(start, start + CHUNK)
+            file.write(array[here][kept[here]].tobytes())
+            bar.update(len(array[here]))
+        file.flush()
+        os.fsync(file.fileno())

@@ -1,0 +1,102 @@
+"""Dumping a datastore as Ray tasks: one tokenizes, then each loads the model and writes its share of the keys.
+
+All nodes must see the datastore's folder, the text and the model under the same paths, and have this package.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from knn_lm_eval.errors import UserError
+from knn_lm_eval.lm.loading import CausalHFLM
+from knn_lm_eval.make.dump import Dump, entries_done, entries_in_all, finish_dump
+from knn_lm_eval.make.text import TextSource
+from knn_lm_eval.store.datastore import Datastore
+from knn_lm_eval.system.ray_cluster import connect
+
+RETRIES = 3  # of a share whose process or node died
+LOOK_EVERY_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class DumpPlan:
+    """What a task must know to work on a dump.
+
+    Attributes
+    ----------
+    model_args, device : how to load the LM.
+    source : the text.
+    output : the datastore's folder.
+    settings : other arguments of ``Dump``.
+    """
+
+    model_args: dict[str, Any]
+    source: TextSource
+    output: Path
+    device: str | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def begin(self) -> Dump:
+        """Load the LM."""
+        lm = CausalHFLM(**self.model_args, device=self.device)
+        source = self.source.description()
+        return Dump(lm, self.output, source=source, model_args=self.model_args, **self.settings)
+
+
+def dump_on_ray(address: str, plan: DumpPlan, workers: int | None = None, resume: bool = False) -> Datastore:
+    """As ``dump_datastore``, by tasks of a Ray cluster.
+
+    A share whose task dies is begun again, by another process or node, and goes on from what it had written.
+
+    Parameters
+    ----------
+    address : see ``knn_lm_eval.system.ray_cluster.connect``.
+    workers : shares to work on side by side, each with a GPU where the cluster has any; None is one for each GPU.
+
+    Raises
+    ------
+    UserError
+        As ``dump_datastore``, and where there is no cluster or a task died again and again.
+    """
+    ray = connect(address)
+    gpus = int(ray.cluster_resources().get("GPU", 0))
+    workers = workers or max(1, gpus)
+    needs = {"num_cpus": 1, "num_gpus": 1 if gpus else 0}
+    # Tokenizing is not begun again by itself: what a first try left would be in the way.
+    _wait_for(ray, [ray.remote(max_retries=0, **needs)(_prepare).remote(plan, resume)], "Tokenizing", plan.output)
+    write_share = ray.remote(max_retries=RETRIES, **needs)(_write_share)
+    _wait_for(ray, [write_share.remote(plan, share, workers) for share in range(workers)], "Dumping keys", plan.output)
+    finish_dump(plan.output)
+    return Datastore.open(plan.output)
+
+
+def _prepare(plan: DumpPlan, resume: bool) -> None:
+    plan.begin().prepare(plan.source.pieces(), resume)
+
+
+def _write_share(plan: DumpPlan, share: int, shares: int) -> None:
+    plan.begin().write_share(share, shares)
+
+
+def _wait_for(ray: Any, tasks: list[Any], doing: str, output: Path) -> None:
+    with tqdm(unit=" tokens", unit_scale=True, desc=doing) as bar:
+        while tasks:
+            done, tasks = ray.wait(tasks, timeout=LOOK_EVERY_SECONDS)
+            if (total := entries_in_all(output)) is not None:
+                bar.total, bar.n = total, entries_done(output)
+                bar.refresh()
+            try:
+                ray.get(done)
+            except ray.exceptions.RayTaskError as error:
+                if isinstance(error.cause, UserError):
+                    raise UserError(str(error.cause)) from error
+                raise
+            except ray.exceptions.RayError as error:
+                raise UserError(
+                    f"A Ray task of this dump died ({str(error).strip().splitlines()[0]}); what is written is kept: go "
+                    f"on with --resume."
+                ) from error

@@ -1,0 +1,311 @@
+"""A transformers model whose own ``forward`` and ``generate`` are kNN-LM or RetoMaton, for as long as one likes.
+
+    with retrieval_augmented(model, datastore="stores/x"):
+        model.generate(**tokenizer("Once", return_tensors="pt"))
+
+``forward`` is all that is replaced: it returns the mixture's log-probabilities where the model returns logits, so
+greedy search, sampling, beams, KV caches and stop sequences are transformers' own.
+
+RetoMaton's state belongs to a sequence of tokens. ``generate`` reorders sequences between steps (beams) and hands
+``forward`` the newest token alone, but it prepares each step's inputs from the whole sequences. These are noted
+there, and a sequence goes on from the candidates of the one that it extends by a token.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from knn_lm_eval.errors import UserError
+from knn_lm_eval.lm.language_model import CausalLM
+from knn_lm_eval.methods.adaptive import lm_features_for, weights, worth_searching
+from knn_lm_eval.methods.automaton import Automaton, Walk
+from knn_lm_eval.methods.mixture import mixed_log_probs, neighbour_log_weights
+from knn_lm_eval.model.opening import Augmentation
+from knn_lm_eval.model.retomaton import padded_neighbours
+from knn_lm_eval.model.scoring import LOGITS_BYTES, NEIGHBOURS_PER_BLOCK, Neighbours
+from knn_lm_eval.system.timing import StageTimer
+
+
+def retrieval_augmented(
+    model: nn.Module, datastore: str | os.PathLike | None = None, *, tokenizer: Any = None, **settings: Any
+) -> MixedForward:
+    """A context manager inside which a transformers causal LM is a kNN-LM or RetoMaton.
+
+    Parameters
+    ----------
+    model : a transformers causal LM, or a PEFT model around one, in evaluation mode.
+    datastore : the datastore's folder; None takes the environment variable ``KNN_LM_EVAL_DATASTORE``.
+    tokenizer : where given, it is checked to be the datastore's.
+    **settings : retrieval settings as for ``KNNHF``: ``params``, ``k``, ``lmbda``, ``knn_temp``, ``probe``,
+        ``retomaton``, ``min_knns``, ``clusters``, ...
+
+    Returns
+    -------
+    The context manager; it may be entered again and again. Outside it the model is as it was.
+
+    Raises
+    ------
+    UserError
+        Where a setting is out of range, or the datastore, the index and the model do not belong together.
+    """
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise UserError(f"{type(model).__name__} is an encoder-decoder model; retrieval is for decoder-only LMs.")
+    opened = Augmentation.open(datastore, **settings)
+    lm = CausalLM(model, opened.key_type, key_module=opened.key_module)
+    opened.check_model(lm, tokenizer, f"a given {type(lm.inner).__name__}")
+    return MixedForward(lm, opened)
+
+
+class MixedForward:
+    """The context manager behind ``retrieval_augmented``.
+
+    Inside, ``forward`` returns float32 log-probabilities of the mixture, over the whole vocabulary, for each
+    position for which the model returns logits; padding (by a 2-D attention mask) keeps the LM's alone. A loss
+    (``labels``) is the mixture's. No gradients.
+
+    RetoMaton walks each row of a plain forward pass over its positions, anew in each call. In ``generate`` a walk
+    begins with the first token that is generated and follows its sequence to the end of the call.
+
+    Parameters
+    ----------
+    model : the LM.
+    augmentation : what is mixed into it.
+
+    Attributes
+    ----------
+    positions : how many were mixed.
+    skipped : those of them at which a gate wanted no search.
+    seconds : by stage; searches and walks count theirs in ``augmentation``.
+    """
+
+    def __init__(self, model: CausalLM, augmentation: Augmentation) -> None:
+        self.model, self.augmentation = model, augmentation
+        self.positions, self.skipped = 0, 0
+        self._seconds = {"forward": 0.0, "mixture": 0.0}
+        self._timed = StageTimer(self._seconds, model.device)
+        self._inside: ExitStack | None = None
+        # In ``generate``: the sequences of the step at hand, and the candidates after each sequence of the last one.
+        self._sequences: Tensor | None = None
+        self._candidates: dict[bytes, tuple[np.ndarray, np.ndarray]] = {}
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        self._timed.settle()
+        return self._seconds
+
+    def __enter__(self) -> MixedForward:
+        if self._inside is not None:
+            raise RuntimeError("This model is inside its retrieval_augmented block already.")
+        inner = self.model.inner
+        with ExitStack() as stack:
+            stack.enter_context(_replaced(inner, "forward", self._mixed(inner.forward)))
+            if hasattr(inner, "generate"):
+                stack.enter_context(_replaced(inner, "generate", self._noting_sequences(inner.generate)))
+            self._inside = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._inside is not None
+        self._inside.close()
+        self._inside = None
+
+    def _mixed(self, forward: Callable) -> Callable:
+        """``forward`` with the mixture in place of its logits."""
+        signature = inspect.signature(forward)
+
+        @functools.wraps(forward)
+        def mixed_forward(*args: Any, **kwargs: Any) -> Any:
+            self._timed.settle()
+            captured: dict[str, Tensor] = {}
+            with self._timed("forward"), self.model.capture_keys(captured):
+                output = forward(*args, **kwargs)
+            with torch.no_grad():
+                return self._with_mixture(output, captured["key"], signature.bind_partial(*args).arguments | kwargs)
+
+        return mixed_forward
+
+    def _noting_sequences(self, generate: Callable) -> Callable:
+        """``generate`` that tells ``forward`` the sequences whose next token it predicts."""
+        inner = self.model.inner
+
+        @functools.wraps(generate)
+        def noting_generate(*args: Any, **kwargs: Any) -> Any:
+            prepare = inner.prepare_inputs_for_generation
+
+            @functools.wraps(prepare)
+            def noting_prepare(input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+                # Token ids alone do not tell sequences apart that begin with embeddings.
+                self._sequences = input_ids if kwargs.get("inputs_embeds") is None else None
+                return prepare(input_ids, *args, **kwargs)
+
+            if "generation_config" not in kwargs:
+                kwargs.setdefault("disable_compile", True)  # a search cannot be compiled
+            try:
+                with _replaced(inner, "prepare_inputs_for_generation", noting_prepare):
+                    return generate(*args, **kwargs)
+            finally:
+                self._sequences, self._candidates = None, {}
+
+        return noting_generate
+
+    def _with_mixture(self, output: Any, keys: Tensor, arguments: dict[str, Any]) -> Any:
+        """The model's output with the mixture's log-probabilities, and the loss of those."""
+        labels = arguments.get("labels")
+        place = 0 if labels is None else 1  # in a tuple the loss comes first
+        logits = output[place] if isinstance(output, tuple) else output.logits
+        keys = keys.reshape(len(logits), -1, keys.shape[-1])  # some layers (OPT's) flatten batch and time
+        length = keys.shape[1]
+
+        sequences, self._sequences = self._sequences, None
+        generating = sequences is not None
+        # What generate does not ask for it does not look at: all positions of models that cannot keep a few.
+        keep = arguments.get("logits_to_keep", 0)
+        kept = keep.cpu() if isinstance(keep, Tensor) else torch.arange(length)[-(keep or int(generating)) :]
+        if logits.shape[1] == length:
+            logits = logits[:, kept]
+        mask = arguments.get("attention_mask")
+        real = torch.ones(logits.shape[:2], dtype=torch.bool)
+        if isinstance(mask, Tensor) and mask.ndim == 2:
+            real = mask[:, -length:][:, kept].bool().cpu()
+        if sequences is None:
+            sequences = arguments.get("input_ids")
+        log_probs = self._mix(logits, keys[:, kept], real, kept.numpy() - length, sequences, generating)
+
+        loss = None
+        if labels is not None:
+            loss = self.model.inner.loss_function(
+                logits=log_probs,
+                labels=labels,
+                vocab_size=log_probs.shape[-1],
+                num_items_in_batch=arguments.get("num_items_in_batch"),
+            )
+        if isinstance(output, tuple):
+            return (*([] if loss is None else [loss]), log_probs, *output[place + 1 :])
+        output.logits = log_probs
+        if loss is not None:
+            output.loss = loss
+        return output
+
+    def _mix(
+        self,
+        logits: Tensor,
+        keys: Tensor,
+        real: Tensor,
+        from_end: np.ndarray,
+        sequences: Tensor | None,
+        generating: bool,
+    ) -> Tensor:
+        """Log-probabilities ``[batch, kept, vocabulary]`` of the mixture where ``real``, of the LM elsewhere.
+
+        ``from_end`` says where in its sequence a kept position is: -1 is the last.
+        """
+        how = self.augmentation
+        with self._timed("mixture"):
+            log_probs = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
+        rows, columns = real.nonzero(as_tuple=True)
+        self.positions += len(rows)
+        if how.lmbda == 0 or not len(rows):
+            return log_probs
+        chunk = max(1, LOGITS_BYTES // (4 * log_probs.shape[-1]))
+        if not isinstance(how.lmbda, float) and how.lmbda.threshold is not None:
+            pieces = zip(rows.split(chunk), columns.split(chunk), strict=True)
+            worth = torch.cat([self._worth(log_probs[piece]) for piece in pieces])
+            self.skipped += int((~worth).sum())
+            rows, columns = rows[worth], columns[worth]
+        queries = keys[rows, columns]
+        neighbours: Neighbours
+        if (automaton := how.automaton) is None:
+
+            def neighbours(some: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+                found = how.retriever.search(queries[some])
+                return found.distances, found.values, found.counts
+
+        else:
+            known = np.zeros((len(logits), 0), np.int64) if sequences is None else sequences.cpu().numpy()
+            steps = self._walk(automaton, queries, rows.numpy(), from_end[columns.numpy()], known, generating)
+
+            def neighbours(some: Tensor) -> tuple[Tensor, Tensor, None]:
+                return *padded_neighbours([steps[i] for i in some.tolist()], automaton.values), None
+
+        block = max(1, NEIGHBOURS_PER_BLOCK // how.retriever.k)
+        for start in range(0, len(rows), block):
+            stop = min(start + block, len(rows))
+            distances, values, counts = neighbours(torch.arange(start, stop))
+            with self._timed("mixture"):
+                distances, values = distances.to(logits.device), values.to(logits.device)
+                counts = None if counts is None else counts.to(logits.device)
+                log_weights = neighbour_log_weights(distances, how.knn_temp, counts)
+                for at in range(start, stop, chunk):
+                    part, here = slice(at - start, at - start + chunk), slice(at, min(at + chunk, stop))
+                    place = rows[here], columns[here]
+                    table = log_probs[place]
+                    lmbda = weights(how.lmbda, lm_features_for(how.lmbda, table), distances[part], values[part])
+                    log_probs[place] = mixed_log_probs(table, log_weights[part], values[part], lmbda)
+        return log_probs
+
+    def _worth(self, log_probs: Tensor) -> Tensor:
+        lmbda = self.augmentation.lmbda
+        worth = worth_searching(lmbda, lm_features_for(lmbda, log_probs))
+        assert worth is not None
+        return worth.cpu()
+
+    def _walk(
+        self,
+        automaton: Automaton,
+        queries: Tensor,
+        rows: np.ndarray,
+        from_end: np.ndarray,
+        sequences: np.ndarray,
+        generating: bool,
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
+        """The neighbours (distances, entries) at each position, walking along stretches of adjacent ones."""
+        known = sequences.shape[1]
+        positions = from_end + known
+        breaks = np.flatnonzero((np.diff(rows) != 0) | (np.diff(positions) != 1)) + 1
+        vectors = queries.float().cpu().numpy()
+        walks, ends = [], []
+        for stretch in np.split(np.arange(len(rows)), breaks):
+            tokens, first, end = sequences[rows[stretch[0]]], positions[stretch[0]], positions[stretch[-1]] + 1
+            # The token after the last position is not known yet, and none is where embeddings were given.
+            targets = np.full(len(stretch), -1)
+            if known:
+                targets[: len(tokens[first + 1 : end + 1])] = tokens[first + 1 : end + 1]
+            walk = Walk(vectors[stretch], targets)
+            if generating and (before := self._candidates.get(tokens[:first].tobytes())):
+                walk.survivors = automaton.survivors(*before, tokens[first])
+            walks.append(walk)
+            ends.append((tokens, first))
+        automaton.walk(walks, keep_neighbours=True)
+        if generating:
+            self._candidates = {
+                tokens[: first + step + 1].tobytes(): neighbours
+                for walk, (tokens, first) in zip(walks, ends, strict=True)
+                for step, neighbours in enumerate(walk.neighbours)
+            }
+        return [neighbours for walk in walks for neighbours in walk.neighbours]
+
+
+@contextmanager
+def _replaced(thing: Any, name: str, value: Any) -> Iterator[None]:
+    """Inside, ``thing`` has ``value`` as its own attribute ``name``."""
+    own = thing.__dict__.get(name)
+    setattr(thing, name, value)
+    try:
+        yield
+    finally:
+        if own is None:
+            delattr(thing, name)
+        else:
+            setattr(thing, name, own)

@@ -1,0 +1,122 @@
+"""The params file: settings that were tuned, and what they were tuned for. JSON, plain numbers.
+
+A datastore may carry one as ``params.json``: its default, which holds where nothing else is given.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from knn_lm_eval.errors import UserError
+from knn_lm_eval.store.datastore import Datastore
+from knn_lm_eval.system.files import read_json, write_json
+from knn_lm_eval.version import __version__
+
+logger = logging.getLogger(__name__)
+
+FORMAT = "knn_lm_eval params"
+FORMAT_VERSION = 1
+STORE_DEFAULT = "params.json"
+NAMES = ("k", "knn_temp", "lmbda", "probe", "min_knns", "max_knns")
+# Settings that decide what distances there are: with others, what was tuned need not fit.
+CONDITIONS = ("index", "knn_sim_func", "recompute_dists", "retomaton", "clusters", "duplicates", "no_pointer")
+
+
+@dataclass(frozen=True)
+class Params:
+    """Tuned settings.
+
+    Attributes
+    ----------
+    settings : some of ``NAMES`` (lmbda a number or an adaptive weight's plain form).
+    tuned_for : the datastore, model, conditions, tasks, and what came out.
+    """
+
+    settings: dict[str, Any]
+    tuned_for: dict[str, Any]
+
+    def write(self, path: Path) -> None:
+        """Write the file, all at once."""
+        settings = {
+            # JSON has no infinity.
+            name: "inf" if value == float("inf") else value
+            for name, value in self.settings.items()
+        }
+        write_json(
+            path,
+            {
+                "format": FORMAT,
+                "format_version": FORMAT_VERSION,
+                "program_version": __version__,
+                "settings": settings,
+                "tuned_for": self.tuned_for,
+            },
+        )
+
+    @classmethod
+    def read(cls, path: Path, store: Datastore) -> Params:
+        """Read a file and check that it is for this datastore (and so for its model).
+
+        Raises
+        ------
+        UserError
+            Where there is no such file, it is damaged, or it was tuned for another datastore.
+        """
+        if not path.is_file():
+            raise UserError(f"There is no params file {path}; make one with tune --output {path}.")
+        content = read_json(path)
+        if content.get("format") != FORMAT:
+            raise UserError(f"{path} is not a params file; make one with tune.")
+        if content.get("format_version") != FORMAT_VERSION:
+            raise UserError(
+                f"{path} has format version {content.get('format_version')}, this program reads version "
+                f"{FORMAT_VERSION}; tune again."
+            )
+        settings, tuned_for = content.get("settings"), content.get("tuned_for")
+        if not isinstance(settings, dict) or not isinstance(tuned_for, dict):
+            raise UserError(f"{path} is damaged: it has no settings, or not what they were tuned for; tune again.")
+        if unknown := sorted(set(settings) - set(NAMES)):
+            raise UserError(f"{path} has the unknown setting {unknown[0]!r}; a params file has {', '.join(NAMES)}.")
+        if settings.get("min_knns") == "inf":
+            settings["min_knns"] = float("inf")
+        for name, value in settings.items():
+            if name != "lmbda" and (isinstance(value, bool) or not isinstance(value, (int, float))):
+                raise UserError(f"{path} is damaged: {name}={value!r} is not a number; tune again.")
+        if tuned_for.get("keys_sha256") != store.keys_checksum:
+            model = store.manifest["model"]["pretrained"]
+            raise UserError(
+                f"{path} was tuned for another datastore ({tuned_for.get('datastore')}, of the model "
+                f"{tuned_for.get('model')}) than {store.path} (of {model}); tune again for this one."
+            )
+        return cls(settings, tuned_for)
+
+    def check_conditions(self, settings: dict[str, Any]) -> None:
+        """Warn where the settings in force decide for other distances than those that were tuned with."""
+        then = self.tuned_for.get("conditions", {})
+        if changed := [name for name in CONDITIONS if then.get(name) != settings.get(name)]:
+            logger.warning(
+                "The params were tuned with %s, now it is %s: they may not fit.",
+                ", ".join(f"{name}={then.get(name)}" for name in changed),
+                ", ".join(f"{name}={settings.get(name)}" for name in changed),
+            )
+
+
+def find_params(given: str | os.PathLike | bool | None, store: Datastore) -> tuple[Params | None, str]:
+    """The params in force and where they come from: ``params`` (the file given) or ``store default``.
+
+    Parameters
+    ----------
+    given : a file; None takes the store's default where it has one, False none.
+    """
+    if given is None:
+        default = store.path / STORE_DEFAULT
+        return (Params.read(default, store) if default.exists() else None), "store default"
+    if isinstance(given, bool):
+        if given:
+            raise UserError("params=True is no file; give params=FILE, or params=False for none.")
+        return None, "params"
+    return Params.read(Path(given), store), "params"

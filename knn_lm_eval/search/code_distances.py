@@ -1,0 +1,255 @@
+"""Distances from a query to given entries, by the index's own codes: what RetoMaton's pointers need.
+
+faiss computes such distances only inside a search. Here the codes are laid out once in text order, in files
+beside the index, so that a pointer's distance is one table lookup per code byte:
+
+    |q - x|^2  is approximated by  base(q, list of x) + offset_x + scale_x * sum_j table_q[j, code_x[j]]
+
+For a product quantizer of residuals (Jegou et al. 2011), x is decoded as c + r, base is |q|^2 - 2 <q, c>, the
+table holds <q, r> per sub-quantizer and codeword, offset is |c + r|^2 and scale is -2: the distance to the
+decoded vector, as the search computes it. For RaBitQ (Gao & Long 2024), base is |q - c|^2 and <q - c, x - c> is
+estimated from the signs s of x - c as m <s, q - c> with m = |x - c|^2 / |x - c|_1: the table holds the sums of
+8 query components with the signs of one code byte. The search quantizes the query to 8 bits besides; that
+is the one difference. Where the index rotates or projects its vectors first, so does this.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numba
+import numpy as np
+from tqdm import tqdm
+
+from knn_lm_eval.search.faiss_index import IndexFiles, find_parts, split_parts
+from knn_lm_eval.store.datastore import Datastore
+from knn_lm_eval.system.files import check_free_space, disk_errors_in, read_json, replace_file, write_json
+
+CHUNK = 2**16
+Tables = tuple[np.ndarray, np.ndarray, bool]
+ARRAYS = {"lists": np.int32, "offsets": np.float32, "scales": np.float32, "codes": np.uint8}
+
+
+@dataclass(frozen=True)
+class CodeDistances:
+    """The codes of an index in text order, memory-mapped, and the tables to read them with.
+
+    Attributes
+    ----------
+    index : the index or a part of it, for what it does to queries before it looks for lists.
+    centroids : float32 ``[lists, dimension]``, of the coarse quantizer.
+    base_offsets : float32 ``[lists]``, what ``base`` has beside |q|^2 - 2 <q, c>: |c|^2 for RaBitQ, 0 for PQ.
+    codebooks : float32 ``[code bytes, dimension / code bytes, 256]``: what each code byte stands for.
+    lists, offsets, scales, codes : per entry.
+    """
+
+    index: faiss.Index
+    centroids: np.ndarray
+    base_offsets: np.ndarray
+    codebooks: np.ndarray
+    lists: np.ndarray
+    offsets: np.ndarray
+    scales: np.ndarray
+    codes: np.ndarray
+
+    @classmethod
+    def open(cls, datastore: Datastore, index: faiss.Index, name: str) -> CodeDistances | None:
+        """Open the code files of the index ``name``, making them first if need be.
+
+        Returns None for an index that this cannot serve (others than IVF with PQ of 8 bits by residual or with
+        RaBitQ of 1 bit, by L2, or parts that were not trained together): its pointers need exact distances.
+        """
+        parts = split_parts(index)
+        tables = _tables(parts[0][0])
+        if tables is None or not all(_same(parts[0][0], part) for part, _ in parts[1:]):
+            return None
+        folder = IndexFiles(datastore.path, name).index.with_suffix(".codes")
+        identity = {
+            "keys_sha256": datastore.keys_checksum,
+            "index_bytes": sum(part.path.stat().st_size for part in find_parts(datastore, name)[1]),
+        }
+        if not (folder / "codes.json").exists() or read_json(folder / "codes.json") != identity:
+            with disk_errors_in(folder):
+                _write(folder, datastore, parts, *tables)
+                write_json(folder / "codes.json", identity)
+        return cls.read(datastore, parts[0][0], name)
+
+    @classmethod
+    def read(cls, datastore: Datastore, part: faiss.Index, name: str) -> CodeDistances:
+        """Map the code files that ``open`` made; any part of the index gives the tables, and serves all entries."""
+        tables = _tables(part)
+        assert tables is not None
+        centroids, codebooks, is_rabitq = tables
+        folder = IndexFiles(datastore.path, name).index.with_suffix(".codes")
+        arrays = {array: np.load(folder / f"{array}.npy", mmap_mode="r") for array in ARRAYS}
+        by_component = np.ascontiguousarray(codebooks.transpose(0, 2, 1))
+        base_offsets = (centroids**2).sum(1) if is_rabitq else np.zeros(len(centroids), dtype=np.float32)
+        return cls(part, centroids, base_offsets, by_component, **{array: np.asarray(a) for array, a in arrays.items()})
+
+    def __call__(self, queries: np.ndarray, entries: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        """Approximate squared L2 distances.
+
+        Parameters
+        ----------
+        queries : float32 ``[n, dimension]``.
+        entries : int64 ``[n, m]``; the first ``counts[i]`` of row i count.
+        counts : int64 ``[n]``.
+
+        Returns
+        -------
+        float32 ``[n, m]``; undefined beyond the counts.
+        """
+        distances = np.empty(entries.shape, dtype=np.float32)
+        _look_up(
+            _transformed(self.index, queries),
+            self.centroids,
+            self.base_offsets,
+            self.codebooks,
+            entries,
+            counts,
+            self.lists,
+            self.offsets,
+            self.scales,
+            self.codes,
+            distances,
+        )
+        return distances
+
+
+# Not parallel: a step of few sequences is a fraction of a millisecond, less than waking threads takes.
+@numba.njit(cache=True, fastmath=True)
+def _look_up(  # type: ignore[no-untyped-def]
+    queries, centroids, base_offsets, codebooks, entries, counts, lists, offsets, scales, codes, distances
+):
+    code_bytes, width, _ = codebooks.shape
+    table = np.empty((code_bytes, 256), dtype=np.float32)
+    base = np.empty(len(centroids), dtype=np.float32)
+    for i in range(len(queries)):
+        query = queries[i]
+        for m in range(code_bytes):
+            row = table[m]
+            row[:] = 0
+            for w in range(width):
+                component, codewords = query[m * width + w], codebooks[m, w]
+                for c in range(256):
+                    row[c] += component * codewords[c]
+        squared = np.float32(0.0)
+        for d in range(len(query)):
+            squared += query[d] * query[d]
+        known = np.zeros(len(centroids), dtype=np.bool_)
+        for j in range(counts[i]):
+            entry = entries[i, j]
+            number, code = lists[entry], codes[entry]
+            if not known[number]:
+                known[number] = True
+                dot, centroid = np.float32(0.0), centroids[number]
+                for d in range(len(query)):
+                    dot += query[d] * centroid[d]
+                base[number] = squared - 2 * dot + base_offsets[number]
+            total = np.float32(0.0)
+            for m in range(code_bytes):
+                total += table[m, code[m]]
+            distances[i, j] = base[number] + offsets[entry] + scales[entry] * total
+
+
+def _tables(index: faiss.Index) -> Tables | None:
+    """The coarse centroids, what each code byte stands for, and whether that is by RaBitQ; None for other types."""
+    ivf = _below_transform(index)
+    if index.metric_type != faiss.METRIC_L2:
+        return None
+    if isinstance(ivf, faiss.IndexIVFPQ) and ivf.pq.nbits == 8 and ivf.by_residual:
+        is_rabitq = False
+        codebooks = faiss.vector_to_array(ivf.pq.centroids).reshape(ivf.pq.M, 256, ivf.pq.dsub)
+    elif _is_rabitq_of_one_bit(ivf) and ivf.d % 8 == 0:
+        is_rabitq = True
+        signs = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little") * 2.0 - 1
+        codebooks = np.broadcast_to(signs.astype(np.float32), (ivf.d // 8, 256, 8)).copy()
+    else:
+        return None
+    # A tensor in a process that has imported faiss.contrib.torch_utils.
+    return np.asarray(ivf.quantizer.reconstruct_n(0, ivf.nlist)), codebooks, is_rabitq
+
+
+def _is_rabitq_of_one_bit(ivf: Any) -> bool:
+    is_rabitq = isinstance(ivf, (faiss.IndexIVFRaBitQ, faiss.IndexIVFRaBitQFastScan))
+    return is_rabitq and ivf.rabitq.nb_bits == 1
+
+
+def _below_transform(index: faiss.Index) -> Any:
+    return faiss.downcast_index(index.index) if isinstance(index, faiss.IndexPreTransform) else index
+
+
+def _transformed(index: faiss.Index, vectors: np.ndarray) -> np.ndarray:
+    """What the index's lists hold of ``vectors``: they themselves, or rotated or projected."""
+    if not isinstance(index, faiss.IndexPreTransform):
+        return vectors
+    chain: Any = index.chain
+    for number in range(chain.size()):
+        vectors = chain.at(number).apply(vectors)
+    return vectors
+
+
+def _same(part: faiss.Index, other: faiss.Index) -> bool:
+    """Whether the codes of both parts mean the same."""
+    tables, others = _tables(part), _tables(other)
+    axes = np.eye(part.d, dtype=np.float32)
+    return (
+        tables is not None
+        and others is not None
+        and tables[2] == others[2]
+        and np.array_equal(tables[0], others[0])
+        and np.array_equal(tables[1], others[1])
+        and np.array_equal(_transformed(part, axes), _transformed(other, axes))
+    )
+
+
+def _write(
+    folder: Path,
+    datastore: Datastore,
+    parts: list[tuple[faiss.Index, int]],
+    centroids: np.ndarray,
+    codebooks: np.ndarray,
+    is_rabitq: bool,
+) -> None:
+    count, code_bytes = len(datastore), codebooks.shape[0]
+    keys = datastore.require_keys("RetoMaton with a RaBitQ index") if is_rabitq else None
+    folder.mkdir(exist_ok=True)
+    check_free_space(folder, count * (12 + code_bytes), "the codes in text order")
+    shapes = {"codes": (count, code_bytes)}
+    arrays = {
+        name: np.lib.format.open_memmap(folder / f"{name}.npy.tmp", "w+", dtype, shapes.get(name, (count,)))
+        for name, dtype in ARRAYS.items()
+    }
+    for index, first_id in parts:
+        ivf = _below_transform(index)
+        inverted: Any = ivf.invlists
+        for number in range(ivf.nlist):
+            size = inverted.list_size(number)
+            if size:
+                ids = faiss.rev_swig_ptr(inverted.get_ids(number), size) + first_id
+                arrays["lists"][ids] = number
+                if not is_rabitq:
+                    codes = faiss.rev_swig_ptr(inverted.get_codes(number), size * ivf.code_size)
+                    arrays["codes"][ids] = codes.reshape(size, -1)
+    for start in tqdm(range(0, count, CHUNK), desc="Laying out codes in text order", unit=" chunks"):
+        rows = slice(start, start + CHUNK)
+        centroid = centroids[arrays["lists"][rows]]
+        if keys is not None:
+            residual = _transformed(parts[0][0], keys[rows].astype(np.float32)) - centroid
+            positive = residual > 0
+            arrays["codes"][rows] = np.packbits(positive, axis=1, bitorder="little")
+            squared, absolute = (residual**2).sum(1), np.abs(residual).sum(1)
+            multiplier = squared / np.maximum(absolute, np.finfo(np.float32).tiny)
+            arrays["scales"][rows] = -2 * multiplier
+            arrays["offsets"][rows] = squared + 2 * multiplier * np.where(positive, centroid, -centroid).sum(1)
+        else:
+            codes = arrays["codes"][rows]
+            decoded = codebooks[np.arange(code_bytes), codes].reshape(len(codes), -1) + centroid
+            arrays["scales"][rows] = -2
+            arrays["offsets"][rows] = (decoded**2).sum(1)
+    for name, array in arrays.items():
+        array.flush()
+        replace_file(folder / f"{name}.npy.tmp", folder / f"{name}.npy")

@@ -1,0 +1,295 @@
+"""A faiss index beside its datastore: the file pair ``NAME.faiss`` and ``NAME.json``, opening it, settings.
+
+The JSON says what the index was built from (the checksum of the keys), how (factory string, metric), which
+``probe`` was found good enough, and how well it retrieves; see ``build_index.py`` for the figures.
+
+An index may be in parts, each of a run of entries: its JSON lists them under ``parts``, with ``start``,
+``stop`` and ``bytes``, and says under ``part_ids`` whether a part numbers its entries from 0 (``relative``) or as
+the store does (``absolute``). Part i lies in ``NAME.00i.faiss``.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+
+# faiss tells the root logger which of its builds it tries; lm-eval would print that.
+logging.getLogger("faiss.loader").setLevel(logging.WARNING)
+import faiss  # noqa: E402
+
+from knn_lm_eval.errors import UserError  # noqa: E402
+from knn_lm_eval.search.mapped_lists import read_with_mapped_lists  # noqa: E402
+from knn_lm_eval.store.datastore import Datastore  # noqa: E402
+from knn_lm_eval.system.files import read_json  # noqa: E402
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_INDEX = "index"
+DEFAULT_PROBE = 32  # of an index that was not measured: the kNN-LM papers'
+WORTH_TELLING = 2**26  # bytes of an index in memory
+METRICS = {"l2": faiss.METRIC_L2, "dot": faiss.METRIC_INNER_PRODUCT}
+GPU_MAX_K = 2048  # faiss's own limit
+
+
+@dataclass(frozen=True)
+class IndexPart:
+    """A file of an index: all of it, or the part that holds a run of entries.
+
+    Attributes
+    ----------
+    path : the file.
+    start, stop : the run.
+    first_id : the entry that the file calls 0.
+    """
+
+    path: Path
+    start: int
+    stop: int
+    first_id: int
+
+
+@dataclass(frozen=True)
+class IndexFiles:
+    """Where the index called ``name`` of a datastore lies."""
+
+    folder: Path
+    name: str = DEFAULT_INDEX
+
+    @property
+    def index(self) -> Path:
+        return self.folder / f"{self.name}.faiss"
+
+    @property
+    def metadata(self) -> Path:
+        return self.folder / f"{self.name}.json"
+
+    def part(self, number: int) -> Path:
+        return self.folder / f"{self.name}.{number:03d}.faiss"
+
+
+def open_index(datastore: Datastore, name: str = DEFAULT_INDEX) -> tuple[faiss.Index, dict[str, Any]]:
+    """Open the index ``name`` of ``datastore``, memory-mapped where faiss can do so for its type.
+
+    Returns
+    -------
+    index : the faiss index; ``probe`` is not set.
+    metadata : the content of the JSON beside it.
+
+    Raises
+    ------
+    UserError
+        Where there is none, it is damaged, or it was built for other keys.
+    """
+    metadata, parts = find_parts(datastore, name)
+    opened = [read_index(part.path) for part in parts]
+    index = join_parts(opened, metadata.get("part_ids") == "relative") if "parts" in metadata else opened[0]
+    if index.ntotal != len(datastore) or index.d != datastore.dimension:
+        raise UserError(
+            f"The index {IndexFiles(datastore.path, name).index} holds {index.ntotal} vectors of {index.d} numbers, "
+            f"the datastore {len(datastore)} of {datastore.dimension}; build it again."
+        )
+    if (held := bytes_held(index)) > WORTH_TELLING:
+        logger.info(
+            "The index %s takes %d MiB of each process's memory: faiss has no mapped form of all it needs.",
+            IndexFiles(datastore.path, name).index,
+            held >> 20,
+        )
+    return index, metadata
+
+
+def find_parts(datastore: Datastore, name: str = DEFAULT_INDEX) -> tuple[dict[str, Any], list[IndexPart]]:
+    """The metadata and the files of the index ``name``, in order; checks as ``open_index`` does, but opens none."""
+    files = IndexFiles(datastore.path, name)
+    if not files.metadata.is_file() or not (files.index.is_file() or files.part(0).is_file()):
+        built = index_names(datastore)
+        have = f"it has {', '.join(built)}" if built else "build one with build_index"
+        raise UserError(f"The datastore {datastore.path} has no index called {name!r}: {have}.")
+    metadata = read_json(files.metadata)
+    if metadata.get("keys_sha256") != datastore.keys_checksum:
+        raise UserError(
+            f"The index {files.index} was built for other keys than those in {datastore.path}; build it again."
+        )
+    said = metadata.get("parts") or [{"start": 0, "stop": len(datastore), "bytes": metadata.get("bytes")}]
+    paths = [files.part(number) for number in range(len(said))] if "parts" in metadata else [files.index]
+    relative, parts = metadata.get("part_ids") == "relative", []
+    for path, part in zip(paths, said, strict=True):
+        if not path.is_file():
+            raise UserError(f"The index {files.index} is incomplete: {path.name} is missing; build or import it again.")
+        if (actual := path.stat().st_size) != part["bytes"]:
+            raise UserError(
+                f"The index {path} is damaged: it has {actual} bytes, {files.metadata.name} says "
+                f"{part['bytes']}; build it again."
+            )
+        parts.append(IndexPart(path, part["start"], part["stop"], part["start"] if relative else 0))
+    return metadata, parts
+
+
+def index_names(datastore: Datastore) -> list[str]:
+    """The names of the finished indexes of ``datastore``."""
+    names = [path.stem for path in datastore.path.glob("*.json")]
+    files = [IndexFiles(datastore.path, name) for name in sorted(names)]
+    return [f.name for f in files if f.index.is_file() or f.part(0).is_file()]
+
+
+def read_index(path: Path) -> faiss.Index:
+    """Read an index file, memory-mapped where that can be done; raises UserError where it is none."""
+    try:
+        return read_with_mapped_lists(path) or faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
+    except RuntimeError as error:
+        raise UserError(
+            f"The index {path} is damaged: faiss cannot read it ({_reason(error)}); build it or copy it again."
+        ) from error
+
+
+def bytes_held(index: faiss.Index) -> int:
+    """What an opened index takes of the process's own memory, but for what goes with the number of lists alone.
+
+    It is 0 for what can be mapped whole. The others are lists in blocks below a re-ranking (``...fs,RFlat``),
+    fast scans without lists (``PQ64x4fs``), and the table by which IVF with PQ saves work: codewords times lists.
+    """
+    if isinstance(index, faiss.IndexShards):
+        return sum(bytes_held(part) for part, _ in split_parts(index))
+    if isinstance(index, faiss.IndexRefine):
+        return bytes_held(faiss.downcast_index(index.base_index))
+    if isinstance(index, faiss.IndexPreTransform):
+        return bytes_held(faiss.downcast_index(index.index))
+    if isinstance(index, faiss.IndexFastScan):
+        return index.codes.size()
+    held, library = 0, cast(Any, faiss)  # whose type stubs lack some of what is used here
+    if isinstance(index, library.IndexIVF):
+        if isinstance(library.downcast_InvertedLists(index.invlists), library.BlockInvertedLists):
+            held += index.ntotal * (index.code_size + 8)
+        if isinstance(index, library.IndexIVFPQ):
+            held += 4 * index.precomputed_table.size()
+    return held
+
+
+def join_parts(parts: list[faiss.Index], relative_ids: bool, threaded: bool = False) -> faiss.IndexShards:
+    """One index over parts that hold runs of entries in order.
+
+    Parameters
+    ----------
+    relative_ids : each part numbers its entries from 0; otherwise as the store does.
+    threaded : search the parts side by side, each in a thread of its own; for parts on GPUs.
+    """
+    shards: Any = faiss.IndexShards(parts[0].d, threaded, relative_ids)  # type: ignore[call-arg]
+    for part in parts:
+        shards.add_shard(part)
+    return shards
+
+
+def inverted_file(index: faiss.Index) -> faiss.IndexIVF | None:
+    """The IVF index inside ``index`` (below a pre-transform, say; of several parts the first's), or None."""
+    return next(iter(_inverted_files(index)), None)
+
+
+def set_probe(index: faiss.Index, probe: int) -> None:
+    """Set the number of inverted lists that a search visits; nothing to set in an index without lists."""
+    for ivf in _inverted_files(index):
+        ivf.nprobe = min(probe, ivf.nlist)
+
+
+def split_parts(index: faiss.Index) -> list[tuple[faiss.Index, int]]:
+    """The parts that were joined, each with the entry that it calls 0; the index itself where it is in one."""
+    if not isinstance(index, faiss.IndexShards):
+        return [(index, 0)]
+    shards: Any = index
+    parts = [faiss.downcast_index(shards.at(number)) for number in range(shards.count())]
+    starts = np.cumsum([0, *(part.ntotal for part in parts[:-1])]).tolist()
+    return list(zip(parts, starts if shards.successive_ids else [0] * len(parts), strict=True))
+
+
+def _inverted_files(index: faiss.Index) -> list[faiss.IndexIVF]:
+    found = []
+    for part, _ in split_parts(index):
+        with suppress(RuntimeError):
+            found.append(faiss.extract_index_ivf(part))
+    return found
+
+
+def faiss_gpus() -> int:
+    """The number of GPUs that faiss sees; 0 for a faiss without GPU support."""
+    return getattr(faiss, "get_num_gpus", lambda: 0)()
+
+
+def to_gpus(index: faiss.Index, k: int) -> faiss.Index:
+    """Put ``index`` on all visible GPUs in float16: a copy on each, or in shards where a copy does not fit.
+
+    Of several processes on a machine each takes a GPU of its own. An index in parts is spread part by part. With no
+    GPU, or for an index type that faiss has for the CPU only, says so once and returns ``index`` as it is.
+
+    Raises
+    ------
+    UserError
+        Where GPUs cannot find ``k`` neighbours.
+    """
+    if not faiss_gpus():
+        logger.warning("knn_gpu=True, but faiss sees no GPU (faiss-gpu needed): searching on the CPU.")
+        return index
+    gpus = list(range(faiss_gpus()))
+    if local_rank := os.environ.get("LOCAL_RANK"):
+        gpus = [gpus[int(local_rank) % len(gpus)]]
+    try:
+        on_gpus = _clone_to(gpus, index)
+    except RuntimeError as error:
+        logger.warning(
+            "knn_gpu=True, but faiss cannot put %s on GPUs (%s): searching on the CPU.",
+            type(index).__name__,
+            _reason(error),
+        )
+        return index
+    if k > GPU_MAX_K:
+        raise UserError(f"k={k} is more than faiss finds on GPUs, {GPU_MAX_K}; choose a smaller k, or knn_gpu=False.")
+    return on_gpus
+
+
+def _clone_to(gpus: list[int], index: faiss.Index) -> faiss.Index:
+    if isinstance(index, faiss.IndexShards):
+        parts = split_parts(index)
+        clones = [_clone_to([gpus[number % len(gpus)]], part) for number, (part, _) in enumerate(parts)]
+        return join_parts(clones, index.successive_ids, threaded=True)
+    options = faiss.GpuMultipleClonerOptions()
+    options.useFloat16 = True
+    try:
+        return faiss.index_cpu_to_gpus_list(index, options, gpus)
+    except RuntimeError:
+        if len(gpus) == 1:
+            raise
+        options.shard = True
+        return faiss.index_cpu_to_gpus_list(index, options, gpus)
+
+
+def search(index: faiss.Index, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Search for the ``k`` nearest entries of each query.
+
+    Parameters
+    ----------
+    queries : float32 ``[n, dimension]``.
+
+    Returns
+    -------
+    distances : float32 ``[n, k]``, the smaller the nearer (squared L2, or the negated inner product);
+        infinity in empty slots.
+    entries : int64 ``[n, k]``; -1 in empty slots.
+    """
+    faiss.cvar.indexIVF_stats.reset()  # type: ignore[attr-defined]
+    scores, entries = index.search(queries, k)
+    distances = -scores if index.metric_type == faiss.METRIC_INNER_PRODUCT else scores
+    distances[entries < 0] = np.inf
+    return distances, entries
+
+
+def vectors_compared(index: faiss.Index, queries: int) -> int:
+    """How many vectors the last ``search``, of so many queries, computed distances to."""
+    return queries * index.ntotal if inverted_file(index) is None else faiss.cvar.indexIVF_stats.ndis  # type: ignore[attr-defined]
+
+
+def _reason(error: RuntimeError) -> str:
+    """The point of a faiss error, which begins with the C++ signature and source line."""
+    return str(error).strip().splitlines()[0].rpartition(": ")[2][:200]

@@ -1,0 +1,298 @@
+"""What serves a kNN-LM best: indexes of one datastore compared by speed, size, p_kNN and perplexity, on real text.
+
+The LM reads the text once. Its queries are searched exactly, and by every index with every setting; the time is
+that of the search alone. Recall is reported, but what counts is how near p_kNN of the text's own tokens comes to
+that of exact search, and the perplexity. Distances that are wrong at random, as a coarse quantizer's are, act like
+a higher temperature and may bring a lower perplexity than exact search where the temperature was too low. So
+perplexities are compared at each index's own best temperature and lmbda.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import faiss
+import numpy as np
+import torch
+from faiss.contrib.exhaustive_search import knn_ground_truth
+from lm_eval.api.instance import Instance
+from torch import Tensor
+from tqdm import tqdm
+
+from knn_lm_eval.errors import UserError
+from knn_lm_eval.methods.mixture import mix
+from knn_lm_eval.model.knn_hf import KNNHF
+from knn_lm_eval.model.scoring import NEIGHBOURS_PER_BLOCK, Passage, Score, Scorer
+from knn_lm_eval.search.faiss_index import METRICS, set_probe
+from knn_lm_eval.search.retriever import Found, Retriever, entry_counts
+from knn_lm_eval.store.datastore import Datastore
+from knn_lm_eval.study.tuning import Surface, find_best, knn_log_probs
+from knn_lm_eval.system.files import disk_errors_in, replace_file
+
+EXACT = "exact"
+KNN_TEMPS = tuple(float(f"{x:.3g}") for x in np.geomspace(0.5, 16, 11))
+LMBDAS = tuple(round(0.05 * number, 2) for number in range(1, 17))
+KEYS_AT_ONCE = 2**16
+
+
+@dataclass
+class Queries:
+    """What the LM gave for every token of the texts, text by text.
+
+    Attributes
+    ----------
+    queries : float32 ``[tokens, dimension]``.
+    targets : int64 ``[tokens]``.
+    lm_log_probs : float64 ``[tokens]``.
+    texts : the number of tokens of each text, by its name.
+    """
+
+    queries: Tensor
+    targets: Tensor
+    lm_log_probs: Tensor
+    texts: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A setting to measure; those of one index share its retriever, since an index may fill the memory.
+
+    Attributes
+    ----------
+    probe : None takes what the index was found to need.
+    """
+
+    retriever: Retriever
+    probe: int | None
+    k: int
+
+    def find(self, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """As ``Retriever.find``, with this setting."""
+        self.retriever.k = self.k
+        if self.probe is not None:
+            set_probe(self.retriever.index, self.probe)
+        return self.retriever.find(queries)
+
+
+@dataclass
+class Measurement:
+    """One index with one setting.
+
+    Attributes
+    ----------
+    index, factory : its name and what it is; ``exact`` for exhaustive search.
+    bytes_per_entry : of the index; for exact search, of the keys.
+    microseconds : per query, of each round.
+    recall : the share of the k nearest entries that were found.
+    p_knn_error : mean absolute error of p_kNN of the text's own tokens.
+    perplexity : by text, and of all under ``all``.
+    tuned, knn_temp, lmbda : the lowest perplexity of all texts over ``KNN_TEMPS`` and ``LMBDAS``, and where.
+    """
+
+    index: str
+    factory: str
+    bytes_per_entry: float
+    probe: int | None
+    k: int
+    microseconds: list[float] = field(default_factory=list)
+    recall: float = 1.0
+    p_knn_error: float = 0.0
+    perplexity: dict[str, float] = field(default_factory=dict)
+    tuned: float = 0.0
+    knn_temp: float = 1.0
+    lmbda: float = 0.0
+
+    def row(self) -> dict[str, Any]:
+        """As a row of a table."""
+        return {
+            "index": self.index,
+            "factory": self.factory,
+            "bytes_per_entry": round(self.bytes_per_entry, 1),
+            "probe": self.probe,
+            "k": self.k,
+            "microseconds": round(median(self.microseconds), 1),
+            "recall": round(self.recall, 4),
+            "p_knn_error": round(self.p_knn_error, 5),
+            **{f"perplexity {name}": round(value, 4) for name, value in self.perplexity.items()},
+            "tuned perplexity": round(self.tuned, 4),
+            "tuned knn_temp": self.knn_temp,
+            "tuned lmbda": self.lmbda,
+        }
+
+
+class QueryCollector(Scorer):
+    """Keeps the query and the LM's log-probability of every token; its scores are the LM's."""
+
+    def __init__(self, lm: KNNHF) -> None:
+        super().__init__(lm.scorer.model, None, 0.0, 1.0, lm.softmax_dtype)
+        self.parts: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def score(self, batches: Sequence[Sequence[Passage]], want_greedy: bool) -> list[list[Score]]:
+        """Read the batches."""
+        scores = []
+        for batch in batches:
+            reading = self._read(batch)
+            rows, targets = reading.pairs()
+            log_probs, greedy, _ = self._score_pairs(reading.hidden, rows, targets, None, len(rows), False)
+            self.parts.append((reading.queries[rows.to(reading.queries.device)].float().cpu(), targets, log_probs))
+            scores += self._sum_up(reading, log_probs, greedy)
+        return scores
+
+
+def collect_queries(lm: KNNHF, texts: dict[str, str]) -> Queries:
+    """Let the LM read the texts, as lm-eval's perplexity tasks do."""
+    own, collector, counts = lm.scorer, QueryCollector(lm), {}
+    lm.scorer = collector
+    for name, text in texts.items():
+        before = collector.tokens_scored
+        lm.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (text,), 0)])
+        counts[name] = collector.tokens_scored - before
+    lm.scorer = own
+    queries, targets, log_probs = (torch.cat(part) for part in zip(*collector.parts, strict=True))
+    return Queries(queries, targets, log_probs.double(), counts)
+
+
+class IndexComparison:
+    """Measures searches of one datastore against exact search.
+
+    Parameters
+    ----------
+    store : the datastore, with keys.
+    queries : of the text to measure on.
+    lmbda, knn_temp : of the mixture.
+    sim_func : what nearness means.
+    max_k : the largest k that will be asked for.
+    cache : a folder that keeps the exact neighbours, which take long to find.
+    """
+
+    def __init__(
+        self,
+        store: Datastore,
+        queries: Queries,
+        *,
+        lmbda: float,
+        knn_temp: float,
+        sim_func: str,
+        max_k: int,
+        cache: Path,
+    ) -> None:
+        self.store, self.queries, self.lmbda, self.knn_temp, self.cache = store, queries, lmbda, knn_temp, cache
+        if max_k > len(store):
+            raise UserError(f"k={max_k} does not fit the datastore {store.path}, which has {len(store)} entries.")
+        self._exact_distances, self._exact_entries, self._exact_seconds = self._search_exactly(sim_func, max_k)
+
+    @property
+    def base_perplexity(self) -> dict[str, float]:
+        """Of the LM alone."""
+        return perplexities(self.queries.lm_log_probs, self.queries.texts)
+
+    def exact(self, k: int) -> Measurement:
+        """Exhaustive search."""
+        keys = self.store.require_keys("exact search")
+        result = Measurement(EXACT, EXACT, keys.shape[1] * keys.itemsize, None, k)
+        result.microseconds = [1e6 * self._exact_seconds / len(self.queries.queries)]
+        self._judge(result, self._exact_found(k))
+        return result
+
+    def measure(
+        self, trials: Sequence[Trial], repeats: int, clock: Callable[[], float] = time.perf_counter
+    ) -> Iterator[Measurement]:
+        """Each trial's search, timed in so many rounds in which they take turns, after a round that warms up."""
+        results = []
+        queries = self.queries.queries.numpy()
+        for trial in tqdm(trials, desc="Measuring quality", unit=" settings"):
+            metadata = trial.retriever.metadata
+            size = metadata["bytes"] / len(self.store)
+            result = Measurement(trial.retriever.index_name, metadata["factory"], size, trial.probe, trial.k)
+            distances, entries = (torch.from_numpy(array) for array in trial.find(queries))
+            self._judge(result, self._found(distances, entries))
+            results.append(result)
+        for _ in tqdm(range(repeats), desc="Timing", unit=" rounds"):
+            for trial, result in zip(trials, results, strict=True):
+                start = clock()
+                trial.find(queries)
+                result.microseconds.append(1e6 * (clock() - start) / len(queries))
+        yield from results
+
+    def _judge(self, result: Measurement, found: Found) -> None:
+        exact = self._exact_found(result.k)
+        (log_p, surface), exact_log_p = self._log_p_knn(found), self._log_p_knn(exact)[0]
+        result.p_knn_error = float((log_p.exp() - exact_log_p.exp()).abs().mean())
+        pairs = zip(exact.entries.numpy(), found.entries.numpy(), strict=True)
+        result.recall = sum(len(np.intersect1d(a, b)) for a, b in pairs) / exact.entries.numel()
+        mixed = mix(self.queries.lm_log_probs, log_p, self.lmbda)
+        result.perplexity = perplexities(mixed, self.queries.texts)
+        best = find_best([surface], len(log_p), 0.0)
+        result.tuned = math.exp(-best.log_prob / len(log_p))
+        result.knn_temp, result.lmbda = best.settings["knn_temp"], best.settings["lmbda"]
+
+    def _log_p_knn(self, found: Found) -> tuple[Tensor, Surface]:
+        """log p_kNN of the targets at the given temperature, and the sums over the grid."""
+        k = (found.entries.shape[1],)
+        surface = Surface({}, k, KNN_TEMPS, LMBDAS)
+        step = max(1, NEIGHBOURS_PER_BLOCK // k[0])
+        parts = []
+        for start in range(0, len(found.entries), step):
+            rows = slice(start, start + step)
+            distances, values, _, counts = (None if part is None else part[rows] for part in found)
+            assert distances is not None and values is not None
+            temperatures = (self.knn_temp, *KNN_TEMPS)
+            log_p = knn_log_probs(distances, values, counts, self.queries.targets[rows], temperatures, k)
+            parts.append(log_p[:, 0, 0])
+            surface.add(self.queries.lm_log_probs[rows], log_p[:, 1:])
+        return torch.cat(parts), surface
+
+    def _exact_found(self, k: int) -> Found:
+        return self._found(self._exact_distances[:, :k], self._exact_entries[:, :k])
+
+    def _found(self, distances: Tensor, entries: Tensor) -> Found:
+        values = torch.from_numpy(self.store.values[np.maximum(entries.numpy(), 0)])
+        return Found(distances, values, entries, entry_counts(self.store.weights, entries.numpy()))
+
+    def _search_exactly(self, sim_func: str, k: int) -> tuple[Tensor, Tensor, float]:
+        queries = self.queries.queries.numpy()
+        asked = f"{self.store.keys_checksum} {sim_func} {hashlib.sha256(queries.tobytes()).hexdigest()}"
+        path = self.cache / f"exact-{hashlib.sha256(asked.encode()).hexdigest()[:16]}.npz"
+        if path.is_file():
+            with np.load(path, allow_pickle=False) as kept:
+                if kept["distances"].shape[1] >= k:
+                    return (
+                        torch.from_numpy(kept["distances"]),
+                        torch.from_numpy(kept["entries"]),
+                        float(kept["seconds"]),
+                    )
+        keys = self.store.require_keys("exact search")
+        starts = range(0, len(keys), KEYS_AT_ONCE)
+        chunks = (keys[start : start + KEYS_AT_ONCE].astype(np.float32) for start in starts)
+        bar = tqdm(chunks, total=len(starts), desc="Exact search to compare with", unit=" chunks")
+        start = time.process_time()
+        scores, entries = knn_ground_truth(queries, bar, k, METRICS[sim_func])
+        seconds = time.process_time() - start
+        distances = -scores if METRICS[sim_func] == faiss.METRIC_INNER_PRODUCT else scores
+        with disk_errors_in(self.cache):
+            with open(path.with_suffix(".tmp"), "wb") as file:
+                np.savez(file, distances=distances, entries=entries, seconds=seconds)
+            replace_file(path.with_suffix(".tmp"), path)
+        return torch.from_numpy(distances), torch.from_numpy(entries), seconds
+
+
+def perplexities(log_probs: Tensor, texts: dict[str, int]) -> dict[str, float]:
+    """Perplexity per token of each text, and of all together under ``all``."""
+    parts = dict(zip(texts, log_probs.split(list(texts.values())), strict=True))
+    return {name: math.exp(-float(part.mean())) for name, part in {**parts, "all": log_probs}.items()}
+
+
+def efficient(rows: Sequence[Measurement]) -> list[Measurement]:
+    """Those that none is at least as fast and better than in tuned perplexity: the Pareto front, fastest first."""
+    front: list[Measurement] = []
+    for row in sorted(rows, key=lambda row: (median(row.microseconds), row.tuned)):
+        if not front or row.tuned < front[-1].tuned:
+            front.append(row)
+    return front

@@ -1,0 +1,279 @@
+"""A dump that several processes share gives the bytes that one process gives, whatever happens to them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from conftest import TRAIN_TEXT, make_llama
+from helpers.places import SCRIPTS
+from hypothesis import given
+from hypothesis import strategies as st
+
+from knn_lm_eval.errors import UserError
+from knn_lm_eval.lm.loading import CausalHFLM
+from knn_lm_eval.make.dump import Dump, Window, _not_done, _share_of, dump_datastore, entries_done, finish_dump
+from knn_lm_eval.make.text import TextSource
+from knn_lm_eval.store.datastore import Datastore
+
+FILES = ("keys.npy", "values.npy", "document_starts.npy")
+WINDOWS = {"max_length": 16, "stride": 12, "batch_size": 1}
+ENVIRONMENT = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Documents of many lengths, the first of them half of the text."""
+    words = TRAIN_TEXT.split()
+    lines, begin = [" ".join(words[: len(words) // 2])], len(words) // 2
+    while begin < len(words):
+        length = 1 + (7 * len(lines)) % 40
+        lines.append(" ".join(words[begin : begin + length]))
+        begin += length
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return file
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory, model_folder: Path, text_file: Path) -> Datastore:
+    """The store that one process makes."""
+    lm = CausalHFLM(str(model_folder), device="cpu")
+    return dump_datastore(lm, TextSource(text_file).pieces(), tmp_path_factory.mktemp("stores") / "alone", **WINDOWS)
+
+
+def assert_same_files(store: Path, expected: Datastore) -> None:
+    assert sorted(path.name for path in store.iterdir()) == sorted([*FILES, "manifest.json"])
+    for name in FILES:
+        assert (store / name).read_bytes() == (expected.path / name).read_bytes(), name
+    assert Datastore.open(store).manifest["files"] == expected.manifest["files"]
+
+
+def command(processes: int, model: Path, text: Path, output: Path, *more: str) -> list[str]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    arguments = ["--model_args", f"pretrained={model}", "--text", str(text), "--output", str(output)]
+    windows = [word for name, value in WINDOWS.items() for word in (f"--{name}", str(value))]
+    script = str(SCRIPTS / "dump_datastore.py")
+    return [sys.executable, *(launcher if processes > 1 else []), script, *arguments, *windows, *more]
+
+
+chunks_of_a_text = st.lists(st.integers(1, 9), min_size=1, max_size=30).map(
+    lambda lengths: [
+        [Window(None, end - length, end)] for length, end in zip(lengths, np.cumsum(lengths).tolist(), strict=True)
+    ]
+)
+
+
+@given(chunks_of_a_text, st.sets(st.integers(0, 29)), st.integers(1, 8))
+def test_shares_are_neighbouring_chunks_and_all_that_is_not_done(chunks, done: set[int], shares: int) -> None:
+    runs = [[chunk[0].start, chunk[0].stop] for number, chunk in enumerate(chunks) if number in done]
+    expected = [chunk for number, chunk in enumerate(chunks) if number not in done]
+    assert list(_not_done(chunks, runs)) == expected
+    entries = sum(chunk[0].stop - chunk[0].start for chunk in expected)
+    parts = [list(_share_of(expected, entries, share, shares)) for share in range(shares)]
+    assert [chunk for part in parts for chunk in part] == expected
+    for part in parts:  # a chunk too much at most
+        length = sum(chunk[0].stop - chunk[0].start for chunk in part)
+        assert length <= entries / shares + max(chunk[0].stop - chunk[0].start for chunk in chunks)
+
+
+def test_a_share_goes_on_where_it_ended(
+    tmp_path: Path, lm: CausalHFLM, text_file: Path, alone: Datastore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dump = Dump(lm, tmp_path, **WINDOWS)
+    dump.prepare(TextSource(text_file).pieces(), resume=False)
+    read: list[int] = []
+    keys_of = Dump._keys_of
+
+    def ends_after_five_chunks(self: Dump, chunk: list[Window], *rest: object) -> np.ndarray:
+        if len(read) == 5:
+            raise KeyboardInterrupt
+        read.append(chunk[0].start)
+        return keys_of(self, chunk, *rest)
+
+    monkeypatch.setattr(Dump, "_keys_of", ends_after_five_chunks)
+    with pytest.raises(KeyboardInterrupt):
+        dump.write_share(1, 3)
+    assert len(alone) // 4 < read[0] < len(alone) // 2 < len(alone) and entries_done(tmp_path) > 0
+    monkeypatch.setattr(
+        Dump, "_keys_of", lambda self, chunk, *rest: read.append(chunk[0].start) or keys_of(self, chunk, *rest)
+    )
+    for share in (2, 1, 0):
+        dump.write_share(share, 3)
+    assert len(read) == len(set(read))  # nothing twice
+    finish_dump(tmp_path)
+    assert_same_files(tmp_path, alone)
+
+
+def test_keys_that_were_lost_are_written_again(
+    tmp_path: Path, lm: CausalHFLM, text_file: Path, alone: Datastore
+) -> None:
+    dump = Dump(lm, tmp_path, **WINDOWS)
+    dump.prepare(TextSource(text_file).pieces(), resume=False)
+    dump.write_share(0, 2)
+    os.truncate(tmp_path / "keys.npy.part", 1000)
+    dump_datastore(lm, [], tmp_path, resume=True, **WINDOWS)
+    assert_same_files(tmp_path, alone)
+
+
+@pytest.mark.slow
+def test_two_processes_write_what_one_writes(
+    tmp_path: Path, model_folder: Path, text_file: Path, alone: Datastore
+) -> None:
+    output = tmp_path / "store"
+    run = subprocess.run(command(2, model_folder, text_file, output), env=ENVIRONMENT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert_same_files(output, alone)
+    assert run.stdout.count("Next: build_index") == 1
+
+
+@pytest.mark.slow
+def test_killed_processes_are_resumed_by_another_number_of_them(
+    tmp_path: Path, model_folder: Path, text_file: Path, alone: Datastore
+) -> None:
+    output = tmp_path / "store"
+    done = 0
+    for processes, kill_all in ((2, False), (3, True)):
+        resume = ["--resume"] if done else []
+        launcher = subprocess.Popen(
+            command(processes, model_folder, text_file, output, *resume),
+            env=ENVIRONMENT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        enough = done + len(alone) // 4
+        while launcher.poll() is None and not ((output / "progress.json").exists() and entries_done(output) > enough):
+            time.sleep(0.001)
+        workers = psutil.Process(launcher.pid).children()
+        if kill_all:
+            launcher.send_signal(signal.SIGKILL)
+        for worker in workers if kill_all else workers[-1:]:
+            worker.send_signal(signal.SIGKILL)
+        assert launcher.wait(timeout=120) != 0
+        psutil.wait_procs(workers, timeout=120)
+        done = entries_done(output)
+        assert enough < done < len(alone)
+    last = subprocess.run(
+        command(1, model_folder, text_file, output, "--resume"), env=ENVIRONMENT, capture_output=True, text=True
+    )
+    assert last.returncode == 0, last.stderr
+    assert_same_files(output, alone)
+
+
+@pytest.mark.slow
+def test_an_error_ends_all_processes_with_one_sentence(tmp_path: Path, tokenizer, text_file: Path) -> None:
+    model = make_llama()
+    model.model.layers[-1].post_attention_layernorm.weight.data[:] = 1e6
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    run = subprocess.run(
+        command(2, tmp_path / "model", text_file, tmp_path / "store"), env=ENVIRONMENT, capture_output=True, text=True
+    )
+    assert run.returncode != 0
+    assert run.stderr.count("error: ") == run.stderr.count("not a finite float16 number") == 1, run.stderr
+
+
+def test_processes_that_would_not_know_of_each_other_are_refused(
+    tmp_path: Path, model_folder: Path, text_file: Path
+) -> None:
+    environment = os.environ | {"WORLD_SIZE": "2", "CUDA_VISIBLE_DEVICES": ""}
+    run = subprocess.run(
+        command(1, model_folder, text_file, tmp_path / "store"), env=environment, capture_output=True, text=True
+    )
+    assert run.returncode == 1 and "error: This is one of 2 processes" in run.stderr
+    assert "ACCELERATE_USE_CPU=true" in run.stderr and "Traceback" not in run.stderr
+
+
+WAITING = """
+import os
+from knn_lm_eval.errors import report_user_errors
+from knn_lm_eval.system.processes import Processes
+report_user_errors()
+processes = Processes.of_this_launch()
+assert processes.first_does(lambda: {"from": processes.rank}) == {"from": 0}
+assert processes.each_does(lambda: processes.rank) == processes.rank
+if processes.rank == 1:
+    os._exit(9)
+processes.each_does(lambda: None)
+"""
+
+
+@pytest.mark.slow
+def test_nobody_waits_for_a_process_that_died() -> None:
+    """Also where no launcher ends the others."""
+    port = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(29600 + os.getpid() % 1000), "WORLD_SIZE": "2"}
+    runs = [
+        subprocess.Popen(
+            [sys.executable, "-c", WAITING],
+            env=ENVIRONMENT | port | {"RANK": rank, "LOCAL_RANK": rank},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in "01"
+    ]
+    errors = [run.communicate(timeout=300)[1] for run in runs]
+    assert [run.returncode for run in runs] == [1, 9]
+    assert "error: Another process of this dump died" in errors[0] and "Traceback" not in errors[0], errors[0]
+
+
+def test_a_begun_dump_of_another_version_is_refused(tmp_path: Path, lm: CausalHFLM) -> None:
+    (tmp_path / "progress.json").write_text('{"settings": {}, "fingerprint": {}, "entries_done": 5}')
+    with pytest.raises(UserError, match="begun by another version"):
+        dump_datastore(lm, [], tmp_path, resume=True)
+
+
+@pytest.mark.xdist_group("ray")  # one Ray at a time
+@pytest.mark.slow
+def test_ray_tasks_write_what_one_process_writes_also_where_one_is_killed(
+    tmp_path: Path, model_folder: Path, text_file: Path, alone: Datastore
+) -> None:
+    pytest.importorskip("ray")
+    output = tmp_path / "store"
+    driver = subprocess.Popen(
+        command(1, model_folder, text_file, output, "--ray", "local", "--workers", "2"),
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    killed = None
+    while driver.poll() is None and killed is None:
+        workers = [child for child in psutil.Process(driver.pid).children(recursive=True) if is_writing(child)]
+        if workers and entries_done(output) > len(alone) // 5:
+            killed = workers[0]
+            killed.send_signal(signal.SIGKILL)
+        time.sleep(0.005)
+    out, errors = driver.communicate(timeout=300)
+    assert driver.returncode == 0, errors
+    assert killed is not None and "Next: build_index" in out
+    assert_same_files(output, alone)
+
+
+def is_writing(process: psutil.Process) -> bool:
+    try:
+        return "_write_share" in " ".join(process.cmdline()) and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+@pytest.mark.xdist_group("ray")  # one Ray at a time
+@pytest.mark.slow
+def test_an_error_in_a_ray_task_is_told_in_one_sentence(
+    tmp_path: Path, model_folder: Path, text_file: Path, alone: Datastore
+) -> None:
+    pytest.importorskip("ray")
+    run = subprocess.run(
+        command(1, model_folder, text_file, alone.path, "--ray", "local"),
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 1, run.stderr
+    assert "already holds a finished datastore" in run.stderr and "Traceback" not in run.stderr, run.stderr

@@ -1,0 +1,70 @@
+"""Several processes share an evaluation's requests and give what one process gives."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import TRAIN_TEXT
+from helpers.places import LOCAL_TASKS
+
+from knn_lm_eval import Datastore
+from knn_lm_eval.lm.loading import CausalHFLM
+
+
+def evaluate(launcher: list[str], store: Datastore, data: Path, output: Path) -> tuple[dict, dict[str, list]]:
+    """The results and, by task, each document's responses."""
+    arguments = [
+        "--model",
+        "knn-hf",
+        "--model_args",
+        f"datastore={store.path},k=40,lmbda=0.5,retomaton=True,min_knns=2",
+    ]
+    arguments += ["--tasks", "law,local_choose,local_go_on", "--metadata", f"data_dir={data}", "--batch_size", "2"]
+    arguments += ["--include_path", str(LOCAL_TASKS), "--output_path", str(output), "--log_samples"]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    process = subprocess.run(
+        [sys.executable, "-m", *launcher, "lm_eval", *arguments],
+        cwd=LOCAL_TASKS,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 0, process.stderr
+    (results,) = output.rglob("results_*.json")
+    samples: dict[str, list] = {}
+    for file in output.rglob("samples_*.jsonl"):
+        rows = sorted(map(json.loads, file.read_text().splitlines()), key=lambda row: row["doc_id"])
+        samples[file.name.rpartition("_")[0]] = [(row["doc_id"], row["filtered_resps"]) for row in rows]
+    return json.loads(results.read_text()), samples
+
+
+@pytest.mark.slow
+def test_two_processes_give_what_one_gives(store: Datastore, lm: CausalHFLM, tmp_path: Path) -> None:
+    # Five texts and four questions: the processes have different numbers of them.
+    (tmp_path / "law").mkdir()
+    lines = [TRAIN_TEXT[start : start + 90 + start // 10].replace("\n", " ") for start in range(0, 2500, 500)]
+    (tmp_path / "law" / "test.en").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    alone, samples_alone = evaluate([], store, tmp_path, tmp_path / "one")
+    launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
+    together, samples_together = evaluate(launcher, store, tmp_path, tmp_path / "two")
+    assert set(samples_alone) == set(samples_together)
+    for task, rows in samples_alone.items():
+        assert [number for number, _ in rows] == [number for number, _ in samples_together[task]]
+    assert alone["n-samples"] == together["n-samples"]
+    for task, metrics in alone["results"].items():
+        for name, value in metrics.items():
+            if isinstance(value, float):
+                assert together["results"][task][name] == pytest.approx(value, rel=1e-5), (task, name)
+    one, two = alone["config"]["knn"], together["config"]["knn"]
+    assert two["processes"] == 2
+    # lm-eval has the second process, with two texts of the five, score its last one again.
+    assert two["tokens_scored"] == one["tokens_scored"] + len(lm.tok_encode(lines[3]))
+    for count in ("searches", "entries_compared", "positions_generated"):
+        assert one[count] <= two[count] < 1.5 * one[count], count
+    assert two["saved_searches"] == pytest.approx(one["saved_searches"], rel=0.2)
+    assert two["seconds"].keys() == one["seconds"].keys()

@@ -1,0 +1,372 @@
+"""Comparing results: statistics against closed forms and scipy, files of several origins, what does not compare."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import logging
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.stats
+from helpers.places import SCRIPTS
+
+from knn_lm_eval.errors import UserError
+from knn_lm_eval.report.bootstrap import TRANSFORMS, paired_bootstrap
+from knn_lm_eval.report.comparison import compare, differences
+from knn_lm_eval.report.results import read_folder
+from knn_lm_eval.report.tables import as_csv, as_latex, as_markdown, tables_of
+
+
+def documents(count: int, shift: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Two methods' log-likelihoods and tokens, the first better by ``shift`` a token."""
+    generator = np.random.default_rng(seed)
+    tokens = generator.integers(5, 60, count).astype(float)
+    baseline = -tokens * generator.gamma(9, 1 / 3, count)
+    ours = baseline + tokens * generator.normal(shift, 0.3, count)
+    return np.stack([ours, tokens], axis=1), np.stack([baseline, tokens], axis=1)
+
+
+def test_the_interval_of_a_mean_is_the_normal_one() -> None:
+    generator = np.random.default_rng(1)
+    ours, baseline = generator.normal(0.6, 1, 2000), generator.normal(0.5, 1, 2000)
+    ones = np.ones_like(ours)
+    interval = paired_bootstrap(
+        np.stack([ours, ones], axis=1), np.stack([baseline, ones], axis=1), TRANSFORMS["mean"], resamples=20_000
+    )
+    difference, error = np.mean(ours - baseline), np.std(ours - baseline) / math.sqrt(2000)
+    assert interval.difference == pytest.approx(difference)
+    assert interval.low == pytest.approx(difference - 1.96 * error, abs=0.05 * error)
+    assert interval.high == pytest.approx(difference + 1.96 * error, abs=0.05 * error)
+    assert interval.p_value == pytest.approx(2 * scipy.stats.norm.sf(abs(difference) / error), rel=0.2)
+
+
+@pytest.mark.parametrize("aggregation", ["weighted_perplexity", "bits_per_byte"])
+def test_the_interval_of_a_ratio_is_scipys(aggregation: str) -> None:
+    ours, baseline = documents(150, 0.1)
+    transform = TRANSFORMS[aggregation]
+    interval = paired_bootstrap(ours, baseline, transform, resamples=20_000, confidence=0.9)
+
+    def statistic(a: np.ndarray, b: np.ndarray, c: np.ndarray, axis: int) -> np.ndarray:
+        return transform(a.sum(axis) / b.sum(axis)) - transform(c.sum(axis) / b.sum(axis))
+
+    expected = scipy.stats.bootstrap(
+        (ours[:, 0], ours[:, 1], baseline[:, 0]),
+        statistic,
+        paired=True,
+        method="percentile",
+        n_resamples=20_000,
+        confidence_level=0.9,
+        rng=np.random.default_rng(5),
+    ).confidence_interval
+    width = expected.high - expected.low
+    assert (interval.low, interval.high) == pytest.approx((expected.low, expected.high), abs=0.04 * width)
+    assert interval.low < interval.difference < interval.high
+
+
+def test_the_p_value_agrees_with_the_interval_and_is_uniform_under_no_difference() -> None:
+    for shift in (0.0, 0.02, 0.04, 0.08):
+        interval = paired_bootstrap(*documents(80, shift), TRANSFORMS["weighted_perplexity"], resamples=4000)
+        assert (interval.p_value < 0.05) == (not interval.low <= 0 <= interval.high)
+    p_values = [
+        paired_bootstrap(*documents(60, 0.0, seed), TRANSFORMS["bits_per_byte"], resamples=400).p_value
+        for seed in range(1, 301)
+    ]
+    assert scipy.stats.kstest(p_values, "uniform").pvalue > 0.001
+    same = documents(20, 0.1)[0]
+    assert paired_bootstrap(same, same, TRANSFORMS["mean"], resamples=100).p_value == 1
+
+
+def test_the_same_seed_gives_the_same_figures_in_blocks_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = documents(50, 0.1)
+    first = paired_bootstrap(*data, TRANSFORMS["weighted_perplexity"], resamples=500, seed=3)
+    assert first == paired_bootstrap(*data, TRANSFORMS["weighted_perplexity"], resamples=500, seed=3)
+    monkeypatch.setattr("knn_lm_eval.report.bootstrap.DRAWN_AT_ONCE", 333)
+    assert first == paired_bootstrap(*data, TRANSFORMS["weighted_perplexity"], resamples=500, seed=3)
+    assert first != paired_bootstrap(*data, TRANSFORMS["weighted_perplexity"], resamples=500, seed=4)
+
+
+# ------------------------------------------------------------------------------------------------------ files
+
+
+def write_results(
+    folder: Path,
+    pairs: np.ndarray | None,
+    value: float | None = None,
+    stamp: str = "1",
+    **changes: Any,
+) -> dict[str, Any]:
+    """A results file with a perplexity task, as lm-eval writes it; ``changes`` go to its top level."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if pairs is not None:
+        value = math.exp(-pairs[:, 0].sum() / pairs[:, 1].sum())
+        lines = [
+            {
+                "doc_id": number,
+                "doc_hash": f"hash {number}",
+                "filter": "none",
+                "token_perplexity": [float(log_p), int(tokens)],
+            }
+            for number, (log_p, tokens) in enumerate(pairs)
+        ]
+        text = "".join(json.dumps(line) + "\n" for line in lines[::-1])  # lm-eval's order is not ours
+        (folder / f"samples_law_{stamp}.jsonl").write_text(text)
+    content = {
+        "results": {"law": {"alias": "law", "token_perplexity,none": value, "token_perplexity_stderr,none": "N/A"}},
+        "configs": {"law": {"metric_list": [{"metric": "token_perplexity", "aggregation": "weighted_perplexity"}]}},
+        "versions": {"law": 1.0},
+        "n-shot": {"law": 0},
+        "higher_is_better": {"law": {"token_perplexity": False}},
+        "n-samples": {"law": {"original": 2000, "effective": 2000 if pairs is None else len(pairs)}},
+        "config": {"model": "hf", "model_args": {"pretrained": "models/m"}, "limit": None},
+        "date": 1.0,
+        "max_length": 1024,
+        "tokenizer_bos_token": ["<s>", "0"],
+        "model_name": "models/m",
+    } | changes
+    (folder / f"results_{stamp}.json").write_text(json.dumps(content))
+    return content
+
+
+def knn_config(**changes: Any) -> dict[str, Any]:
+    knn = {
+        "k": 1024,
+        "lmbda": 0.25,
+        "knn_temp": 1.0,
+        "context_len": 1,
+        "datastore": {"path": "stores/law", "entries": 1000, "model": "models/m"},
+        "index_bytes": 3 * 2**20,
+        "tokens_scored": 600,
+        "seconds": {"forward": 1.0, "search": 0.5},
+    }
+    return {"model": "knn-hf", "model_args": {"datastore": "stores/law"}, "limit": None, "knn": knn | changes}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    ours, baseline = documents(200, 0.2)
+    write_results(tmp_path / "hf" / "m", baseline)
+    write_results(tmp_path / "knn" / "m", ours, config=knn_config())
+    return tmp_path
+
+
+def test_differences_intervals_and_costs_from_files(folder: Path) -> None:
+    results, _ = read_folder([folder])
+    comparison = compare(results, "hf", resamples=2000)
+    (task,) = comparison.tasks
+    base, knn = task.rows
+    ours, baseline = documents(200, 0.2)
+    perplexities = [math.exp(-pairs[:, 0].sum() / pairs[:, 1].sum()) for pairs in (ours, baseline)]
+    assert (knn.value, base.value) == pytest.approx(tuple(perplexities))
+    assert base.is_baseline and base.difference is None
+    assert knn.difference == pytest.approx(perplexities[0] - perplexities[1])
+    assert knn.interval == paired_bootstrap(ours, baseline, TRANSFORMS["weighted_perplexity"], resamples=2000)
+    assert knn.label == "kNN-LM k=1024 lmbda=0.25 knn_temp=1.0"
+    assert knn.result.tokens_per_second == 400 and knn.result.retrieval_bytes == 3 * 2**20 + 4000
+    assert not task.warnings and not task.notes
+    assert [one.model for one in task.published] == ["wmt19.en (fairseq)"] * 3
+
+
+def test_accuracies_and_their_filters(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    values = {"a": generator.integers(0, 2, 100), "b": generator.integers(0, 2, 100)}
+    for name, right in values.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        content = {
+            "results": {"gsm8k": {"exact_match,strict": float(right.mean()), "exact_match,flexible": 0.5}},
+            "config": {"model": name},
+        }
+        (folder / "results_1.json").write_text(json.dumps(content))
+        with open(folder / "samples_gsm8k_1.jsonl", "w") as file:
+            for number, value in enumerate(right):
+                for filter_name, figure in (("strict", int(value)), ("flexible", 0.0)):
+                    line = {"doc_id": number, "doc_hash": "", "filter": filter_name, "exact_match": figure}
+                    file.write(json.dumps(line) + "\n")
+    results, _ = read_folder([tmp_path])
+    (task,) = compare(results, "a").tasks
+    assert task.metric == "exact_match,strict" and task.higher_is_better
+    assert task.rows[1].difference == pytest.approx(values["b"].mean() - values["a"].mean())
+    assert task.rows[1].interval is not None
+    # The other filter's samples do not give the figure that the file reports: no interval is made of them.
+    (task,) = compare(results, "a", "exact_match,flexible").tasks
+    assert task.rows[1].interval is None and "no intervals" in task.notes[0]
+
+
+def test_files_of_a_leaderboard(tmp_path: Path) -> None:
+    early = {
+        "config_general": {"model_name": "org/model"},
+        "results": {"harness|arc:challenge|25": {"acc": 0.5, "acc_stderr": 0.1, "acc_norm": 0.6}, "all": {"acc": 0.5}},
+        "versions": {"harness|arc:challenge|25": 0},
+    }
+    late = {
+        "model_name": "org/model",
+        "results": {"leaderboard_bbh": {"acc_norm,none": 0.4, "acc_norm_stderr,none": 0.01, "alias": "bbh"}},
+        "config": {"model": "hf", "model_args": "pretrained=org/model,dtype=bfloat16"},
+    }
+    (tmp_path / "early.json").write_text(json.dumps(early))
+    (tmp_path / "late.json").write_text(json.dumps(late))
+    results, _ = read_folder([tmp_path])
+    assert {(r.task, r.model, tuple(sorted(r.metrics.items()))) for r in results} == {
+        ("arc:challenge", "org/model", (("acc", 0.5), ("acc_norm", 0.6))),
+        ("all", "org/model", (("acc", 0.5),)),
+        ("leaderboard_bbh", "org/model", (("acc_norm", 0.4),)),
+    }
+    assert tables_of(compare(results))[0].header[0] == "method"
+
+
+def test_the_newest_of_equal_results_counts(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_results(folder / "hf" / "m", None, 5.0, stamp="2", date=2.0)
+    results, _ = read_folder([folder])
+    assert sorted(result.metrics["token_perplexity"] for result in results if result.kind == "hf") == [5.0]
+    assert "1 older results" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"max_length": 2048}, "windows (max_length) 2048 and 1024"),
+        ({"config": knn_config(context_len=512)}, "windows (context_len) 512 and 1"),
+        ({"versions": {"law": 2.0}}, "task versions 2.0 and 1.0"),
+        ({"n-shot": {"law": 5}}, "few-shot examples 5 and 0"),
+    ],
+)
+def test_rows_that_may_not_compare(folder: Path, change: dict[str, Any], reason: str) -> None:
+    write_results(folder / "knn" / "m", documents(200, 0.2)[0], **{"config": knn_config()} | change)
+    (task,) = compare(read_folder([folder])[0], "hf").tasks
+    assert task.warnings == [f"kNN-LM k=1024 lmbda=0.25 knn_temp=1.0 and hf may not compare: {reason}"]
+    assert f"Warning: {task.warnings[0]}." in tables_of(compare(read_folder([folder])[0], "hf"))[0].notes
+
+
+def test_other_documents_and_other_tokenizers(folder: Path) -> None:
+    pairs = documents(200, 0.2)[0]
+    write_results(folder / "knn" / "m", pairs[:150], config=knn_config())
+    (task,) = compare(read_folder([folder])[0], "hf").tasks
+    assert any("numbers of documents 150 and 200" in warning for warning in task.warnings)
+    assert any("other documents: no interval" in warning for warning in task.warnings)
+    assert task.rows[1].interval is None
+    pairs[0, 1] += 1
+    write_results(folder / "knn" / "m", pairs, config=knn_config())
+    (task,) = compare(read_folder([folder])[0], "hf").tasks
+    assert any("other tokenizers" in warning and "word_perplexity" in warning for warning in task.warnings)
+    one, other = read_folder([folder])[0]
+    assert differences(one, other, "word_perplexity") == []
+
+
+def test_each_model_has_its_own_baseline(folder: Path) -> None:
+    ours, baseline = documents(200, 0.3, seed=8)
+    other = {"model_args": {"pretrained": "models/other"}, "limit": None}
+    write_results(folder / "hf" / "other", baseline, config={"model": "hf"} | other)
+    knn = knn_config()
+    knn["model_args"] = {"pretrained": "models/other"}
+    write_results(folder / "knn" / "other", ours, config=knn)
+    (task,) = compare(read_folder([folder])[0], "hf").tasks
+    rows = {row.label: row for row in task.rows}
+    assert list(rows) == [
+        "m · hf",
+        "other · hf",
+        "m · kNN-LM k=1024 lmbda=0.25 knn_temp=1.0",
+        "other · kNN-LM k=1024 lmbda=0.25 knn_temp=1.0",
+    ]
+    for model in ("m", "other"):
+        base, knn_row = (row for label, row in rows.items() if label.startswith(model))
+        assert base.is_baseline and knn_row.difference == pytest.approx(knn_row.value - base.value)
+
+
+def test_half_written_files_are_named_and_the_rest_is_read(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (file,) = (folder / "hf" / "m").glob("results_*.json")
+    whole = file.read_text()
+    (folder / "results_broken.json").write_text(whole[: len(whole) // 2])
+    with caplog.at_level(logging.WARNING):
+        results, _ = read_folder([folder])
+    assert len(results) == 2
+    assert f"{folder / 'results_broken.json'} is damaged or half-written" in caplog.text
+    (samples,) = (folder / "hf" / "m").glob("samples_*.jsonl")
+    samples.write_bytes(samples.read_bytes()[:-20])
+    (task,) = compare(results, "hf").tasks
+    assert task.rows[1].interval is None and f"{samples} is damaged" in caplog.text
+
+
+def test_texts_in_samples_may_hold_any_character(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for file in folder.rglob("samples_*.jsonl"):
+        lines = [json.loads(line) | {"doc": {"page": "a\x85b\u2028c\x1cd"}} for line in file.read_text().splitlines()]
+        file.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    results, _ = read_folder([folder])
+    (task,) = compare(results, "hf").tasks
+    assert task.rows[1].interval is not None and not caplog.text
+    assert "doc" not in results[0].samples[0]  # many texts would fill the memory
+
+
+def test_models_of_one_name_in_two_folders_have_rows_of_their_own(folder: Path) -> None:
+    _, baseline = documents(200, 0.3, seed=8)
+    theirs = {"model": "hf", "model_args": {"pretrained": "others/m"}, "limit": None}
+    write_results(folder / "hf" / "other", baseline, config=theirs)
+    (task,) = compare(read_folder([folder])[0], "hf").tasks
+    assert [row.label for row in task.rows if row.is_baseline] == ["models/m · hf", "others/m · hf"]
+
+
+def test_tables_in_every_format(folder: Path) -> None:
+    results, _ = read_folder([folder])
+    comparison = compare(results, "hf", resamples=1000)
+    (table,) = tables_of(comparison)
+    knn = comparison.tasks[0].rows[1]
+    assert table.rows[1][:2] == ["kNN-LM k=1024 lmbda=0.25 knn_temp=1.0", f"{knn.value:.2f}"]
+    assert table.rows[1][2] == f"{knn.difference:+.2f}".replace("-", "−")
+    assert table.rows[1][4] == "0.002" and table.marked == {2, 3, 4}
+    markdown = as_markdown([table]).splitlines()
+    rows = [line for line in markdown if line.startswith("|")]
+    assert len(rows) == 7 and len({len(line) for line in rows}) == 1  # a grid
+    latex = as_latex([table])
+    assert r"token\_perplexity $\downarrow$" in latex and latex.count(r"\\") == 6
+    assert latex.count("{") == latex.count("}")
+    lines = list(csv.DictReader(io.StringIO(as_csv(comparison))))
+    assert [line["method"] for line in lines[:2]] == ["hf", "kNN-LM k=1024 lmbda=0.25 knn_temp=1.0"]
+    assert float(lines[1]["difference"]) == knn.difference and float(lines[1]["low"]) == knn.interval.low
+    assert lines[1]["seed"] == "0" and lines[2]["source"].startswith("github.com/")
+
+
+def test_no_interval_from_one_document(tmp_path: Path) -> None:
+    ours, baseline = documents(1, 0.2)
+    write_results(tmp_path / "hf", baseline)
+    write_results(tmp_path / "knn", ours, config=knn_config())
+    (task,) = compare(read_folder([tmp_path])[0], "hf").tasks
+    assert task.rows[1].difference < 0 and task.rows[1].interval is None
+    assert task.notes == ["no intervals: one document only"]
+
+
+def script(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, SCRIPTS / "compare.py", *arguments]
+    return subprocess.run([str(part) for part in command], capture_output=True, text=True)
+
+
+def test_the_script(folder: Path) -> None:
+    (folder / "results_broken.json").write_text("{")
+    process = script(folder, "--baseline", "hf", "--resamples", 500)
+    assert process.returncode == 0, process.stderr
+    assert "kNN-LM k=1024" in process.stdout and "seed 0" in process.stdout
+    assert process.stderr.count("\n") == 1 and "results_broken.json is damaged" in process.stderr
+    again = script(folder, "--baseline", "hf", "--resamples", 500)
+    assert again.stdout == process.stdout
+    refused = script(folder, "--output", folder / "table.md")
+    assert refused.returncode == 1 and "table.md needs --format markdown, csv or latex" in refused.stderr
+    refused = script(folder, "--format", "csv", "--output", folder / "results_broken.json" / "table.csv")
+    assert refused.returncode == 1 and refused.stderr.splitlines()[-1].startswith("error: Cannot write to")
+
+
+def test_mistakes_end_with_one_sentence(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--baseline hff is none of the methods here; did you mean 'hf'?"):
+        compare(read_folder([folder])[0], "hff")
+    with pytest.raises(UserError, match="No result has the metric acc; there are token_perplexity"):
+        compare(read_folder([folder])[0], "hf", "acc")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(UserError, match="There are no lm-eval results in"):
+        read_folder([empty])
+    with pytest.raises(UserError, match="There is no"):
+        read_folder([tmp_path / "nowhere"])

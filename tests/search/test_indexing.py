@@ -1,0 +1,446 @@
+"""Indexes: what auto chooses, exactness, the quality figures, interruptions, and damaged or foreign files."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import faiss
+import numpy as np
+import pytest
+import torch
+
+from knn_lm_eval.errors import UserError
+from knn_lm_eval.make.lm_speed import Budget, lm_microseconds
+from knn_lm_eval.search import indexing
+from knn_lm_eval.search.faiss_index import open_index
+from knn_lm_eval.search.indexing import build_index, choose_factory
+from knn_lm_eval.search.retriever import Retriever, exact_distances
+from knn_lm_eval.store.datastore import FORMAT, FORMAT_VERSION, Datastore
+from knn_lm_eval.system.files import sha256, write_json
+
+
+def make_store(folder: Path, count: int = 3000, dimension: int = 16, seed: int = 0) -> Datastore:
+    """A datastore of clustered random keys."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(seed)
+    centres = rng.standard_normal((20, dimension)) * 2
+    value_of = rng.integers(0, 20, count)
+    np.save(folder / "keys.npy", (centres[value_of] + rng.standard_normal((count, dimension))).astype(np.float16))
+    np.save(folder / "values.npy", value_of.astype(np.int32))
+    np.save(folder / "document_starts.npy", np.array([0], dtype=np.int64))
+    files = {f.name: {"bytes": f.stat().st_size, "sha256": sha256(f)} for f in folder.glob("*.npy")}
+    shape = {"count": count, "dimension": dimension}
+    write_json(
+        folder / "manifest.json",
+        {"format": FORMAT, "format_version": FORMAT_VERSION, **shape, "files": files},
+    )
+    return Datastore.open(folder)
+
+
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory: pytest.TempPathFactory) -> Datastore:
+    store = make_store(tmp_path_factory.mktemp("index") / "store")
+    build_index(store, "Flat")
+    build_index(store, "IVF16,RaBitQfs", name="rabitq")
+    return store
+
+
+@pytest.fixture
+def own_store(tmp_path: Path, pristine: Datastore) -> Datastore:
+    """A copy that a test may damage."""
+    shutil.copytree(pristine.path, tmp_path / "store")
+    return Datastore.open(tmp_path / "store")
+
+
+def brute_force(store: Datastore, queries: np.ndarray, k: int, dot: bool) -> tuple[np.ndarray, np.ndarray]:
+    keys, queries = store.keys.astype(np.float64), queries.astype(np.float64)
+    distances = -(queries @ keys.T) if dot else ((queries[:, None] - keys[None]) ** 2).sum(-1)
+    order = np.argsort(distances, axis=1, kind="stable")[:, :k]
+    return np.take_along_axis(distances, order, 1), order
+
+
+def test_auto_is_exact_for_small_stores_and_rotated_rabitq_for_large_ones() -> None:
+    assert choose_factory(60_000, 576) == "Flat"
+    assert choose_factory(400_000, 576) == "RR576,IVF2048,RaBitQfs"
+    assert choose_factory(100_000_000, 64, "dot") == "RR64,IVF32768_HNSW32,RaBitQfs"
+
+
+def test_a_budget_of_bytes_buys_bits_then_costs_dimensions() -> None:
+    chosen = [choose_factory(400_000, 576, "l2", budget) for budget in (400, 220, 120, 105, 70, 3000)]
+    assert chosen == [
+        "RR576,IVF2048,RaBitQfs4",
+        "RR576,IVF2048,RaBitQfs2",
+        "RR576,IVF2048,RaBitQfs",
+        "PCAR504,IVF2048,RaBitQfs",
+        "PCAR288,IVF2048,RaBitQfs",
+        "RR576,IVF2048,RaBitQfs4",
+    ]
+    assert choose_factory(60_000, 576, "l2", 2400) == "Flat"
+    assert "RaBitQ" in choose_factory(60_000, 576, "l2", 2000)
+    with pytest.raises(UserError, match="takes 10 bytes per entry"):
+        choose_factory(400_000, 576, "l2", 10)
+    with pytest.raises(UserError, match="takes 60 bytes per entry; the smallest, RR576,IVF2048"):
+        choose_factory(400_000, 576, "dot", 60)
+
+
+@pytest.mark.parametrize("limit", [40, 60, 100])
+def test_a_built_index_keeps_to_its_bytes(tmp_path: Path, limit: float, monkeypatch) -> None:
+    monkeypatch.setattr(indexing, "EXACT_UP_TO", 100)
+    store = make_store(tmp_path / "s", count=20_000, dimension=64)
+    metadata = build_index(store, budget=Budget(bytes_per_entry=limit), quality_queries=0)
+    assert 0.6 * limit < metadata["bytes"] / len(store) <= limit
+    with pytest.raises(UserError, match="for --factory auto to choose by"):
+        build_index(store, "Flat", budget=Budget(bytes_per_entry=limit), name="other")
+
+
+def test_a_slowdown_limits_the_probe(own_store: Datastore, monkeypatch, caplog) -> None:
+    rows = [{"probe": p, "p_knn_error": e, "p_knn": 0.5, "microseconds": t} for p, e, t in ((1, 0.3, 10), (2, 0.1, 20))]
+    assert indexing.fastest_enough(rows, 100) == 2
+    assert indexing.fastest_enough(rows, 15) == 1
+    assert not caplog.text
+    assert indexing.fastest_enough(rows, 5) == 1
+    assert "No probe keeps to the budget of 5 us" in caplog.text
+    for microseconds, allowed in ((1e9, [1, 2, 4, 8, 16]), (0.0, [1, 2, 4, 8, 16])):
+        monkeypatch.setattr(indexing, "lm_microseconds", lambda store, value=microseconds: value)
+        metadata = build_index(own_store, "IVF16,SQ8", budget=Budget(slowdown=1.5), overwrite=True)
+        assert metadata["probe"] in allowed and metadata["slowdown"] == 1.5
+    fastest = min(metadata["quality"], key=lambda row: row["microseconds"])
+    assert metadata["probe"] == fastest["probe"]
+    with pytest.raises(UserError, match="takes a measurement"):
+        build_index(own_store, budget=Budget(slowdown=1.5), quality_queries=0, overwrite=True)
+
+
+def test_the_lms_time_is_measured_on_the_stores_own_text(store: Datastore, own_store: Datastore) -> None:
+    assert 0 < lm_microseconds(store) < 1e6
+    with pytest.raises(UserError, match="does not know its model"):
+        lm_microseconds(own_store)
+
+
+def test_budgets_are_read_from_a_command_line() -> None:
+    assert Budget.parse([]) == Budget()
+    assert Budget.parse(["64", "1.1x"]) == Budget(64, 1.1)
+    for wrong, message in (
+        (["1x"], "above 1"),
+        (["-3"], "above 0"),
+        (["much"], "or a slowdown"),
+        (["3", "4"], "two limits"),
+        (["nan"], "above 0"),
+    ):
+        with pytest.raises(UserError, match=message):
+            Budget.parse(wrong)
+
+
+@pytest.mark.parametrize("sim_func", ["l2", "dot"])
+def test_flat_index_searches_exactly(tmp_path: Path, sim_func: str) -> None:
+    store = make_store(tmp_path / "s", count=500)
+    metadata = build_index(store, "auto", sim_func=sim_func)
+    assert metadata["factory"] == "Flat" and metadata["quality"][0]["recall"] > 0.999
+    queries = np.random.default_rng(1).standard_normal((7, store.dimension)).astype(np.float32)
+    distances, values, entries, _ = Retriever(store, k=40).search(torch.from_numpy(queries))
+    expected, order = brute_force(store, queries, 40, sim_func == "dot")
+    np.testing.assert_allclose(distances.numpy(), expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(np.sort(entries.numpy()), np.sort(order))
+    assert (values.numpy() == store.values[entries.numpy()]).all()
+
+
+@pytest.mark.parametrize("sim_func", ["l2", "dot"])
+def test_recomputed_distances_are_exact_whatever_the_index(pristine: Datastore, sim_func: str, monkeypatch) -> None:
+    monkeypatch.setattr("knn_lm_eval.search.retriever.GATHER_BYTES", 2**13)  # several blocks
+    queries = np.random.default_rng(1).standard_normal((9, pristine.dimension)).astype(np.float32)
+    retriever = Retriever(pristine, k=30, index="rabitq", sim_func=sim_func, recompute_dists=True)
+    distances, _, entries, _ = retriever.search(torch.from_numpy(queries))
+    keys = pristine.keys[entries.numpy()].astype(np.float64)
+    inner = (keys * queries[:, None]).sum(-1)
+    expected = -inner if sim_func == "dot" else ((keys - queries[:, None]) ** 2).sum(-1)
+    np.testing.assert_allclose(distances.numpy(), expected, rtol=1e-5, atol=1e-4)
+
+
+class RecordingArray:
+    """Keys that remember which rows were read."""
+
+    def __init__(self, keys: np.ndarray) -> None:
+        self.keys, self.shape, self.read = keys, keys.shape, []
+
+    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
+        self.read.append(rows)
+        return self.keys[rows]
+
+
+@pytest.mark.parametrize("gather_bytes", [1, 2**13, 2**26])
+def test_exact_distances_read_keys_once_and_forwards(monkeypatch, gather_bytes: int) -> None:
+    monkeypatch.setattr("knn_lm_eval.search.retriever.GATHER_BYTES", gather_bytes)
+    rng = np.random.default_rng(0)
+    keys = rng.standard_normal((500, 16)).astype(np.float16)
+    queries, entries = rng.standard_normal((23, 16)).astype(np.float32), rng.integers(-1, 500, (23, 40))
+    entries[5] = -1
+    for sim_func in ("l2", "dot"):
+        recording = RecordingArray(keys)
+        distances = exact_distances(recording, queries, entries, sim_func)
+        for (i, j), entry in np.ndenumerate(entries):
+            key, query = keys[entry].astype(np.float64), queries[i].astype(np.float64)
+            expected = np.inf if entry < 0 else -(key @ query) if sim_func == "dot" else ((key - query) ** 2).sum()
+            assert distances[i, j] == pytest.approx(expected, rel=1e-5, abs=1e-5)
+        read = np.concatenate(recording.read)
+        assert (np.diff(read) >= 0).all()
+        assert set(read) == set(entries[entries >= 0])
+        # A key at the end of one block may be the first of the next.
+        assert len(read) <= len(set(read)) + len(recording.read) - 1
+    assert exact_distances(keys, queries[:0], entries[:0], "l2").shape == (0, 40)
+    assert exact_distances(keys, queries, entries[:, :0], "l2").shape == (23, 0)
+
+
+def test_quality_figures_are_recall_and_error_of_p_knn(pristine: Datastore) -> None:
+    """Recomputed by brute force from what the index returns."""
+    k, queries = 50, 64
+    index, _ = open_index(pristine, "rabitq")
+    quality = indexing.measure_quality(pristine, index, "l2", k, 1.0, queries, seed=1)
+    chosen = np.sort(np.random.default_rng(2).permutation(len(pristine))[:queries])
+    _, order = brute_force(pristine, pristine.keys[chosen], k + 1, dot=False)
+    assert [row["probe"] for row in quality["quality"]] == [1, 2, 4, 8, 16]
+    for row in quality["quality"]:
+        index.nprobe = row["probe"]
+        approximate, found = index.search(pristine.keys[chosen].astype(np.float32), k + 1)
+        recalls, errors = [], []
+        for i, query in enumerate(chosen):
+            exact = [e for e in order[i] if e != query][:k]
+            mine = [(d, e) for d, e in zip(approximate[i], found[i], strict=True) if e not in (query, -1)][:k]
+            recalls.append(len({e for _, e in mine} & set(exact)) / k)
+            ps = []
+            distances = ((pristine.keys[exact].astype(np.float64) - pristine.keys[query]) ** 2).sum(-1)
+            for neighbours in (list(zip(distances, exact, strict=True)), mine):
+                weights = np.exp(-np.array([d for d, _ in neighbours]))
+                right = np.array([pristine.values[e] == pristine.values[query] for _, e in neighbours])
+                ps.append(weights[right].sum() / weights.sum())
+            errors.append(abs(ps[0] - ps[1]))
+        assert row["recall"] == pytest.approx(np.mean(recalls), abs=2e-3)
+        assert row["p_knn_error"] == pytest.approx(np.mean(errors), abs=2e-3)
+    rows = {row["probe"]: row for row in quality["quality"]}
+    slack = max(0.05 * rows[16]["p_knn_error"], 0.01 * rows[16]["p_knn"])
+    enough = [probe for probe in rows if rows[probe]["p_knn_error"] <= rows[16]["p_knn_error"] + slack]
+    assert quality["probe"] == min(enough)
+
+
+def test_probe_given_beats_the_recommended_one(pristine: Datastore) -> None:
+    recommended = json.loads((pristine.path / "rabitq.json").read_text())["probe"]
+    assert Retriever(pristine, k=5, index="rabitq").probe == recommended
+    assert Retriever(pristine, k=5, index="rabitq", probe=3).probe == 3
+    assert Retriever(pristine, k=5, index="rabitq", probe=10**6).probe == 16  # all lists
+
+
+@pytest.mark.parametrize("factory", ["Flat", "IVF16,SQ8"])
+def test_an_interrupted_build_resumes_to_the_same_index(tmp_path: Path, monkeypatch, factory: str) -> None:
+    monkeypatch.setattr(indexing, "ADD_CHUNK", 500)
+    monkeypatch.setattr(indexing, "CHECKPOINT_SECONDS", -1)
+    whole, broken = make_store(tmp_path / "a"), make_store(tmp_path / "b")
+    build_index(whole, factory)
+
+    calls = 0
+
+    def fail_after_some(keys: np.ndarray) -> np.ndarray:
+        nonlocal calls
+        calls += 1
+        if calls == 10:
+            raise KeyboardInterrupt
+        return original(keys)
+
+    original = indexing._finite
+    monkeypatch.setattr(indexing, "_finite", fail_after_some)
+    with pytest.raises(KeyboardInterrupt):
+        build_index(broken, factory)
+    assert faiss.read_index(str(broken.path / "index.faiss.part")).ntotal > 0
+    assert not (broken.path / "index.faiss").exists()
+    monkeypatch.setattr(indexing, "_finite", original)
+    build_index(broken, factory, resume=True)
+    assert (whole.path / "index.faiss").read_bytes() == (broken.path / "index.faiss").read_bytes()
+    assert not list(broken.path.glob("*.part*"))
+
+
+@pytest.mark.parametrize("factory", ["Flat", "IVF16,RaBitQfs", "PCA8,IVF16,SQ8"])
+def test_an_index_in_parts_finds_what_it_finds_in_one(tmp_path: Path, factory: str) -> None:
+    store = make_store(tmp_path / "s")
+    build_index(store, factory, quality_queries=0)
+    metadata = build_index(store, factory, name="parts", parts=4, quality_queries=64)
+    runs = [(part["start"], part["stop"]) for part in metadata["parts"]]
+    assert runs == [(0, 750), (750, 1500), (1500, 2250), (2250, 3000)]
+    assert metadata["bytes"] == sum(file.stat().st_size for file in store.path.glob("parts.*.faiss"))
+    assert metadata["factory"] == factory and metadata["quality"]
+    derived = json.loads((store.path / "manifest.json").read_text())["derived"]
+    assert {"parts.json", "parts.000.faiss", "parts.003.faiss"} <= set(derived)
+    queries = np.random.default_rng(1).standard_normal((9, store.dimension)).astype(np.float32)
+    whole, joined = (Retriever(store, k=60, probe=4, index=name) for name in ("index", "parts"))
+    (distances, entries), (expected_distances, expected_entries) = joined.find(queries), whole.find(queries)
+    np.testing.assert_allclose(distances, expected_distances, rtol=1e-5, atol=1e-5)
+    for mine, expected in zip(entries, expected_entries, strict=True):  # equal distances may change places
+        assert len(set(mine) & set(expected)) >= 59
+    build_index(store, factory, name="parts", quality_queries=0, overwrite=True)  # in one piece again
+    assert not list(store.path.glob("parts.*.faiss")) and (store.path / "parts.faiss").exists()
+
+
+def test_an_interrupted_build_keeps_its_finished_parts(tmp_path: Path, monkeypatch) -> None:
+    store = make_store(tmp_path / "s")
+    settings = {"factory": "IVF16,RaBitQfs", "parts": 3, "quality_queries": 0}
+    build_index(store, name="whole", **settings)
+    built: list[int] = []
+
+    def fail_at_the_last(*job: object) -> dict:
+        if len(built) == 2:
+            raise KeyboardInterrupt
+        built.append(job[2])
+        return original(*job)
+
+    original = indexing._build_part
+    monkeypatch.setattr(indexing, "_build_part", fail_at_the_last)
+    with pytest.raises(KeyboardInterrupt):
+        build_index(store, **settings)
+    assert built == [0, 1000] and not (store.path / "index.json").exists()
+    with pytest.raises(UserError, match="was begun with .*'parts': 3"):
+        build_index(store, resume=True, **settings | {"parts": 2})
+    built.clear()
+    build_index(store, resume=True, **settings)
+    assert built == [2000]
+    for number in range(3):
+        files = [store.path / f"{name}.{number:03d}.faiss" for name in ("index", "whole")]
+        assert files[0].read_bytes() == files[1].read_bytes()
+    assert not list(store.path.glob("*.part*"))
+
+
+@pytest.mark.parametrize("parts", [0, 2000])
+def test_numbers_of_parts_that_cannot_be_are_refused(own_store: Datastore, parts: int) -> None:
+    with pytest.raises(UserError, match="must be between 1 and 1000"):
+        build_index(own_store, "Flat", name="other", parts=parts)
+
+
+def test_other_settings_do_not_resume(tmp_path: Path, monkeypatch) -> None:
+    store = make_store(tmp_path / "s")
+    monkeypatch.setattr(indexing, "ADD_CHUNK", 500)
+    monkeypatch.setattr(indexing, "CHECKPOINT_SECONDS", -1)
+    monkeypatch.setattr(indexing, "measure_quality", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        build_index(store, "Flat")
+    with pytest.raises(UserError, match="was begun with .*'factory': 'Flat'"):
+        build_index(store, "IVF16,SQ8", resume=True)
+
+
+def test_a_finished_index_is_replaced_only_when_asked(own_store: Datastore) -> None:
+    before = (own_store.path / "index.faiss").read_bytes()
+    with pytest.raises(UserError, match="exists already"):
+        build_index(own_store, "IVF16,SQ8")
+    assert (own_store.path / "index.faiss").read_bytes() == before
+    build_index(own_store, "IVF16,SQ8", overwrite=True, quality_queries=0)
+    assert open_index(own_store)[1]["factory"] == "IVF16,SQ8"
+
+
+@pytest.mark.parametrize("factory", ["IVF64,Flat", "IVF64_HNSW8,Flat", "PCAR8,IVF64,SQ8"])
+def test_many_lists_are_placed_in_two_levels(tmp_path: Path, monkeypatch, factory: str) -> None:
+    store = make_store(tmp_path / "s")
+    monkeypatch.setattr(indexing, "TWO_LEVELS_ABOVE", 32)
+    build_index(store, factory)
+    index, metadata = open_index(store)
+    ivf = faiss.extract_index_ivf(index)
+    centroids = ivf.quantizer.reconstruct_n(0, ivf.nlist)
+    assert len(np.unique(centroids, axis=0)) == 64
+    keys = store.keys.astype(np.float32)
+    transformed = index.chain.at(0).apply(keys) if factory.startswith("PCAR") else keys
+    # Hardly farther from its centroid, on average, than with k-means in one level.
+    plain = faiss.Kmeans(transformed.shape[1], 64, seed=1)
+    plain.train(transformed)
+    squared = ((transformed[:, None] - centroids[None]) ** 2).sum(-1).min(1)
+    assert squared.mean() < 1.1 * plain.assign(transformed)[0].mean()
+    rows = {row["probe"]: row for row in metadata["quality"]}
+    assert rows[64]["recall"] > (0.999 if factory == "IVF64,Flat" else 0.5)
+
+
+def test_two_levels_of_clusters_whatever_lies_where() -> None:
+    rng = np.random.default_rng(0)
+    one_clump_and_outliers = np.concatenate([rng.standard_normal((900, 4)) * 0.01, rng.standard_normal((9, 4)) * 100])
+    few_places = np.repeat(rng.standard_normal((20, 4)), 20, axis=0)
+    for vectors in (one_clump_and_outliers, few_places, rng.standard_normal((100, 4))):
+        centroids = indexing.two_level_kmeans(vectors.astype(np.float32), 100, seed=0)
+        assert centroids.shape == (100, 4) and np.isfinite(centroids).all()
+
+
+@pytest.mark.parametrize("factory", ["IVF16,Nonsense", "PQ7", "IVF100000,Flat"])
+def test_factories_that_cannot_be_are_refused(own_store: Datastore, factory: str) -> None:
+    with pytest.raises(UserError):
+        build_index(own_store, factory, name="other")
+    assert not (own_store.path / "other.faiss").exists()
+
+
+def test_nan_keys_are_noticed(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "s")
+    keys = np.load(store.path / "keys.npy", mmap_mode="r+")
+    keys[1234, 5] = np.nan
+    keys.flush()
+    with pytest.raises(UserError, match="hold NaN or infinity"):
+        build_index(Datastore.open(store.path), "Flat")
+
+
+def test_an_index_of_other_keys_is_refused(tmp_path: Path, own_store: Datastore) -> None:
+    other = make_store(tmp_path / "other", seed=1)
+    for name in ("index.faiss", "index.json"):
+        shutil.copy(own_store.path / name, other.path / name)
+    with pytest.raises(UserError, match="built for other keys"):
+        open_index(other)
+
+
+def test_damaged_index_files_are_named(own_store: Datastore) -> None:
+    file = own_store.path / "index.faiss"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-10])
+    with pytest.raises(UserError, match="is damaged: it has .* bytes"):
+        open_index(own_store)
+    file.write_bytes(b"\0" * len(whole))
+    with pytest.raises(UserError, match="faiss cannot read it"):
+        open_index(own_store)
+    (own_store.path / "index.json").write_text("{")
+    with pytest.raises(UserError, match=r"index\.json is damaged"):
+        open_index(own_store)
+    with pytest.raises(UserError, match="no index called 'other': it has index, rabitq"):
+        open_index(own_store, "other")
+
+
+def test_damaged_datastores_are_named(own_store: Datastore) -> None:
+    path = own_store.path
+    with pytest.raises(UserError, match="no such folder"):
+        Datastore.open(path / "missing")
+    keys = (path / "keys.npy").read_bytes()
+    (path / "keys.npy").write_bytes(keys[:-100])
+    with pytest.raises(UserError, match=r"keys\.npy has .* bytes, the manifest says"):
+        Datastore.open(path)
+    (path / "keys.npy").write_bytes(b"\0" * len(keys))
+    with pytest.raises(UserError, match=r"keys\.npy is damaged: it is not a \.npy array"):
+        Datastore.open(path)
+    (path / "keys.npy").unlink()
+    with pytest.raises(UserError, match=r"incomplete: keys\.npy is missing"):
+        Datastore.open(path)
+    manifest = json.loads((path / "manifest.json").read_text())
+    (path / "manifest.json").write_text(json.dumps(manifest | {"format_version": 99}))
+    with pytest.raises(UserError, match="format version 99"):
+        Datastore.open(path)
+    (path / "manifest.json").write_text("not json")
+    with pytest.raises(UserError, match=r"manifest\.json is damaged"):
+        Datastore.open(path)
+    (path / "manifest.json").unlink()
+    with pytest.raises(UserError, match="is not a datastore"):
+        Datastore.open(path)
+
+
+def test_pickled_arrays_are_not_loaded(own_store: Datastore) -> None:
+    file = own_store.path / "values.npy"
+    np.save(file, np.array([{"a": 1}] * 10, dtype=object), allow_pickle=True)
+    manifest = json.loads((own_store.path / "manifest.json").read_text())
+    manifest["files"]["values.npy"]["bytes"] = file.stat().st_size
+    (own_store.path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"values\.npy is damaged"):
+        Datastore.open(own_store.path)
+
+
+def test_the_gpu_option_without_a_gpu_searches_on_the_cpu_and_says_so(pristine: Datastore, caplog) -> None:
+    if getattr(faiss, "get_num_gpus", lambda: 0)():
+        pytest.skip("this machine has a GPU")
+    queries = torch.from_numpy(pristine.keys[:3].astype(np.float32))
+    on_gpu = Retriever(pristine, k=5, gpu=True).search(queries)
+    assert "faiss sees no GPU" in caplog.text
+    assert torch.equal(on_gpu[2], Retriever(pristine, k=5).search(queries)[2])

@@ -1,0 +1,243 @@
+"""Retrieval and index building on a real Ray cluster of two nodes: the same numbers, whatever dies on the way."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import EVAL_TEXT
+from lm_eval.api.instance import Instance
+from test_indexing import make_store
+
+from knn_lm_eval import KNNHF, UserError
+from knn_lm_eval.make.clustering import cluster_kmeans
+from knn_lm_eval.search import ray_retriever as ray_retrieval
+from knn_lm_eval.search.code_distances import CodeDistances
+from knn_lm_eval.search.indexing import build_index
+from knn_lm_eval.search.ray_retriever import RayRetriever, Shard
+from knn_lm_eval.search.retriever import RetrievalStatistics, Retriever
+from knn_lm_eval.store.datastore import Datastore, file_record
+from knn_lm_eval.system.files import write_json
+from knn_lm_eval.system.ray_cluster import ENVIRONMENT, connect
+
+ray = pytest.importorskip("ray", reason="needs Ray")
+pytestmark = pytest.mark.xdist_group("ray")  # one cluster for all
+QUERIES = np.random.default_rng(3).standard_normal((64, 16)).astype(np.float32) * 2
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    """A cluster of two nodes with one CPU each."""
+    from ray.cluster_utils import Cluster
+
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    cluster = Cluster()
+    for node in range(2):
+        head = {} if node else {"include_dashboard": False}
+        cluster.add_node(num_cpus=1, object_store_memory=80 * 2**20, **head)
+    cluster.wait_for_nodes()
+    connect(cluster.address)
+    yield cluster.address
+    ray.shutdown()
+    cluster.shutdown()
+
+
+@pytest.fixture(scope="module")
+def in_parts(tmp_path_factory: pytest.TempPathFactory) -> Datastore:
+    """A store with weights and indexes in two parts."""
+    store = make_store(tmp_path_factory.mktemp("ray") / "store")
+    np.save(store.path / "weights.npy", np.arange(1, len(store) + 1, dtype=np.int32))
+    files = store.manifest["files"] | {"weights.npy": file_record(store.path / "weights.npy")}
+    write_json(store.path / "manifest.json", store.manifest | {"files": files})
+    store = Datastore.open(store.path)
+    for name, factory in {"rabitq": "IVF16,RaBitQfs", "pq": "IVF16,PQ8"}.items():
+        build_index(store, factory, name=name, parts=2, quality_queries=0)
+    build_index(store, "Flat", sim_func="dot", name="dot", parts=2, quality_queries=0)
+    build_index(store, "IVF16,RaBitQfs", name="whole", quality_queries=0)
+    return store
+
+
+@pytest.fixture(scope="module")
+def opened(address: str, in_parts: Datastore) -> Callable[[str], tuple[Retriever, RayRetriever]]:
+    """By index: the local retriever and that over Ray, whose shards take seconds to start."""
+
+    @functools.cache
+    def open_both(index: str) -> tuple[Retriever, RayRetriever]:
+        settings = {"k": 5, "probe": 4, "index": index}
+        return Retriever(in_parts, **settings), RayRetriever(in_parts, address=address, **settings)
+
+    return open_both
+
+
+@pytest.fixture(scope="module")
+def text_store(tmp_path_factory: pytest.TempPathFactory, store: Datastore) -> Datastore:
+    """The tiny LM's store with clusters and an index in two parts."""
+    folder = tmp_path_factory.mktemp("ray_text") / "store"
+    shutil.copytree(store.path, folder, ignore=shutil.ignore_patterns("*.faiss", "index.json", "*.codes", "*kmeans*"))
+    store = Datastore.open(folder)
+    build_index(store, "IVF16,RaBitQfs", parts=2)
+    cluster_kmeans(store, num_clusters=200, sample=2000)
+    return store
+
+
+def kill_during_a_search(retriever: RayRetriever, monkeypatch: pytest.MonkeyPatch, number: int = 0) -> None:
+    """Have the shard die while its queries are on their way."""
+    ask = retriever._ask
+
+    def kill_and_ask(calls: dict) -> dict:
+        monkeypatch.setattr(retriever, "_ask", ask)
+        ray.kill(retriever._shards[number], no_restart=False)
+        return ask(calls)
+
+    monkeypatch.setattr(retriever, "_ask", kill_and_ask)
+
+
+def test_parts_built_by_ray_equal_those_built_here(address: str, in_parts: Datastore) -> None:
+    metadata = build_index(in_parts, "IVF16,RaBitQfs", name="by_ray", parts=2, ray=address, quality_queries=100)
+    here = json.loads((in_parts.path / "rabitq.json").read_text())
+    assert metadata["parts"] == here["parts"] and metadata["bytes"] == here["bytes"]
+    assert metadata["quality"][-1]["recall"] > 0.5
+    for number in range(2):
+        files = [in_parts.path / f"{name}.{number:03d}.faiss" for name in ("by_ray", "rabitq")]
+        assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_what_is_wrong_with_the_store_is_said_by_the_task(address: str, tmp_path: Path) -> None:
+    store = make_store(tmp_path / "s")
+    keys = np.load(store.path / "keys.npy", mmap_mode="r+")
+    keys[2900, 5] = np.nan
+    keys.flush()
+    with pytest.raises(UserError, match="On a Ray node: .* hold NaN or infinity"):
+        build_index(Datastore.open(store.path), "Flat", parts=2, ray=address)
+
+
+def test_shards_lie_on_both_nodes(opened: Callable) -> None:
+    _, retriever = opened("rabitq")
+    actors = ray._private.state.actors()
+    nodes = {actors[shard._actor_id.hex()]["Address"]["NodeID"] for shard in retriever._shards}
+    assert len(nodes) == 2
+
+
+@pytest.mark.parametrize("index", ["rabitq", "pq", "dot", "whole"])
+@pytest.mark.parametrize("recompute_dists", [False, True])
+@pytest.mark.parametrize("k", [50, 2000])  # the latter more than a part has
+def test_neighbours_are_those_of_the_local_retriever(
+    opened: Callable, index: str, recompute_dists: bool, k: int
+) -> None:
+    local, remote = pair = opened(index)
+    assert remote.probe == local.probe
+    for retriever in pair:
+        retriever.k, retriever.recompute_dists, retriever.statistics = k, recompute_dists, RetrievalStatistics()
+    for queries in (QUERIES, QUERIES[:1]):
+        expected, found = local.search(torch.from_numpy(queries)), remote.search(torch.from_numpy(queries))
+        for mine, theirs in zip(found, expected, strict=True):
+            assert torch.equal(mine, theirs)
+    assert remote.statistics.searches == local.statistics.searches == 65
+    assert remote.statistics.entries_compared == local.statistics.entries_compared
+
+
+def test_another_probe_uses_the_same_shards(opened: Callable) -> None:
+    local, remote = (retriever.with_probe(1) for retriever in opened("rabitq"))
+    assert local.probe == remote.probe == 1 and remote._shards is opened("rabitq")[1]._shards
+    for mine, theirs in zip(remote.find(QUERIES), local.find(QUERIES), strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+    assert remote.statistics.searches == 64
+
+
+@pytest.mark.parametrize("index", ["rabitq", "pq", "dot"])
+def test_distances_and_values_of_given_entries_come_from_their_shards(
+    opened: Callable, in_parts: Datastore, index: str
+) -> None:
+    local, remote = opened(index)
+    remote = remote.with_probe(4)  # knows no values yet
+    codes = CodeDistances.open(in_parts, remote.cpu_index, index)
+    assert (codes is None) == (index == "dot")
+    rng = np.random.default_rng(5)
+    entries, counts = rng.integers(0, len(in_parts), (64, 70)), rng.integers(0, 71, 64)
+    counts[0] = 0
+    there = np.arange(70) < counts[:, None]
+    assert not remote.values.any()
+    found = remote.distances_to(codes)(QUERIES, entries, counts)
+    np.testing.assert_array_equal(found[there], local.distances_to(codes)(QUERIES, entries, counts)[there])
+    asked = np.unique(entries[there])
+    np.testing.assert_array_equal(remote.values[asked], in_parts.values[asked])
+    assert not np.delete(remote.values, asked).any()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"retomaton": True, "min_knns": 3, "clusters": "kmeans"},
+        {"retomaton": True, "min_knns": 3, "recompute_dists": True},
+    ],
+)
+def test_an_evaluation_gives_the_same_numbers_though_a_shard_dies(
+    address: str, text_store: Datastore, model_folder: Path, settings: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    common = {"pretrained": str(model_folder), "datastore": text_store.path, "k": 30, "batch_size": 1, **settings}
+    local, remote = KNNHF(**common), KNNHF(**common, retriever="ray", address=address)
+    kill_during_a_search(remote.retriever, monkeypatch)
+    texts = [Instance("loglikelihood_rolling", {}, (text,), 0) for text in (EVAL_TEXT, EVAL_TEXT[100:250])]
+    pairs = [Instance("loglikelihood", {}, (EVAL_TEXT[:40], EVAL_TEXT[40:90]), 0)]
+    assert remote.loglikelihood_rolling(texts) == local.loglikelihood_rolling(texts)
+    assert remote.loglikelihood(pairs) == local.loglikelihood(pairs)
+    info = remote.get_model_info()["knn"]
+    assert info["restarts"] == 1 and info["retriever"] == "ray" and info["address"] == address
+    assert info["searches"] == local.get_model_info()["knn"]["searches"]
+
+
+def test_a_shard_that_is_lost_for_good_ends_the_run(
+    address: str, in_parts: Datastore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_retrieval, "RESTARTS", 0)
+    retriever = RayRetriever(in_parts, k=5, index="whole", address=address)
+    kill_during_a_search(retriever, monkeypatch)
+    with pytest.raises(UserError, match=r"The shard with whole\.faiss \(Ray at .*, last on the node .*\) is lost"):
+        retriever.find(QUERIES)
+
+
+def test_a_shard_without_a_place_ends_the_run(
+    address: str, in_parts: Datastore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+
+    class Occupant:
+        def here(self) -> bool:
+            return True
+
+    retriever = RayRetriever(in_parts, k=5, index="whole", address=address)
+    expected = retriever.find(QUERIES)
+    occupants = [ray.remote(Occupant).options(num_cpus=1).remote() for _ in range(2)]
+    assert ray.get([occupant.here.remote() for occupant in occupants]) == [True, True]
+    kill_during_a_search(retriever, monkeypatch)
+    monkeypatch.setattr(ray_retrieval, "PLACE_SECONDS", 1.0)
+    with pytest.raises(UserError, match=r"whole\.faiss .*: there has been no free CPU on a node for it within 2 sec"):
+        retriever.find(QUERIES)
+    for occupant in occupants:
+        ray.kill(occupant)
+    monkeypatch.setattr(ray_retrieval, "PLACE_SECONDS", 60.0)
+    np.testing.assert_array_equal(retriever.find(QUERIES)[0], expected[0])
+    assert retriever.statistics.restarts == 1
+
+
+def test_a_node_that_does_not_see_the_folder_says_so(in_parts: Datastore, tmp_path: Path) -> None:
+    (part,) = Retriever(in_parts, k=5, index="whole").parts
+    with pytest.raises(UserError, match="The Ray node .* does not see the folder .*; put the datastore on a file sys"):
+        Shard(tmp_path / "not_mounted", part, "whole", 1).lists()
+
+
+def test_settings_that_ray_cannot_serve_are_refused(text_store: Datastore) -> None:
+    with pytest.raises(UserError, match="retriever='spark' is unknown; use local or ray"):
+        KNNHF("none", datastore=text_store.path, k=5, retriever="spark")
+    with pytest.raises(UserError, match="knn_gpu=True is for the local retriever"):
+        KNNHF("none", datastore=text_store.path, k=5, retriever="ray", knn_gpu=True)
+    with pytest.raises(UserError, match="say in how many, with --parts"):
+        build_index(text_store, "Flat", name="more", ray="auto")
