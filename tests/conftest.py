@@ -10,11 +10,9 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may wait for a network
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests run side by side; threads would only get in each other's way
 
-from pydoc_data.topics import topics
-
-import torch
+from helpers.tiny_model import TRAIN_TEXT, make_llama
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from knn_lm_eval.lm.loading import CausalHFLM
 from knn_lm_eval.make.clustering import cluster_kmeans
@@ -22,10 +20,6 @@ from knn_lm_eval.make.dump import dump_datastore
 from knn_lm_eval.make.text import cut_into_documents
 from knn_lm_eval.search.indexing import build_index
 from knn_lm_eval.store.datastore import Datastore
-
-TRAIN_TEXT = "\n".join(" ".join(topics[name].split()) for name in sorted(topics)[:3])[:12000]
-EVAL_TEXT = " ".join(topics[sorted(topics)[10]].split())[:600]
-MAX_LENGTH = 64
 
 
 @pytest.fixture(scope="session")
@@ -42,26 +36,6 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
     bpe.train_from_iterator([TRAIN_TEXT], trainer)
     return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>")
-
-
-def make_llama(seed: int = 0, **changes: object) -> LlamaForCausalLM:
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        **{
-            "vocab_size": 400,
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "max_position_embeddings": MAX_LENGTH,
-            # Random weights of the usual size give a nearly uniform LM, which hides mistakes.
-            "initializer_range": 0.3,
-            "bos_token_id": 0,
-            "eos_token_id": 1,
-            **changes,
-        }
-    )
-    return LlamaForCausalLM(config).eval()
 
 
 @pytest.fixture(scope="session")

@@ -13,8 +13,8 @@ from typing import Any
 import lm_eval
 import pytest
 import yaml
-from conftest import EVAL_TEXT, MAX_LENGTH, TRAIN_TEXT
 from helpers.places import LOCAL_TASKS, SCRIPTS
+from helpers.tiny_model import EVAL_TEXT, MAX_LENGTH, TRAIN_TEXT
 from lm_eval.tasks import TaskManager
 
 from knn_lm_eval import KNNHF, Datastore

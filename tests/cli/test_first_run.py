@@ -16,8 +16,8 @@ import lm_eval
 import numpy as np
 import pytest
 import torch
-from conftest import EVAL_TEXT, make_llama
 from helpers.places import SCRIPTS, TASKS
+from helpers.tiny_model import EVAL_TEXT, make_llama
 from lm_eval.loggers import EvaluationTracker
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import simple_parse_args_string

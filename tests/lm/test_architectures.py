@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import EVAL_TEXT, TRAIN_TEXT
 from helpers import architectures
 from helpers.oracle import continuation_score, knn_lm_distributions
 from helpers.places import REPO
+from helpers.tiny_model import EVAL_TEXT, TRAIN_TEXT
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from torch import nn

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers as t
-from conftest import make_llama
+from helpers.tiny_model import make_llama
 
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.lm.language_model import CausalLM

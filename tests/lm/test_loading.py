@@ -13,7 +13,7 @@ import lm_eval
 import pytest
 import torch
 import transformers
-from conftest import EVAL_TEXT, TRAIN_TEXT, make_llama
+from helpers.tiny_model import EVAL_TEXT, TRAIN_TEXT, make_llama
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager

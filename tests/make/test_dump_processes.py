@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from conftest import TRAIN_TEXT, make_llama
 from helpers.places import SCRIPTS
+from helpers.tiny_model import TRAIN_TEXT, make_llama
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_indexing import make_store
+from helpers.stores import make_store
 
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.make.growing import grow_datastore

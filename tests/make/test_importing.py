@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 import torch
-from conftest import EVAL_TEXT, TRAIN_TEXT, make_llama
 from helpers.oracle import continuation_score, knn_lm_distributions
 from helpers.places import SCRIPTS
+from helpers.tiny_model import EVAL_TEXT, TRAIN_TEXT, make_llama
 from lm_eval.api.instance import Instance
 
 from knn_lm_eval import KNNHF, Datastore, UserError

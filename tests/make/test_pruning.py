@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import EVAL_TEXT, TRAIN_TEXT, make_llama
 from helpers.oracle import continuation_score, knn_lm_distributions, lm_outputs
 from helpers.places import SCRIPTS
+from helpers.tiny_model import EVAL_TEXT, TRAIN_TEXT, make_llama
 from lm_eval.api.instance import Instance
 
 from knn_lm_eval.errors import UserError

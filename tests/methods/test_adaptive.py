@@ -8,13 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import EVAL_TEXT, MAX_LENGTH, TRAIN_TEXT
 from helpers.oracle import continuation_score, lm_outputs, mixture_weights
+from helpers.slow_automaton import StoreForOracle, slow_walk
+from helpers.tiny_model import EVAL_TEXT, MAX_LENGTH, TRAIN_TEXT
 from lm_eval.api.instance import Instance
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from scipy.optimize import minimize_scalar
-from test_automaton import slow_walk
-from test_retomaton import StoreForOracle
 
 from knn_lm_eval import KNNHF, Datastore, UserError, retrieval_augmented
 from knn_lm_eval.methods.adaptive import (

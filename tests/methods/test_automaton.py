@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 
 import numpy as np
 import pytest
+from helpers.slow_automaton import slow_walk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -44,45 +44,6 @@ class Store:
         for i, count in enumerate(counts):
             distances[i, :count] = ((self.keys[entries[i, :count]] - queries[i]) ** 2).sum(-1)
         return distances
-
-
-def slow_walk(
-    store: Store, queries: np.ndarray, targets: list[int], how: AutomatonSettings
-) -> tuple[list[dict[int, float]], int]:
-    """Algorithm 1 of Alon et al. 2022, one step and one candidate at a time: p_kNN of each step, and searches."""
-    survivors: list[int] = []
-    p_knn: list[dict[int, float]] = []
-    searches = 0
-    for query, target in zip(queries, targets, strict=True):
-        pointers = [entry + 1 for entry in survivors][: how.max_knns]
-        if store.clusters is not None and 0 < len(pointers) < how.max_knns:
-            pointed_to = Counter(int(store.cluster_of_entry[entry]) for entry in pointers)
-            for cluster in sorted(pointed_to, key=lambda c: (-pointed_to[c], c)):
-                for entry in np.flatnonzero(store.cluster_of_entry == cluster).tolist() if cluster != -1 else []:
-                    if how.duplicates == "keep" or entry not in pointers:
-                        pointers.append(entry)
-            pointers = pointers[: how.max_knns]
-        candidates = []
-        if len(survivors) < how.min_knns:
-            searches += 1
-            candidates += [int(e) for e in store.search(query[None], how.k)[1][0] if e >= 0]
-        for entry in pointers:
-            if how.duplicates == "keep" or entry not in candidates:
-                candidates.append(entry)
-        distance = {e: float(((store.keys[e].astype(float) - query) ** 2).sum()) for e in candidates}
-        total = sum(math.exp(-distance[entry] / how.knn_temp) for entry in candidates)
-        p_knn.append({})
-        for entry in candidates:
-            value = int(store.values[entry])
-            p_knn[-1][value] = p_knn[-1].get(value, 0.0) + math.exp(-distance[entry] / how.knn_temp) / total
-        survivors = [
-            entry
-            for entry in sorted(candidates, key=lambda e: distance[e])
-            if store.values[entry] == target
-            and entry + 1 < len(store.values)
-            and entry + 1 not in store.document_starts
-        ]
-    return p_knn, searches
 
 
 @settings(max_examples=120, deadline=None)

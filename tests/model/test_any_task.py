@@ -11,13 +11,13 @@ import lm_eval
 import numpy as np
 import pytest
 import torch
-from conftest import MAX_LENGTH
+from helpers.generation_oracle import KNN, RETOMATON, Oracle, encode
 from helpers.oracle import continuation_score, knn_lm_distributions
 from helpers.places import LOCAL_TASKS
+from helpers.tiny_model import MAX_LENGTH
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-from test_generation import KNN, RETOMATON, Oracle, encode
 
 from knn_lm_eval import KNNHF, Datastore
 

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 import transformers as t
-from conftest import MAX_LENGTH, TRAIN_TEXT, make_llama
-from helpers.oracle import knn_distribution, knn_lm_distributions, lm_outputs
-from test_automaton import slow_walk
-from test_retomaton import StoreForOracle
+from helpers.generation_oracle import KNN, LMBDA, MAX_KNNS, PROMPTS, RETOMATON, TEMPERATURE, K, Oracle, encode
+from helpers.oracle import knn_lm_distributions, lm_outputs
+from helpers.slow_automaton import StoreForOracle, slow_walk
+from helpers.tiny_model import MAX_LENGTH, TRAIN_TEXT, make_llama
 
 from knn_lm_eval import Datastore, UserError, retrieval_augmented
 from knn_lm_eval.lm.language_model import CausalLM
@@ -27,13 +27,8 @@ from knn_lm_eval.model.generation import MixedForward
 from knn_lm_eval.search.indexing import build_index
 from knn_lm_eval.store.clusters import Clusters
 
-K, LMBDA, TEMPERATURE, MAX_KNNS = 20, 0.5, 5.0, 40
-KNN = {"k": K, "lmbda": LMBDA, "knn_temp": TEMPERATURE}
-RETOMATON = KNN | {"retomaton": True, "clusters": "kmeans", "max_knns": MAX_KNNS}
 # As in test_knn_hf: float32 rounding of squared distances, here over logits of a few units.
 TOLERANCE = 2e-4
-# Parts of the store's own text, so that pointers are followed, and one that is not.
-PROMPTS = [TRAIN_TEXT[2000:2060], TRAIN_TEXT[5000:5025], "Nothing of this kind"]
 
 COMMON = {"vocab_size": 400, "bos_token_id": 0, "eos_token_id": 1, "initializer_range": 0.3}
 SMALL = COMMON | {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -77,56 +72,6 @@ def other_models(tmp_path_factory: pytest.TempPathFactory, tokenizer) -> Callabl
         return model, store
 
     return make
-
-
-def encode(tokenizer, prompts: list[str] = PROMPTS) -> dict[str, torch.Tensor]:
-    """Prompts as a batch, padded on the left."""
-    ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
-    longest = max(map(len, ids))
-    return {
-        "input_ids": torch.tensor([[1] * (longest - len(i)) + i for i in ids]),
-        "attention_mask": torch.tensor([[0] * (longest - len(i)) + [1] * len(i) for i in ids]),
-    }
-
-
-class Oracle:
-    """A model's ``generate`` in which each step reads the whole text anew, without a cache, in float64.
-
-    Beam search itself is transformers'; the dense search and RetoMaton's walk begin from nothing in each step.
-    """
-
-    def __init__(self, model: Any, store: Datastore, key_module: str, retomaton: bool) -> None:
-        self.exact, self.generator = copy.deepcopy(model).double(), copy.deepcopy(model)
-        self.generator.forward = self.forward
-        self.key_module = self.exact.get_submodule(key_module)
-        self.store, self.retomaton = store, retomaton
-        clusters = Clusters.open(store, "kmeans") if retomaton else None
-        self.slow_store = StoreForOracle(store, clusters)
-
-    def generate(self, batch: dict[str, torch.Tensor], **settings: Any) -> Any:
-        self.prompt_length = batch["input_ids"].shape[1]
-        return self.generator.generate(**batch, **settings, use_cache=False)
-
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **_: Any) -> Any:
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
-        generated = input_ids.shape[1] - self.prompt_length
-        rows = []
-        for ids, mask in zip(input_ids, attention_mask, strict=True):
-            tokens = ids[mask.bool()].tolist()
-            p_lm, queries = lm_outputs(self.exact, self.key_module, tokens)
-            p_knn = np.zeros(p_lm.shape[1])
-            if self.retomaton:
-                # The walk begins where the first generated token is predicted.
-                targets = [*tokens[len(tokens) - generated :], -1]
-                settings = AutomatonSettings(K, TEMPERATURE, 1, MAX_KNNS, "merge")
-                steps, _ = slow_walk(self.slow_store, queries[-len(targets) :], targets, settings)
-                p_knn[list(steps[-1])] = list(steps[-1].values())
-            else:
-                keys, values = self.store.keys, self.store.values
-                p_knn = knn_distribution(queries[-1], keys, values, K, TEMPERATURE, len(p_knn), False)
-            rows.append(np.log((1 - LMBDA) * p_lm[-1] + LMBDA * p_knn))
-        return t.modeling_outputs.CausalLMOutput(logits=torch.tensor(np.array(rows))[:, None])
 
 
 MODES = {

@@ -14,9 +14,9 @@ import lm_eval
 import numpy as np
 import pytest
 import torch
-from conftest import EVAL_TEXT, MAX_LENGTH, make_llama
 from helpers.oracle import continuation_score, knn_lm_distributions
 from helpers.places import TASKS
+from helpers.tiny_model import EVAL_TEXT, MAX_LENGTH, make_llama
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager

@@ -11,8 +11,8 @@ from pathlib import Path
 import faiss
 import numpy as np
 import pytest
-from conftest import TRAIN_TEXT, make_llama
 from helpers.places import SCRIPTS
+from helpers.tiny_model import TRAIN_TEXT, make_llama
 from transformers import PreTrainedTokenizerFast
 
 from knn_lm_eval.lm.loading import CausalHFLM

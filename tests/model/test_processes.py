@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import TRAIN_TEXT
 from helpers.places import LOCAL_TASKS
+from helpers.tiny_model import TRAIN_TEXT
 
 from knn_lm_eval import Datastore
 from knn_lm_eval.lm.loading import CausalHFLM

@@ -9,11 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.oracle import continuation_score, knn_lm_distributions, lm_outputs
+from helpers.slow_automaton import StoreForOracle, slow_walk
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-from test_automaton import slow_walk
-from test_retomaton import StoreForOracle
 
 from knn_lm_eval import KNNHF, Datastore
 from knn_lm_eval.lm.loading import CausalHFLM

@@ -10,14 +10,14 @@ from pathlib import Path
 import lm_eval
 import numpy as np
 import pytest
-from conftest import MAX_LENGTH, TRAIN_TEXT
 from helpers.oracle import continuation_score, lm_outputs
 from helpers.places import SCRIPTS, TASKS
+from helpers.slow_automaton import StoreForOracle, slow_walk
+from helpers.stores import make_store
+from helpers.tiny_model import MAX_LENGTH, TRAIN_TEXT
 from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-from test_automaton import slow_walk
-from test_indexing import make_store
 
 from knn_lm_eval import KNNHF, Datastore, UserError
 from knn_lm_eval.methods.automaton import AutomatonSettings
@@ -32,22 +32,6 @@ TEXTS = [
     "Nothing of this kind.",
     TRAIN_TEXT[5000:5150] + " and " + TRAIN_TEXT[900:1000],
 ]
-
-
-class StoreForOracle:
-    """What the slow walk needs, by exact distances."""
-
-    def __init__(self, store: Datastore, clusters: Clusters | None) -> None:
-        self.keys, self.values = store.keys.astype(np.float32), np.asarray(store.values)
-        self.document_starts = np.asarray(store.document_starts)
-        self.clusters = clusters
-        if clusters:
-            self.cluster_of_entry = np.asarray(clusters.cluster_of_entry)
-
-    def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        distances = ((queries[:, None].astype(np.float64) - self.keys[None]) ** 2).sum(-1)
-        order = np.argsort(distances, axis=1, kind="stable")[:, :k]
-        return np.take_along_axis(distances, order, 1), order
 
 
 def make(store: Datastore, **changes: object) -> KNNHF:

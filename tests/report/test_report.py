@@ -15,11 +15,11 @@ from xml.etree import ElementTree
 import lm_eval
 import numpy as np
 import pytest
-from conftest import EVAL_TEXT
 from helpers.oracle import knn_lm_distributions
 from helpers.places import SCRIPTS, TASKS
+from helpers.results import documents, knn_config, write_results
+from helpers.tiny_model import EVAL_TEXT
 from lm_eval.tasks import TaskManager
-from test_comparison import documents, knn_config, write_results
 
 from knn_lm_eval import KNNHF
 from knn_lm_eval.errors import UserError

@@ -10,6 +10,7 @@ import faiss
 import numpy as np
 import pytest
 import torch
+from helpers.stores import make_store
 
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.make.lm_speed import Budget, lm_microseconds
@@ -17,26 +18,7 @@ from knn_lm_eval.search import indexing
 from knn_lm_eval.search.faiss_index import open_index
 from knn_lm_eval.search.indexing import build_index, choose_factory
 from knn_lm_eval.search.retriever import Retriever, exact_distances
-from knn_lm_eval.store.datastore import FORMAT, FORMAT_VERSION, Datastore
-from knn_lm_eval.system.files import sha256, write_json
-
-
-def make_store(folder: Path, count: int = 3000, dimension: int = 16, seed: int = 0) -> Datastore:
-    """A datastore of clustered random keys."""
-    folder.mkdir(parents=True)
-    rng = np.random.default_rng(seed)
-    centres = rng.standard_normal((20, dimension)) * 2
-    value_of = rng.integers(0, 20, count)
-    np.save(folder / "keys.npy", (centres[value_of] + rng.standard_normal((count, dimension))).astype(np.float16))
-    np.save(folder / "values.npy", value_of.astype(np.int32))
-    np.save(folder / "document_starts.npy", np.array([0], dtype=np.int64))
-    files = {f.name: {"bytes": f.stat().st_size, "sha256": sha256(f)} for f in folder.glob("*.npy")}
-    shape = {"count": count, "dimension": dimension}
-    write_json(
-        folder / "manifest.json",
-        {"format": FORMAT, "format_version": FORMAT_VERSION, **shape, "files": files},
-    )
-    return Datastore.open(folder)
+from knn_lm_eval.store.datastore import Datastore
 
 
 @pytest.fixture(scope="module")

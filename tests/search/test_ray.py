@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import EVAL_TEXT
+from helpers.stores import make_store
+from helpers.tiny_model import EVAL_TEXT
 from lm_eval.api.instance import Instance
-from test_indexing import make_store
 
 from knn_lm_eval import KNNHF, UserError
 from knn_lm_eval.make.clustering import cluster_kmeans

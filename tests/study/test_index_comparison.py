@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import EVAL_TEXT
 from helpers.places import SCRIPTS
+from helpers.tiny_model import EVAL_TEXT
 from lm_eval.api.instance import Instance
 
 from knn_lm_eval.model.knn_hf import KNNHF

@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import EVAL_TEXT
 from helpers.places import SCRIPTS
+from helpers.tiny_model import EVAL_TEXT
 from lm_eval.api.instance import Instance
 
 from knn_lm_eval.lm.loading import CausalHFLM

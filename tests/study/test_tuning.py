@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import EVAL_TEXT, TRAIN_TEXT
 from helpers.places import SCRIPTS
+from helpers.tiny_model import EVAL_TEXT, TRAIN_TEXT
 from lm_eval.api.instance import Instance
 
 from knn_lm_eval import KNNHF, Datastore, UserError
