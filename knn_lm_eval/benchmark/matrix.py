@@ -31,8 +31,8 @@ import yaml
 from lm_eval.models.huggingface import HFLM
 
 from knn_lm_eval.errors import UserError
-from knn_lm_eval.model.knn_hf import KNNHF
 from knn_lm_eval.model.params import STORE_DEFAULT
+from knn_lm_eval.model.settings import RetrievalSettings
 from knn_lm_eval.search.faiss_index import DEFAULT_INDEX, IndexFiles
 from knn_lm_eval.store.datastore import read_manifest
 from knn_lm_eval.system.files import read_json, sha256
@@ -40,11 +40,7 @@ from knn_lm_eval.system.files import read_json, sha256
 TOP = ("output", "models", "datastores", "methods", "tasks", "metadata", "include_path", "batch_size", "device", "seed")
 TASK = ("task", "limit", "num_fewshot", "metadata", "gen_kwargs", "apply_chat_template", "system_instruction")
 HF = [name for name in inspect.signature(HFLM.__init__).parameters if name not in ("self", "kwargs")]
-KNN = [
-    name
-    for name in inspect.signature(KNNHF.__init__).parameters
-    if name not in ("self", "pretrained", "datastore", "kwargs")
-]
+KNN = [name for name in RetrievalSettings.names() if name != "datastore"]
 NAME = re.compile(r"[\w.+=-]*\w[\w.+=-]*")  # a folder gets this name
 DEFAULT_SEED = 1234
 

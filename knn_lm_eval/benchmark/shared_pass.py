@@ -12,13 +12,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from lm_eval.models.huggingface import HFLM
+import torch
 
-from knn_lm_eval.errors import UserError
 from knn_lm_eval.lm.language_model import CausalLM
-from knn_lm_eval.lm.loading import CausalHFLM
+from knn_lm_eval.lm.reading import Passage, Reader
+from knn_lm_eval.model.accounting import rounded
 from knn_lm_eval.model.knn_hf import KNNHF
-from knn_lm_eval.model.scoring import Passage, Score, Scorer, score_together
+from knn_lm_eval.model.scores import Score
+from knn_lm_eval.model.scoring import LMScorer, PassageScorer
+from knn_lm_eval.model.scoring_lm import ScoringLM
 
 
 class ReadingEnds(Exception):
@@ -31,29 +33,24 @@ class LoadedModel:
     model: Any = None
 
 
-class SharedLM(KNNHF):
-    """A ``knn-hf`` that can take its model, and scores, from others.
+class _Sharing(ScoringLM):
+    """An LM that can take its model, and scores, from others; who derives from it says how it scores."""
 
-    Parameters
-    ----------
-    loaded : where the model is, or will be.
-    **kwargs : as for ``KNNHF``.
-    """
-
-    def __init__(self, loaded: LoadedModel, **kwargs: Any) -> None:
-        self._loaded = loaded
-        self.shared_pass: SharedPass | None = None
-        super().__init__(**kwargs)
+    loaded: LoadedModel
+    shared_pass: SharedPass | None = None
 
     def _create_model(self, *args: Any, **kwargs: Any) -> None:
-        if self._loaded.model is None:
+        if self.loaded.model is None:
             super()._create_model(*args, **kwargs)
-            self._loaded.model = self.model
-        self._model: Any = self._loaded.model
+            self.loaded.model = self.model
+        self._model: Any = self.loaded.model
 
-    def _score_passages(self, batches: list[list[Passage]], want_greedy: bool) -> list[list[Score]]:
+    def score_passages(
+        self, batches: list[list[Passage]], want_greedy: bool, following: list[Passage] | None = None
+    ) -> list[list[Score]]:
+        """As the scorer's ``score``, or what a shared pass made of it."""
         if self.shared_pass is None:
-            return super()._score_passages(batches, want_greedy)
+            return super().score_passages(batches, want_greedy, following)
         return self.shared_pass.score(self, batches, want_greedy)
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
@@ -63,7 +60,21 @@ class SharedLM(KNNHF):
         return super().generate_until(requests, disable_tqdm)
 
 
-class SharedBaseLM(SharedLM):
+class SharedLM(_Sharing, KNNHF):
+    """A ``knn-hf`` that can take its model, and scores, from others.
+
+    Parameters
+    ----------
+    loaded : where the model is, or will be.
+    **kwargs : as for ``KNNHF``.
+    """
+
+    def __init__(self, loaded: LoadedModel, **kwargs: Any) -> None:
+        self.loaded = loaded
+        super().__init__(**kwargs)
+
+
+class SharedBaseLM(_Sharing):
     """The LM alone, as lm-eval's ``hf``, for the same passes.
 
     Parameters
@@ -74,28 +85,22 @@ class SharedBaseLM(SharedLM):
     """
 
     def __init__(self, loaded: LoadedModel, pretrained: str, context_len: int = 1, **kwargs: Any) -> None:
-        self._loaded = loaded
-        self.shared_pass = None
-        CausalHFLM.__init__(self, pretrained, **kwargs)
-        if not 1 <= context_len <= self.max_length:
-            raise UserError(f"context_len={context_len} must be between 1 and max_length={self.max_length}.")
-        self.context_len, self.carry_state = context_len, False
-        self.settings = {"lmbda": 0.0, "context_len": context_len}
+        self.loaded = loaded
+        super().__init__(pretrained, **kwargs)
+        self.context_len = context_len
+        self.check_context_len()
         # Any key type will do, for nobody looks at the keys; this one every architecture has.
         model = CausalLM(self.model, "last_ffn_output", self.mixed_precision_dtype)
-        self.scorer = Scorer(model, None, 0.0, 1.0, self.softmax_dtype)
-
-    def gather_object(self, obj: Any, dst: int = 0) -> list[Any] | None:
-        """As ``hf``'s: there is no retrieval to report of."""
-        return HFLM.gather_object(self, obj, dst)
+        self.scorer = LMScorer(Reader(model, self.softmax_dtype))
 
     def get_model_info(self) -> dict[str, Any]:
         """As ``hf``'s, with what comparisons need to know."""
-        return HFLM.get_model_info(self) | {
+        return super().get_model_info() | {
             "knn": {
-                **self.settings,
+                "lmbda": 0.0,
+                "context_len": self.context_len,
                 "tokens_scored": self.scorer.tokens_scored,
-                "seconds": {stage: round(value, 3) for stage, value in self.scorer.seconds.items()},
+                "seconds": rounded(self.scorer.seconds),
             }
         }
 
@@ -112,7 +117,7 @@ class SharedPass:
     reader : the LM whose requests are run first; while ``reading``, all scores are made.
     """
 
-    def __init__(self, lms: Sequence[SharedLM]) -> None:
+    def __init__(self, lms: Sequence[SharedLM | SharedBaseLM]) -> None:
         self.lms = lms
         # RetoMaton wants many passages at once; the others don't mind.
         self.reader = max(lms, key=lambda lm: lm.scorer.rows_at_once)
@@ -123,9 +128,9 @@ class SharedPass:
         for lm in lms:
             lm.shared_pass = self
 
-    def score(self, lm: SharedLM, batches: list[list[Passage]], want_greedy: bool) -> list[list[Score]]:
+    def score(self, lm: _Sharing, batches: list[list[Passage]], want_greedy: bool) -> list[list[Score]]:
         """The scores of ``lm``; raises the error that it ended with while they were made."""
-        mine = next(number for number, other in enumerate(self.lms) if other is lm)
+        number = next(number for number, other in enumerate(self.lms) if other is lm)
         keys = [_key(passage, want_greedy) for batch in batches for passage in batch]
         if self.reading:
             self._score_all(batches, keys, want_greedy)
@@ -134,10 +139,10 @@ class SharedPass:
                 if error is None:
                     return [scores[key] for key in keys]
             raise ReadingEnds("none of the evaluations is left")
-        if (error := self.errors[mine]) is not None:
+        if (error := self.errors[number]) is not None:
             raise error
-        if all(key in self.scores[mine] for key in keys):
-            return [self.scores[mine][key] for key in keys]
+        if all(key in self.scores[number] for key in keys):
+            return [self.scores[number][key] for key in keys]
         return lm.scorer.score(batches, want_greedy)
 
     def _score_all(self, batches: list[list[Passage]], keys: list[bytes], want_greedy: bool) -> None:
@@ -148,6 +153,37 @@ class SharedPass:
                 self.errors[number] = result
             else:
                 self.scores[number].update(zip(keys, result, strict=True))
+
+
+def score_together(
+    scorers: Sequence[PassageScorer], batches: Sequence[Sequence[Passage]], want_greedy: bool
+) -> list[list[list[Score]] | Exception]:
+    """Score batches by several scorers of one LM, which reads each batch once.
+
+    All that look at keys must look at the same ones. Each scorer counts the seconds of the reading as its own, as if
+    it had been alone.
+
+    Returns
+    -------
+    What each scorer's ``score`` gives, or the exception that it ended with. Where memory runs out it is raised,
+    so that the caller can try smaller batches.
+    """
+    # Of the LM alone nobody knows which key it reads.
+    who_reads = next((scorer for scorer in scorers if not isinstance(scorer, LMScorer)), scorers[0])
+    before = who_reads.reader.seconds["forward"]
+    readings = [who_reads.reader.read(batch) for batch in batches]
+    forward_seconds = who_reads.reader.seconds["forward"] - before
+    results: list[list[list[Score]] | Exception] = []
+    for scorer in scorers:
+        if scorer is not who_reads:
+            scorer.reader.also_took(forward_seconds)
+        try:
+            results.append(scorer.score_readings(readings, want_greedy))
+        except (torch.OutOfMemoryError, MemoryError):
+            raise
+        except Exception as error:  # whatever it is, the others' scores are worth having
+            results.append(error)
+    return results
 
 
 def _key(passage: Passage, want_greedy: bool) -> bytes:

@@ -1,16 +1,16 @@
-"""A weight lmbda that differs from token to token: by how near the neighbours are, or by a small network.
+"""The weight lmbda of p_kNN: one number, or one that differs from token to token.
 
 ``Buckets`` (Drozdov et al. 2022) has a weight per range of nearest-neighbour distances. ``Gate`` (He et al. 2021)
 computes it from features of the LM's distribution and of the neighbours, with one hidden layer; with a threshold
 it looks at the LM alone, and where it gives retrieval less than the threshold no search is made.
 
 Both are fitted by maximum likelihood of the mixture on validation text, and both are plain numbers in a file.
-A position without neighbours (none found, or not searched) is the LM's alone.
 """
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,8 +29,93 @@ HIDDEN_UNITS = 16
 WEIGHT_DECAY = 3e-3
 
 
+class Weight(ABC):
+    """How much p_kNN weighs in the mixture, token by token.
+
+    Attributes
+    ----------
+    features : the names, from ``FEATURES``, of what it looks at.
+    threshold : where the weight is smaller, no search is made; None searches everywhere.
+    """
+
+    features: tuple[str, ...]
+    threshold: float | None
+
+    @abstractmethod
+    def __call__(self, features: Tensor) -> Tensor:
+        """The weights, float32 ``[n]``, from features ``[n, len(FEATURES)]``."""
+
+    @abstractmethod
+    def plain(self) -> float | dict[str, Any]:
+        """As it stands in a params file: what ``read_weight`` takes."""
+
+    @property
+    def constant(self) -> float | None:
+        """The weight where it is the same for all tokens, else None."""
+        return None
+
+    def lm_features(self, log_probs: Tensor) -> Tensor | None:
+        """``LM_FEATURES`` of the LM's distributions ``[n, vocabulary]``, where it looks at them; else None."""
+        return lm_features(log_probs) if set(self.features) & set(LM_FEATURES) else None
+
+    def wants_search(self, of_lm: Tensor | None) -> Tensor | None:
+        """Where retrieval is worth a search, bool ``[n]``; None is everywhere.
+
+        Parameters
+        ----------
+        of_lm : from ``lm_features``.
+        """
+        if self.threshold is None:
+            return None
+        assert of_lm is not None, "a weight with a threshold looks at the LM"
+        return self(torch.nn.functional.pad(of_lm, (0, len(NEIGHBOUR_FEATURES)))) > 0
+
+    def of_tokens(self, of_lm: Tensor | None, distances: Tensor, values: Tensor) -> float | Tensor:
+        """The weight at each position: a number where it is the same for all, else float32 ``[n]``.
+
+        A position without neighbours (none found, or not searched) is the LM's alone.
+
+        Parameters
+        ----------
+        of_lm : from ``lm_features``.
+        distances, values : ``[n, k]``, on the same device; infinity in empty slots.
+        """
+        of_neighbours = neighbour_features(distances, values)  # [n, 4]
+        if of_lm is None:
+            of_lm = torch.zeros(len(distances), len(LM_FEATURES), device=distances.device)
+        nothing_found = torch.isinf(of_neighbours[:, 0])
+        return torch.where(nothing_found, 0.0, self(torch.cat([of_lm, of_neighbours], dim=-1).nan_to_num(posinf=0.0)))
+
+
 @dataclass(frozen=True)
-class Buckets:
+class Constant(Weight):
+    """The same weight for every token (Khandelwal et al. 2020)."""
+
+    value: float
+
+    features = ()
+    threshold = None
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """The weights, float32 ``[n]``, from features ``[n, len(FEATURES)]``."""
+        return torch.full((len(features),), self.value, device=features.device)
+
+    @property
+    def constant(self) -> float:
+        """The weight."""
+        return self.value
+
+    def of_tokens(self, of_lm: Tensor | None, distances: Tensor, values: Tensor) -> float:
+        """The weight, whatever there is."""
+        return self.value
+
+    def plain(self) -> float:
+        """As it stands in a params file."""
+        return self.value
+
+
+@dataclass(frozen=True)
+class Buckets(Weight):
     """A weight per range of nearest-neighbour distances.
 
     Attributes
@@ -58,7 +143,7 @@ class Buckets:
 
 
 @dataclass(frozen=True)
-class Gate:
+class Gate(Weight):
     """A weight from a network with one hidden layer: ``sigmoid(output · tanh(hidden x + hidden_bias) + bias)``.
 
     x are the features on a logarithmic scale, standardised.
@@ -119,11 +204,8 @@ class Gate:
         }
 
 
-Lmbda = float | Buckets | Gate
-
-
-def read_lmbda(plain: Any) -> Lmbda:
-    """What ``plain`` or a number stands for.
+def read_weight(plain: Any) -> Weight:
+    """The weight that a number, or an adaptive weight's plain form, stands for.
 
     Raises
     ------
@@ -143,12 +225,7 @@ def read_lmbda(plain: Any) -> Lmbda:
         raise UserError(f"lmbda={plain!r} is not a number.")
     if not 0 <= plain <= 1:
         raise UserError(f"lmbda={plain} is not between 0 and 1.")
-    return float(plain)
-
-
-def plain_lmbda(lmbda: Lmbda) -> float | dict[str, Any]:
-    """A number, or the adaptive weight's plain form: what ``read_lmbda`` takes."""
-    return lmbda if isinstance(lmbda, float) else lmbda.plain()
+    return Constant(float(plain))
 
 
 def lm_features(log_probs: Tensor) -> Tensor:
@@ -191,43 +268,6 @@ def neighbour_features(distances: Tensor, values: Tensor) -> Tensor:
         some = theirs[:, :count].sort(dim=-1).values
         distinct.append((some[:, 1:] != some[:, :-1]).sum(dim=-1) + 1 - (some[:, 0] == -1).long())
     return torch.stack([nearest[:, 0], mean.nan_to_num(math.inf), *distinct], dim=-1).float()
-
-
-def lm_features_for(lmbda: Lmbda, log_probs: Tensor) -> Tensor | None:
-    """``lm_features`` where ``lmbda`` asks for them, else None."""
-    if isinstance(lmbda, float) or not set(lmbda.features) & set(LM_FEATURES):
-        return None
-    return lm_features(log_probs)
-
-
-def worth_searching(lmbda: Lmbda, of_lm: Tensor | None) -> Tensor | None:
-    """Where a gate with a threshold wants a search, bool ``[n]``; None is everywhere.
-
-    Parameters
-    ----------
-    of_lm : from ``lm_features_for``.
-    """
-    if isinstance(lmbda, float) or lmbda.threshold is None:
-        return None
-    assert of_lm is not None, "a gate with a threshold looks at the LM"
-    return lmbda(torch.nn.functional.pad(of_lm, (0, len(NEIGHBOUR_FEATURES)))) > 0
-
-
-def weights(lmbda: Lmbda, of_lm: Tensor | None, distances: Tensor, values: Tensor) -> float | Tensor:
-    """The weight of p_kNN at each position: a number where it is the same for all, else float32 ``[n]``.
-
-    Parameters
-    ----------
-    of_lm : from ``lm_features_for``.
-    distances, values : ``[n, k]``, on the same device; infinity in empty slots.
-    """
-    if isinstance(lmbda, float):
-        return lmbda
-    of_neighbours = neighbour_features(distances, values)
-    if of_lm is None:
-        of_lm = torch.zeros(len(distances), len(LM_FEATURES), device=distances.device)
-    nothing_found = torch.isinf(of_neighbours[:, 0])
-    return torch.where(nothing_found, 0.0, lmbda(torch.cat([of_lm, of_neighbours], dim=-1).nan_to_num(posinf=0.0)))
 
 
 # --------------------------------------------------------------------------------------------------- Fitting

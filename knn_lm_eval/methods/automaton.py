@@ -20,6 +20,8 @@ from typing import Literal
 
 import numba
 import numpy as np
+import torch
+from torch import Tensor
 
 # queries [n, dimension] -> (distances float32 [n, k], entries int64 [n, k]); empty slots have entry -1.
 Search = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
@@ -246,6 +248,23 @@ class Automaton:
         for walk, *found in zip(unknown, np.split(distances, splits), np.split(entries, splits), strict=True):
             walk.found = found[0], found[1]
         self.statistics.seconds["search"] += time.perf_counter() - start
+
+
+def padded_neighbours(steps: Sequence[tuple[np.ndarray, np.ndarray]], values: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Steps' neighbours (distances and entries, as a walk keeps them), side by side.
+
+    Returns
+    -------
+    distances : float32 ``[steps, most neighbours]``; infinity in empty slots.
+    values : int32, of the same shape; 0 in empty slots.
+    """
+    width = max(1, *(len(distances) for distances, _ in steps)) if steps else 1
+    distances = np.full((len(steps), width), np.inf, dtype=np.float32)
+    values_found = np.zeros((len(steps), width), dtype=np.int32)
+    for i, (step_distances, entries) in enumerate(steps):
+        distances[i, : len(entries)] = step_distances
+        values_found[i, : len(entries)] = values[entries]
+    return torch.from_numpy(distances), torch.from_numpy(values_found)
 
 
 # None of these is parallel: a step of few sequences takes less time than waking threads would.

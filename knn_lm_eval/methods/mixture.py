@@ -5,14 +5,78 @@
 
 All functions work on one block of ``n`` positions with ``k`` neighbours each; only ``mixed_log_probs`` builds a
 table over the vocabulary for p_kNN. A neighbour slot that holds nothing has distance infinity.
+
+``Mixture`` is a setting of the two, a weight (see ``adaptive``) and a temperature, for all who mix with one setting.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from knn_lm_eval.methods.adaptive import Weight
+
+ROWS_AT_ONCE = 2**7  # whose weights stay in the processor's cache
+
+
+class WeighedNeighbours(NamedTuple):
+    """Neighbours of ``n`` positions: distances, log weights and values ``[n, k]``, on one device."""
+
+    distances: Tensor
+    log_weights: Tensor
+    values: Tensor
+
+    def of_rows(self, rows: slice | Tensor) -> WeighedNeighbours:
+        """Those of some positions."""
+        return WeighedNeighbours(*(part[rows] for part in self))
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """p(y) = (1 - lmbda) p_LM(y) + lmbda p_kNN(y), with one setting.
+
+    Attributes
+    ----------
+    weight : lmbda, the same for all tokens or one for each.
+    knn_temp : the temperature T of the softmax over distances.
+    """
+
+    weight: Weight
+    knn_temp: float
+
+    @property
+    def is_lm_alone(self) -> bool:
+        """Whether neighbours count for nothing, so that none need be found."""
+        return self.weight.constant == 0
+
+    def weigh(
+        self, distances: Tensor, values: Tensor, counts: Tensor | None, device: torch.device
+    ) -> WeighedNeighbours:
+        """Neighbours as a search gives them, each with its share of p_kNN, on ``device``.
+
+        Parameters
+        ----------
+        distances, counts : as for ``neighbour_log_weights``.
+        values : integer ``[n, k]``.
+        """
+        distances, counts = distances.to(device), None if counts is None else counts.to(device)
+        log_weights = neighbour_log_weights(distances, self.knn_temp, counts)
+        return WeighedNeighbours(distances, log_weights, values.to(device))
+
+    def lmbda(self, of_lm: Tensor | None, neighbours: WeighedNeighbours) -> float | Tensor:
+        """The weight at each position: one number for all, or float32 ``[n]``.
+
+        Parameters
+        ----------
+        of_lm : from ``weight.lm_features``.
+        """
+        return self.weight.of_tokens(of_lm, neighbours.distances, neighbours.values)
 
 
 def neighbour_log_weights(distances: Tensor, temperature: float, counts: Tensor | None) -> Tensor:
@@ -67,6 +131,11 @@ def mix(lm_log_prob: Tensor, knn_log_prob: Tensor, lmbda: float | Tensor) -> Ten
     return torch.logaddexp(lm_log_prob + math.log1p(-lmbda), knn_log_prob + math.log(lmbda))
 
 
+def take_rows(lmbda: float | Tensor, rows: Tensor) -> float | Tensor:
+    """The weights at some positions, of ``Mixture.lmbda``'s."""
+    return lmbda[rows] if isinstance(lmbda, Tensor) else lmbda
+
+
 def mixed_log_probs(lm_log_probs: Tensor, log_weights: Tensor, values: Tensor, lmbda: float | Tensor) -> Tensor:
     """log p of every token of the vocabulary.
 
@@ -84,8 +153,8 @@ def mixed_log_probs(lm_log_probs: Tensor, log_weights: Tensor, values: Tensor, l
     p_knn = torch.zeros_like(lm_log_probs).scatter_add_(-1, values, log_weights.exp()).gather(-1, values)
     # Logarithms are taken of the neighbours' values alone: all other tokens have the LM's share.
     lmbda = lmbda[:, None] if isinstance(lmbda, Tensor) else torch.tensor(lmbda)
-    theirs = mix(lm_log_probs.gather(-1, values), p_knn.log(), lmbda)
-    return (lm_log_probs + torch.log1p(-lmbda)).scatter_(-1, values, theirs)
+    of_values = mix(lm_log_probs.gather(-1, values), p_knn.log(), lmbda)  # [n, k]
+    return (lm_log_probs + torch.log1p(-lmbda)).scatter_(-1, values, of_values)
 
 
 def greedy_tokens(lm_log_probs: Tensor, log_weights: Tensor, values: Tensor, lmbda: float | Tensor) -> Tensor:
@@ -123,3 +192,53 @@ def greedy_tokens(lm_log_probs: Tensor, log_weights: Tensor, values: Tensor, lmb
     lm_only = lm_best.double() + torch.log1p(-share)
     knn_wins = (best > lm_only) | ((best == lm_only) & (knn_best_token < lm_best_token))
     return torch.where(knn_wins, knn_best_token, lm_best_token)
+
+
+def knn_log_probs(
+    distances: Tensor,
+    values: Tensor,
+    counts: Tensor | None,
+    targets: Tensor,
+    knn_temp: Sequence[float],
+    k: Sequence[int],
+) -> Tensor:
+    """log p_kNN of one target per row for every temperature and every k.
+
+    Parameters
+    ----------
+    distances : float32 ``[n, neighbours]``, as a search returns them; infinity in empty slots.
+    values : int ``[n, neighbours]``.
+    counts : int ``[n, neighbours]``, how often each counts; None for once.
+    targets : int ``[n]``.
+    k : ascending; a smaller k takes the first slots.
+
+    Returns
+    -------
+    float64 ``[n, knn_temp, k]``; minus infinity where no neighbour has the target as its value.
+    """
+    result = torch.empty(len(distances), len(knn_temp), len(k), dtype=torch.float64)
+    segments = list(itertools.pairwise((0, *k)))
+    in_segment = torch.zeros(k[-1], len(k))
+    for number, (begin, end) in enumerate(segments):
+        in_segment[begin:end, number] = 1.0
+    for start in range(0, len(distances), ROWS_AT_ONCE):
+        rows = slice(start, start + ROWS_AT_ONCE)
+        distance = distances[rows, : k[-1]]
+        matches = (values[rows, : k[-1]] == targets[rows, None]).float()
+        nearest = torch.stack([distance[:, begin:end].amin(dim=-1) for begin, end in segments], dim=-1)
+        nearest = nearest.cummin(dim=-1).values
+        nearest = torch.where(torch.isinf(nearest), 0.0, nearest)
+        # Each segment counts from the nearest distance so far: none can underflow as a whole. Where distances do not
+        # ascend (recompute_dists) a later segment may begin nearer, and the earlier ones shrink beside it.
+        scores = torch.empty_like(distance)
+        for number, (begin, end) in enumerate(segments):
+            torch.sub(nearest[:, number, None], distance[:, begin:end], out=scores[:, begin:end])
+        shrink = (nearest[:, :, None] - nearest[:, None, :]).double().clamp_(max=0.0)  # above 0: only empty slots
+        for number, temperature in enumerate(knn_temp):
+            weight = (scores / temperature).exp_()
+            if counts is not None:
+                weight *= counts[rows, : k[-1]]
+            sums = torch.stack([weight @ in_segment, weight.mul_(matches) @ in_segment]).double()
+            total, mass = (sums[:, :, None, :] * (shrink / temperature).exp().tril()).sum(dim=-1)
+            result[rows, number] = torch.where(mass > 0, (mass / total).log(), -math.inf)
+    return result

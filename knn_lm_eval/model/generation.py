@@ -27,12 +27,13 @@ from torch import Tensor, nn
 
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.lm.language_model import CausalLM
-from knn_lm_eval.methods.adaptive import lm_features_for, weights, worth_searching
-from knn_lm_eval.methods.automaton import Automaton, Walk
-from knn_lm_eval.methods.mixture import mixed_log_probs, neighbour_log_weights
-from knn_lm_eval.model.opening import Augmentation
-from knn_lm_eval.model.retomaton import padded_neighbours
-from knn_lm_eval.model.scoring import LOGITS_BYTES, NEIGHBOURS_PER_BLOCK, Neighbours
+from knn_lm_eval.lm.reading import LOGITS_BYTES
+from knn_lm_eval.methods.automaton import Automaton, Walk, padded_neighbours
+from knn_lm_eval.methods.mixture import mixed_log_probs
+from knn_lm_eval.model.accounting import Work
+from knn_lm_eval.model.opening import Augmentation, open_augmentation
+from knn_lm_eval.model.scoring import NEIGHBOURS_PER_BLOCK, FindNeighbours
+from knn_lm_eval.model.settings import RetrievalSettings
 from knn_lm_eval.system.timing import StageTimer
 
 
@@ -46,8 +47,7 @@ def retrieval_augmented(
     model : a transformers causal LM, or a PEFT model around one, in evaluation mode.
     datastore : the datastore's folder; None takes the environment variable ``KNN_LM_EVAL_DATASTORE``.
     tokenizer : where given, it is checked to be the datastore's.
-    **settings : retrieval settings as for ``KNNHF``: ``params``, ``k``, ``lmbda``, ``knn_temp``, ``probe``,
-        ``retomaton``, ``min_knns``, ``clusters``, ...
+    **settings : the fields of ``RetrievalSettings`` that are not about lm-eval's windows.
 
     Returns
     -------
@@ -60,7 +60,10 @@ def retrieval_augmented(
     """
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise UserError(f"{type(model).__name__} is an encoder-decoder model; retrieval is for decoder-only LMs.")
-    opened = Augmentation.open(datastore, **settings)
+    given = RetrievalSettings(datastore=datastore, **settings)
+    if given.context_len != 1 or given.carry_state:
+        raise UserError("context_len and carry_state are for the windows of lm-eval's requests; leave them out.")
+    opened = open_augmentation(given)
     lm = CausalLM(model, opened.key_type, key_module=opened.key_module)
     opened.check_model(lm, tokenizer, f"a given {type(lm.inner).__name__}")
     return MixedForward(lm, opened)
@@ -83,25 +86,27 @@ class MixedForward:
 
     Attributes
     ----------
-    positions : how many were mixed.
-    skipped : those of them at which a gate wanted no search.
-    seconds : by stage; searches and walks count theirs in ``augmentation``.
+    work : what was done: positions that were mixed (``positions_generated``), those of them at which the weight
+        wanted no search, and seconds by stage; searches and walks count theirs in ``augmentation``.
     """
 
     def __init__(self, model: CausalLM, augmentation: Augmentation) -> None:
         self.model, self.augmentation = model, augmentation
-        self.positions, self.skipped = 0, 0
-        self._seconds = {"forward": 0.0, "mixture": 0.0}
-        self._timed = StageTimer(self._seconds, model.device)
+        self._positions, self._skipped = 0, 0
+        self._timed = StageTimer(("forward", "mixture"), model.device)
         self._inside: ExitStack | None = None
         # In ``generate``: the sequences of the step at hand, and the candidates after each sequence of the last one.
         self._sequences: Tensor | None = None
         self._candidates: dict[bytes, tuple[np.ndarray, np.ndarray]] = {}
 
     @property
-    def seconds(self) -> dict[str, float]:
-        self._timed.settle()
-        return self._seconds
+    def work(self) -> Work:
+        counts = {
+            "positions_generated": self._positions,
+            "rows": self._positions,
+            "rows_skipped": self._skipped,
+        }
+        return Work(counts, self._timed.seconds)
 
     def __enter__(self) -> MixedForward:
         if self._inside is not None:
@@ -127,7 +132,6 @@ class MixedForward:
 
         @functools.wraps(forward)
         def mixed_forward(*args: Any, **kwargs: Any) -> Any:
-            self._timed.settle()
             captured: dict[str, Tensor] = {}
             with self._timed("forward"), self.model.capture_keys(captured):
                 output = forward(*args, **kwargs)
@@ -211,55 +215,61 @@ class MixedForward:
 
         ``from_end`` says where in its sequence a kept position is: -1 is the last.
         """
-        how = self.augmentation
         with self._timed("mixture"):
             log_probs = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
         rows, columns = real.nonzero(as_tuple=True)
-        self.positions += len(rows)
-        if how.lmbda == 0 or not len(rows):
+        self._positions += len(rows)
+        mixture, automaton = self.augmentation.mixture, self.augmentation.automaton
+        if mixture.weight.threshold is not None and len(rows):
+            wanted = self._wanted(log_probs, rows, columns)
+            rows, columns = rows[wanted], columns[wanted]
+        if mixture.is_lm_alone or not len(rows):
             return log_probs
-        chunk = max(1, LOGITS_BYTES // (4 * log_probs.shape[-1]))
-        if not isinstance(how.lmbda, float) and how.lmbda.threshold is not None:
-            pieces = zip(rows.split(chunk), columns.split(chunk), strict=True)
-            worth = torch.cat([self._worth(log_probs[piece]) for piece in pieces])
-            self.skipped += int((~worth).sum())
-            rows, columns = rows[worth], columns[worth]
-        queries = keys[rows, columns]
-        neighbours: Neighbours
-        if (automaton := how.automaton) is None:
+        queries = keys[rows, columns]  # [positions, dimension]
+        find: FindNeighbours
+        if automaton is None:
 
-            def neighbours(some: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-                found = how.retriever.search(queries[some])
+            def find(some: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+                found = self.augmentation.retriever.search(queries[some])
                 return found.distances, found.values, found.counts
 
         else:
             known = np.zeros((len(logits), 0), np.int64) if sequences is None else sequences.cpu().numpy()
             steps = self._walk(automaton, queries, rows.numpy(), from_end[columns.numpy()], known, generating)
 
-            def neighbours(some: Tensor) -> tuple[Tensor, Tensor, None]:
+            def find(some: Tensor) -> tuple[Tensor, Tensor, None]:
                 return *padded_neighbours([steps[i] for i in some.tolist()], automaton.values), None
 
-        block = max(1, NEIGHBOURS_PER_BLOCK // how.retriever.k)
-        for start in range(0, len(rows), block):
-            stop = min(start + block, len(rows))
-            distances, values, counts = neighbours(torch.arange(start, stop))
-            with self._timed("mixture"):
-                distances, values = distances.to(logits.device), values.to(logits.device)
-                counts = None if counts is None else counts.to(logits.device)
-                log_weights = neighbour_log_weights(distances, how.knn_temp, counts)
-                for at in range(start, stop, chunk):
-                    part, here = slice(at - start, at - start + chunk), slice(at, min(at + chunk, stop))
-                    place = rows[here], columns[here]
-                    table = log_probs[place]
-                    lmbda = weights(how.lmbda, lm_features_for(how.lmbda, table), distances[part], values[part])
-                    log_probs[place] = mixed_log_probs(table, log_weights[part], values[part], lmbda)
+        self._mix_in(log_probs, rows, columns, find)
         return log_probs
 
-    def _worth(self, log_probs: Tensor) -> Tensor:
-        lmbda = self.augmentation.lmbda
-        worth = worth_searching(lmbda, lm_features_for(lmbda, log_probs))
-        assert worth is not None
-        return worth.cpu()
+    def _wanted(self, log_probs: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        """At which of these positions the weight wants a search: bool ``[positions]``."""
+        weight, wanted = self.augmentation.mixture.weight, []
+        chunk = _rows_of_table(log_probs.shape[-1])
+        for place in zip(rows.split(chunk), columns.split(chunk), strict=True):
+            of_piece = weight.wants_search(weight.lm_features(log_probs[place]))
+            assert of_piece is not None, "asked only of a weight with a threshold"
+            wanted.append(of_piece.cpu())
+        self._skipped += sum(int((~piece).sum()) for piece in wanted)
+        return torch.cat(wanted)
+
+    def _mix_in(self, log_probs: Tensor, rows: Tensor, columns: Tensor, find: FindNeighbours) -> None:
+        """Put the mixture in the place of the LM's distribution at these positions of ``[batch, kept, vocabulary]``."""
+        mixture, chunk = self.augmentation.mixture, _rows_of_table(log_probs.shape[-1])
+        block = max(1, NEIGHBOURS_PER_BLOCK // self.augmentation.retriever.k)
+        for start in range(0, len(rows), block):
+            stop = min(start + block, len(rows))
+            found = find(torch.arange(start, stop))
+            with self._timed("mixture"):
+                of_block = mixture.weigh(*found, log_probs.device)  # [block, k]
+                for at in range(start, stop, chunk):
+                    here = slice(at, min(at + chunk, stop))
+                    place = rows[here], columns[here]
+                    table = log_probs[place]  # [chunk, vocabulary]
+                    neighbours = of_block.of_rows(slice(at - start, at - start + chunk))
+                    lmbda = mixture.lmbda(mixture.weight.lm_features(table), neighbours)
+                    log_probs[place] = mixed_log_probs(table, neighbours.log_weights, neighbours.values, lmbda)
 
     def _walk(
         self,
@@ -295,6 +305,11 @@ class MixedForward:
                 for step, neighbours in enumerate(walk.neighbours)
             }
         return [neighbours for walk in walks for neighbours in walk.neighbours]
+
+
+def _rows_of_table(vocabulary: int) -> int:
+    """How many rows over the vocabulary are looked at together."""
+    return max(1, LOGITS_BYTES // (4 * vocabulary))
 
 
 @contextmanager

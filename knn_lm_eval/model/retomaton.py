@@ -8,70 +8,85 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from knn_lm_eval.lm.language_model import CausalLM
-from knn_lm_eval.methods.adaptive import Lmbda
-from knn_lm_eval.methods.automaton import Automaton, Walk
-from knn_lm_eval.methods.mixture import mix
-from knn_lm_eval.model.scoring import Passage, Score, Scorer
-from knn_lm_eval.search.retriever import Retriever
+from knn_lm_eval.lm.reading import Passage, Reader, Reading
+from knn_lm_eval.methods.automaton import Automaton, Walk, padded_neighbours
+from knn_lm_eval.methods.mixture import Mixture, mix
+from knn_lm_eval.model.scores import Score, sum_up
+from knn_lm_eval.model.scoring import MixedPairs, PassageScorer
 
 # Memory for queries and hidden states that wait for the walk, and for neighbours kept where is_greedy is asked.
 WAITING_BYTES = 2**27
 
 
-class RetomatonScorer(Scorer):
+class RetomatonScorer(PassageScorer):
     """Scores passages with RetoMaton instead of a search per token.
+
+    Nothing is read ahead: all batches of a call are read before they are walked.
 
     Parameters
     ----------
-    model, retriever, lmbda, softmax_dtype : as for ``Scorer``.
-    automaton : walks over the retriever's datastore.
-    carry_state : let the windows of one text continue each other's walk, instead of beginning anew.
+    reader : as for ``PassageScorer``.
+    automaton : walks over the datastore.
+    mixture : how LM and neighbours are mixed.
+    carry_state : let the windows of one text continue each other's walk, instead of beginning anew; for a weight
+        that is the same for all tokens.
     """
 
-    def __init__(
-        self,
-        model: CausalLM,
-        retriever: Retriever,
-        lmbda: Lmbda,
-        automaton: Automaton,
-        softmax_dtype: torch.dtype | None = None,
-        carry_state: bool = False,
-    ) -> None:
-        super().__init__(model, retriever, lmbda, automaton.settings.knn_temp, softmax_dtype)
-        self.automaton, self.values = automaton, automaton.values
-        self.carry_state, self.reads_ahead = carry_state, False
-        self._survivors: dict[int, np.ndarray] = {}
+    def __init__(self, reader: Reader, automaton: Automaton, mixture: Mixture, carry_state: bool = False) -> None:
+        super().__init__(reader)
+        self.automaton, self.mixture, self.carry_state = automaton, mixture, carry_state
+        self._pairs = MixedPairs(reader, mixture)
+        self._survivors: dict[int, np.ndarray] = {}  # of the last text, which may go on in the next call
 
     @property
     def rows_at_once(self) -> int:
         """As many as wait in little memory, for the walks to have company."""
-        width = self.model.inner.get_input_embeddings().weight.shape[1]
-        return max(1, WAITING_BYTES // (8 * max(width, self.automaton.settings.k)))
+        return max(1, WAITING_BYTES // (8 * max(self.reader.hidden_size, self.automaton.settings.k)))
 
-    def score(self, batches: Sequence[Sequence[Passage]], want_greedy: bool) -> list[list[Score]]:
-        """As ``Scorer.score``; the automaton walks all batches together, where each step's neighbours aren't kept.
+    def score(
+        self, batches: Sequence[Sequence[Passage]], want_greedy: bool, following: Sequence[Passage] | None = None
+    ) -> list[list[Score]]:
+        if self._needs_neighbours(want_greedy):  # which take memory: a batch at a time
+            return [s for batch in batches for s in self._score_with_neighbours(self.reader.read(batch), want_greedy)]
+        return super().score(batches, want_greedy)
 
-        Nothing is read ahead: all batches of a call are read before they are walked.
-        """
-        if want_greedy or not isinstance(self.lmbda, float):
-            return [scores for batch in batches for scores in self._score_with_neighbours(batch, want_greedy)]
-        readings, lm_log_probs, walks = [], [], []
-        for batch in batches:
-            reading = self._read(batch)
-            rows, targets = reading.pairs()
-            lm_log_probs.append(self._score_pairs(reading.hidden, rows, targets, None, len(reading.hidden), False)[0])
-            queries = reading.queries.float().cpu().numpy()
+    def score_readings(self, readings: Sequence[Reading], want_greedy: bool) -> list[list[Score]]:
+        if self._needs_neighbours(want_greedy):
+            return [scores for reading in readings for scores in self._score_with_neighbours(reading, want_greedy)]
+        return self._score_by_walks(readings)
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        # The retriever counts the walks' searches as well, but not the distances of pointers.
+        walking = {name: value for name, value in self.automaton.statistics.seconds.items() if name != "search"}
+        return self.reader.seconds | self._pairs.seconds | walking
+
+    @property
+    def counts(self) -> dict[str, float]:
+        walks = self.automaton.statistics
+        walked = {"steps": walks.steps, "walk_searches": walks.searches, "candidates": walks.candidates}
+        return super().counts | walked
+
+    def _needs_neighbours(self, want_greedy: bool) -> bool:
+        return want_greedy or self.mixture.weight.constant is None
+
+    def _score_by_walks(self, readings: Sequence[Reading]) -> list[list[Score]]:
+        """All continuations walk together, and leave log p_kNN of their targets alone."""
+        lmbda = self.mixture.weight.constant
+        assert lmbda is not None, "other weights look at each step's neighbours"
+        lm_log_probs, walks = [], []
+        for reading in readings:
+            lm_log_probs.append(self.reader.target_log_probs(reading))
+            queries = reading.queries.float().cpu().numpy()  # [rows, dimension]
             walks += [Walk(queries[end - len(c) : end], np.array(c)) for end, c in reading.asked]
-            readings.append(reading)
-        self._walk(walks, [passage.text for batch in batches for passage in batch for _ in passage.continuations])
+        self._walk(walks, [p.text for reading in readings for p in reading.passages for _ in p.continuations])
         scores, waiting = [], iter(walks)
         for reading, lm_log_prob in zip(readings, lm_log_probs, strict=True):
-            mine = [next(waiting) for _ in reading.asked]
-            log_p_knn = torch.from_numpy(np.concatenate([walk.log_p_knn for walk in mine]))
-            log_probs = mix(lm_log_prob.double(), log_p_knn, self.lmbda)
-            nobody_asked = torch.zeros(len(log_probs), dtype=torch.bool)
-            scores += self._sum_up(reading, log_probs, nobody_asked, [walk.searches for walk in mine])
+            walked = [next(waiting) for _ in reading.asked]
+            log_p_knn = torch.from_numpy(np.concatenate([walk.log_p_knn for walk in walked]))  # [tokens]
+            self.tokens_scored += len(log_p_knn)
+            log_probs = mix(lm_log_prob.double(), log_p_knn, lmbda)
+            scores += sum_up(reading, log_probs, searches=[walk.searches for walk in walked])
         return scores
 
     def _walk(self, walks: list[Walk], texts: list[int | None]) -> None:
@@ -79,31 +94,29 @@ class RetomatonScorer(Scorer):
         if not self.carry_state:
             self.automaton.walk(walks)
             return
-        parts: dict[int | None, list[Walk]] = {}
+        windows: dict[int | None, list[Walk]] = {}
         for walk, text in zip(walks, texts, strict=True):
-            parts.setdefault(text, []).append(walk)
+            windows.setdefault(text, []).append(walk)
         joined = []
-        for text, mine in parts.items():
-            whole = Walk(np.concatenate([w.queries for w in mine]), np.concatenate([w.targets for w in mine]))
+        for text, of_text in windows.items():
+            whole = Walk(np.concatenate([w.queries for w in of_text]), np.concatenate([w.targets for w in of_text]))
             if text in self._survivors:
                 whole.survivors = self._survivors.pop(text)
             joined.append(whole)
         self.automaton.walk(joined)
         # Only the last text can go on in the next call.
-        self._survivors = {
-            text: joined[-1].survivors_at_end for text in parts if text == texts[-1] and text is not None
-        }
-        for whole, mine in zip(joined, parts.values(), strict=True):
-            ends = np.cumsum([len(walk.queries) for walk in mine])
+        last = texts[-1]
+        self._survivors = {} if last is None else {last: joined[list(windows).index(last)].survivors_at_end}
+        for whole, of_text in zip(joined, windows.values(), strict=True):
+            ends = np.cumsum([len(walk.queries) for walk in of_text])[:-1]
             for walk, log_p_knn, searched in zip(
-                mine, np.split(whole.log_p_knn, ends[:-1]), np.split(whole.searched, ends[:-1]), strict=True
+                of_text, np.split(whole.log_p_knn, ends), np.split(whole.searched, ends), strict=True
             ):
                 walk.log_p_knn, walk.searched = log_p_knn, searched
 
-    def _score_with_neighbours(self, passages: Sequence[Passage], want_greedy: bool) -> list[list[Score]]:
-        """Scores with is_greedy or an adaptive lmbda, for which each step's neighbours must be kept."""
-        reading = self._read(passages)
-        queries = reading.queries.float().cpu().numpy()
+    def _score_with_neighbours(self, reading: Reading, want_greedy: bool) -> list[list[Score]]:
+        """Scores with is_greedy or an adaptive weight, for which each step's neighbours must be kept."""
+        queries = reading.queries.float().cpu().numpy()  # [rows, dimension]
         # Continuations of one length at one place differ in their last token only: they share a walk.
         walks: dict[tuple[int, int], Walk] = {}
         for end, continuation in reading.asked:
@@ -111,31 +124,15 @@ class RetomatonScorer(Scorer):
             walks.setdefault(place, Walk(queries[end - len(continuation) : end], np.array(continuation)))
         self.automaton.walk(list(walks.values()), keep_neighbours=True)
         first_step = dict(zip(walks, np.cumsum([0, *(length for _, length in walks)])[:-1].tolist(), strict=True))
-        hidden = reading.hidden[torch.cat([torch.arange(end - length, end) for end, length in walks])]
+        hidden = reading.hidden[torch.cat([torch.arange(end - length, end) for end, length in walks])]  # [steps, width]
         steps = [neighbours for walk in walks.values() for neighbours in walk.neighbours]
 
-        def neighbours(rows: Tensor) -> tuple[Tensor, Tensor, None]:
-            return *padded_neighbours([steps[row] for row in rows.tolist()], self.values), None
+        def find(rows: Tensor) -> tuple[Tensor, Tensor, None]:
+            return *padded_neighbours([steps[row] for row in rows.tolist()], self.automaton.values), None
 
         rows = torch.cat([torch.arange(len(c)) + first_step[end, len(c)] for end, c in reading.asked])
         targets = reading.pairs()[1]
+        self.tokens_scored += len(targets)
         block = max(1, WAITING_BYTES // (16 * (self.automaton.settings.k + self.automaton.settings.max_knns)))
-        log_probs, greedy, _ = self._score_pairs(hidden, rows, targets, neighbours, block, want_greedy)
-        return self._sum_up(reading, log_probs, greedy, [walks[end, len(c)].searches for end, c in reading.asked])
-
-
-def padded_neighbours(steps: Sequence[tuple[np.ndarray, np.ndarray]], values: np.ndarray) -> tuple[Tensor, Tensor]:
-    """Steps' neighbours (distances and entries, as a walk keeps them), side by side.
-
-    Returns
-    -------
-    distances : float32 ``[steps, most neighbours]``; infinity in empty slots.
-    values : int32, of the same shape; 0 in empty slots.
-    """
-    width = max(1, *(len(distances) for distances, _ in steps)) if steps else 1
-    distances = np.full((len(steps), width), np.inf, dtype=np.float32)
-    theirs = np.zeros((len(steps), width), dtype=np.int32)
-    for i, (step_distances, entries) in enumerate(steps):
-        distances[i, : len(entries)] = step_distances
-        theirs[i, : len(entries)] = values[entries]
-    return torch.from_numpy(distances), torch.from_numpy(theirs)
+        log_probs, greedy, _ = self._pairs.score(hidden, rows, targets, find, block, want_greedy)
+        return sum_up(reading, log_probs, greedy, [walks[end, len(c)].searches for end, c in reading.asked])

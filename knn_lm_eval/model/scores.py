@@ -1,6 +1,50 @@
-"""What scoring a whole text yields."""
+"""What scoring yields: a score per continuation, and a float per whole text that knows what it was summed over."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from knn_lm_eval.lm.reading import Reading
+
+
+class Score(NamedTuple):
+    """A continuation's score.
+
+    Attributes
+    ----------
+    log_prob : the sum of its tokens' log-probabilities (natural logarithm).
+    is_greedy : whether each token is the most probable one; False where nobody asked.
+    searches : full searches made for it; None where every token is searched.
+    """
+
+    log_prob: float
+    is_greedy: bool
+    searches: int | None = None
+
+
+def sum_up(
+    reading: Reading,
+    log_probs: Tensor,
+    greedy: Tensor | None = None,
+    searches: Sequence[int] | None = None,
+) -> list[list[Score]]:
+    """The scores of each passage's continuations, from those of their tokens.
+
+    Parameters
+    ----------
+    log_probs : ``[tokens]``, in the order of ``reading.pairs()``.
+    greedy : bool ``[tokens]``; None where nobody asked.
+    searches : full searches made, per continuation; None where every token is searched.
+    """
+    lengths = reading.lengths
+    sums = [float(part.sum()) for part in log_probs.split(lengths)]
+    all_greedy = [False] * len(lengths) if greedy is None else [bool(part.all()) for part in greedy.split(lengths)]
+    made = [None] * len(lengths) if searches is None else searches
+    scores = (Score(*score) for score in zip(sums, all_greedy, made, strict=True))
+    return [[next(scores) for _ in passage.continuations] for passage in reading.passages]
 
 
 class RollingLoglikelihood(float):

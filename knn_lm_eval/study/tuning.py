@@ -29,16 +29,15 @@ from knn_lm_eval.methods.adaptive import (
     lm_features,
     neighbour_features,
 )
-from knn_lm_eval.methods.automaton import Automaton, AutomatonSettings, Walk
+from knn_lm_eval.methods.automaton import Automaton, AutomatonSettings, Walk, padded_neighbours
+from knn_lm_eval.methods.mixture import knn_log_probs
 from knn_lm_eval.model.knn_hf import KNNHF
 from knn_lm_eval.model.opening import DEFAULTS, open_automaton
-from knn_lm_eval.model.retomaton import padded_neighbours
 from knn_lm_eval.model.scoring import NEIGHBOURS_PER_BLOCK, Passage, Reading, Score, Scorer
 from knn_lm_eval.search.retriever import Retriever
 from knn_lm_eval.store.clusters import Clusters
 
 WALKED_AT_ONCE = 2**11  # positions whose neighbours are in memory, for walks to have company
-ROWS_AT_ONCE = 2**7  # whose weights stay in the processor's cache
 SAMPLE_TOKENS = 2**16
 MOST_BUCKETS, TOKENS_PER_BUCKET = 32, 200
 
@@ -327,56 +326,6 @@ def _with_probe(lm: KNNHF, probe: int) -> Retriever:
     if own.probe is None:
         raise UserError(f"--probe is for indexes with inverted lists, and {own.index_name!r} has none; leave it out.")
     return own.with_probe(probe)
-
-
-def knn_log_probs(
-    distances: Tensor,
-    values: Tensor,
-    counts: Tensor | None,
-    targets: Tensor,
-    knn_temp: Sequence[float],
-    k: Sequence[int],
-) -> Tensor:
-    """log p_kNN of one target per row for every temperature and every k.
-
-    Parameters
-    ----------
-    distances : float32 ``[n, neighbours]``, as a search returns them; infinity in empty slots.
-    values : int ``[n, neighbours]``.
-    counts : int ``[n, neighbours]``, how often each counts; None for once.
-    targets : int ``[n]``.
-    k : ascending; a smaller k takes the first slots.
-
-    Returns
-    -------
-    float64 ``[n, knn_temp, k]``; minus infinity where no neighbour has the target as its value.
-    """
-    result = torch.empty(len(distances), len(knn_temp), len(k), dtype=torch.float64)
-    segments = list(itertools.pairwise((0, *k)))
-    in_segment = torch.zeros(k[-1], len(k))
-    for number, (begin, end) in enumerate(segments):
-        in_segment[begin:end, number] = 1.0
-    for start in range(0, len(distances), ROWS_AT_ONCE):
-        rows = slice(start, start + ROWS_AT_ONCE)
-        distance = distances[rows, : k[-1]]
-        matches = (values[rows, : k[-1]] == targets[rows, None]).float()
-        nearest = torch.stack([distance[:, begin:end].amin(dim=-1) for begin, end in segments], dim=-1)
-        nearest = nearest.cummin(dim=-1).values
-        nearest = torch.where(torch.isinf(nearest), 0.0, nearest)
-        # Each segment counts from the nearest distance so far: none can underflow as a whole. Where distances do not
-        # ascend (recompute_dists) a later segment may begin nearer, and the earlier ones shrink beside it.
-        scores = torch.empty_like(distance)
-        for number, (begin, end) in enumerate(segments):
-            torch.sub(nearest[:, number, None], distance[:, begin:end], out=scores[:, begin:end])
-        shrink = (nearest[:, :, None] - nearest[:, None, :]).double().clamp_(max=0.0)  # above 0: only empty slots
-        for number, temperature in enumerate(knn_temp):
-            weight = (scores / temperature).exp_()
-            if counts is not None:
-                weight *= counts[rows, : k[-1]]
-            sums = torch.stack([weight @ in_segment, weight.mul_(matches) @ in_segment]).double()
-            total, mass = (sums[:, :, None, :] * (shrink / temperature).exp().tril()).sum(dim=-1)
-            result[rows, number] = torch.where(mass > 0, (mass / total).log(), -math.inf)
-    return result
 
 
 @dataclass(frozen=True)

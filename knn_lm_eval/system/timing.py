@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -18,13 +19,13 @@ class StageTimer:
 
     Parameters
     ----------
-    seconds : by stage; added to. What runs on a GPU is in it after ``settle``.
-    device : where the stages run.
+    stages : their names.
+    device : where they run.
     """
 
-    def __init__(self, seconds: dict[str, float], device: torch.device) -> None:
-        self._seconds, self._device = seconds, device
-        self._pending: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+    def __init__(self, stages: tuple[str, ...], device: torch.device) -> None:
+        self._seconds, self._device = dict.fromkeys(stages, 0.0), device
+        self._pending: deque[tuple[str, torch.cuda.Event, torch.cuda.Event]] = deque()
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
@@ -40,10 +41,21 @@ class StageTimer:
         yield
         end.record(stream)
         self._pending.append((stage, start, end))
+        while self._pending and self._pending[0][2].query():  # done already: nobody waits
+            self._count_first()
 
-    def settle(self) -> None:
-        """Wait for what was launched, and count it."""
-        for stage, start, end in self._pending:
-            end.synchronize()
-            self._seconds[stage] += start.elapsed_time(end) / 1000
-        self._pending.clear()
+    def add(self, stage: str, seconds: float) -> None:
+        """Count seconds that were spent elsewhere for ``stage``."""
+        self._seconds[stage] += seconds
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """By stage; waits for what a GPU was given to do."""
+        while self._pending:
+            self._count_first()
+        return dict(self._seconds)
+
+    def _count_first(self) -> None:
+        stage, start, end = self._pending.popleft()
+        end.synchronize()
+        self._seconds[stage] += start.elapsed_time(end) / 1000

@@ -1,0 +1,196 @@
+"""lm-eval's log-likelihood requests -> passages -> batches -> scores, whatever scores them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+from accelerate import find_executable_batch_size
+from lm_eval.api.instance import Instance
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from tqdm import tqdm
+
+from knn_lm_eval.errors import UserError
+from knn_lm_eval.lm.loading import CausalHFLM
+from knn_lm_eval.lm.reading import Passage
+from knn_lm_eval.model.scores import RollingLoglikelihood, Score
+from knn_lm_eval.model.scoring import PassageScorer
+
+# A CPU gains nothing from larger batches and cannot find its limit by trial: batch_size=auto takes this many
+# tokens there.
+CPU_BATCH_TOKENS = 4096
+
+
+class Group(NamedTuple):
+    """Batches that are scored in one go, and the names of their passages, in order."""
+
+    names: list[Any]
+    batches: list[list[Passage]]
+
+
+class ScoringLM(CausalHFLM):
+    """lm-eval's ``hf`` with a scorer in the place of its own log-likelihoods.
+
+    Who derives from it sets these in ``__init__``.
+
+    Attributes
+    ----------
+    scorer : scores passages.
+    context_len : in rolling windows, the tokens of context that each token has at least.
+    carry_state : whether windows are scored in the text's order, since each goes on where the one before ended.
+    """
+
+    scorer: PassageScorer
+    context_len: int
+    carry_state = False
+
+    def check_context_len(self) -> None:
+        """Raise UserError where windows cannot have so much context."""
+        if not 1 <= self.context_len <= self.max_length:
+            raise UserError(f"context_len={self.context_len} must be between 1 and max_length={self.max_length}.")
+
+    @contextmanager
+    def scored_by(self, scorer: PassageScorer) -> Iterator[None]:
+        """Inside, ``scorer`` has the requests."""
+        usual, self.scorer = self.scorer, scorer
+        try:
+            yield
+        finally:
+            self.scorer = usual
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """The log-likelihood of each request's whole text, in windows with ``context_len`` tokens of context.
+
+        Returns
+        -------
+        One ``RollingLoglikelihood`` per request: the sum, which also knows the number of tokens.
+        """
+        windows: list[tuple[list[int], list[int]]] = []
+        owners: list[int] = []
+        for owner, request in enumerate(requests):
+            rolling = get_rolling_token_windows(
+                token_list=self.tok_encode(request.args[0]),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length,
+                context_len=self.context_len,
+            )
+            windows += map(make_disjoint_window, rolling)
+            owners += [owner] * (len(windows) - len(owners))
+
+        counts = [0] * len(requests)
+        for owner in owners:
+            counts[owner] += 1
+        results = [RollingLoglikelihood(0.0, 0, None)] * len(requests)
+        scores: dict[int, list[tuple[int, Score]]] = {}
+        for number, score in self._score(windows, False, disable_tqdm, texts=owners):
+            owner = owners[number]
+            of_text = scores.setdefault(owner, [])
+            of_text.append((len(windows[number][1]), score))
+            if len(of_text) == counts[owner]:
+                searches = [score.searches for _, score in of_text if score.searches is not None]
+                results[owner] = RollingLoglikelihood(
+                    sum(score.log_prob for _, score in of_text),
+                    sum(length for length, _ in of_text),
+                    sum(searches) if searches else None,
+                )
+                self.cache_hook.add_partial("loglikelihood_rolling", requests[owner].args, results[owner])
+                del scores[owner]
+        return list(results)
+
+    def _loglikelihood_tokens(
+        self,
+        requests: list[tuple[tuple[str, str], list[int], list[int]]],
+        disable_tqdm: bool = False,
+        override_bs: int | None = None,
+        **kwargs: Any,
+    ) -> list[tuple[float, bool]]:
+        results: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
+        pairs = [(context, continuation) for _, context, continuation in requests]
+        for number, score in self._score(pairs, True, disable_tqdm, override_bs):
+            results[number] = score.log_prob, score.is_greedy
+            if requests[number][0] is not None:
+                self.cache_hook.add_partial("loglikelihood", requests[number][0], results[number])
+        return results
+
+    def _score(
+        self,
+        requests: list[tuple[list[int], list[int]]],
+        want_greedy: bool,
+        disable_tqdm: bool = False,
+        batch_size: int | None = None,
+        texts: list[int] | None = None,
+    ) -> Iterator[tuple[int, Score]]:
+        """Score (context, continuation) token lists; yields (request number, score) as batches get done.
+
+        ``texts`` are the numbers of the texts that the requests are windows of.
+        """
+        passages: dict[Any, Passage] = {}
+        askers: dict[Any, list[int]] = {}
+        for number, (context, continuation) in enumerate(requests):
+            text = context + continuation
+            # Requests that read the same tokens share the forward pass, as in HFLM.
+            shared = tuple(text[:-1]) if self.logits_cache and not self.carry_state else number
+            passage = passages.setdefault(shared, Passage(text[-(self.max_length + 1) : -1]))
+            passage.text = texts[number] if texts else None
+            passage.continuations.append(continuation)
+            askers.setdefault(shared, []).append(number)
+        order = list(passages)
+        if not self.carry_state:
+            # Longest first: similar lengths share a batch, and too large a batch shows at once.
+            order.sort(key=lambda shared: -len(passages[shared].tokens))
+        groups = self._groups(passages, order, batch_size)
+        with tqdm(total=len(requests), disable=disable_tqdm or self.rank != 0, desc="Scoring with retrieval") as bar:
+            upcoming = next(groups, None)
+            while (group := upcoming) is not None:
+                upcoming = next(groups, None)
+                following = upcoming.batches[0] if upcoming else None
+                results = self.score_passages(group.batches, want_greedy, following)
+                for shared, scores in zip(group.names, results, strict=True):
+                    yield from zip(askers[shared], scores, strict=True)
+                    bar.update(len(scores))
+
+    def _groups(self, passages: dict[Any, Passage], order: list[Any], batch_size: int | None) -> Iterator[Group]:
+        """The passages in batches, as many batches together as the scorer wants."""
+        start, rows = 0, 0
+        group = Group([], [])
+        while start < len(order):
+            names = order[start : start + (batch_size or self._size_of_batch(passages[order[start]]))]
+            group.names.extend(names)
+            group.batches.append([passages[name] for name in names])
+            rows += sum(max(map(len, passage.continuations)) for passage in group.batches[-1])
+            start += len(names)
+            if rows >= self.scorer.rows_at_once or start >= len(order):
+                yield group
+                group, rows = Group([], []), 0
+
+    def score_passages(
+        self, batches: list[list[Passage]], want_greedy: bool, following: list[Passage] | None = None
+    ) -> list[list[Score]]:
+        """The scorer's ``score``; the place for what has scores from elsewhere."""
+        return self.scorer.score(batches, want_greedy, following)
+
+    def _size_of_batch(self, longest: Passage) -> int:
+        if self.batch_size != "auto":
+            return int(self.batch_size)
+        length = len(longest.tokens)
+        if self.device.type == "cpu":
+            return max(1, CPU_BATCH_TOKENS // length)
+        if length not in self.batch_sizes:
+            probe = Passage([self.prefix_token_id] * length, [[self.prefix_token_id] * length])
+
+            @find_executable_batch_size(starting_batch_size=self.max_batch_size)
+            def try_batch(batch_size: int) -> int:
+                # Two, for the second may be read ahead.
+                self.score_passages([[probe] * batch_size for _ in range(2)], want_greedy=True)
+                return batch_size
+
+            # A size that holds for this length holds for all that follow, which are shorter.
+            self.batch_sizes[length] = max([try_batch(), *self.batch_sizes.values()])
+        return self.batch_sizes[length]
+
+    def _detect_batch_size(self, requests: Any = None, pos: int = 0) -> int:
+        # HFLM asks this where batch_size=auto and it generates.
+        if self.device.type == "cpu":
+            return max(1, CPU_BATCH_TOKENS // self.max_length)
+        return super()._detect_batch_size(requests, pos)

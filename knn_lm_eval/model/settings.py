@@ -1,0 +1,304 @@
+"""The retrieval settings: each argument once, with what it means, its default, its range and its source.
+
+``KNNHF``, ``retrieval_augmented``, a benchmark's file and the table in docs/reference/arguments.md read them here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import textwrap
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from knn_lm_eval.errors import UserError
+from knn_lm_eval.methods.adaptive import Weight, read_weight
+from knn_lm_eval.methods.automaton import AutomatonSettings
+from knn_lm_eval.model.params import Params
+from knn_lm_eval.search.faiss_index import DEFAULT_INDEX
+
+
+class Range(NamedTuple):
+    """The numbers that a setting may be."""
+
+    least: float
+    most: float = math.inf
+    whole: bool = False
+    least_is_in: bool = True
+    infinity_is_in: bool = False
+
+    def __str__(self) -> str:
+        """In words, such as "a whole number of at least 1"."""
+        kind = "a whole number" if self.whole else "a number"
+        if self.most < math.inf:
+            return f"{kind} from {self.least:g} to {self.most:g}"
+        return f"{kind} {'of at least' if self.least_is_in else 'above'} {self.least:g}"
+
+    def check(self, name: str, value: Any) -> float:
+        """The number, an int where it is to be whole (a command line makes 1e3 a float); raises UserError."""
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise UserError(f"{name}={value!r} is not a number.")
+        if self.whole and value % 1 != 0:  # neither is infinity
+            raise UserError(f"{name}={value} is not a whole number.")
+        above_least = value >= self.least if self.least_is_in else value > self.least
+        if not (above_least and value <= self.most) or (value == math.inf and not self.infinity_is_in):
+            raise UserError(f"{name}={value} is out of range: it must be {self}.")
+        return int(value) if self.whole else value
+
+
+def setting(
+    default: Any,
+    doc: str,
+    *,
+    of: Range | tuple[str, ...] | None = None,
+    in_force: Any = None,
+    shown_default: str = "",
+    source: str = "",
+) -> Any:
+    """A field of ``RetrievalSettings``.
+
+    Parameters
+    ----------
+    default : the value where none is given.
+    doc : what it means.
+    of : the numbers, or the words, that it may be.
+    in_force : the value that counts where the default is None and nothing (params, store, index) says otherwise.
+    shown_default : in words, where ``default`` and ``in_force`` are both None.
+    source : the paper or program that the setting comes from.
+    """
+    shown = shown_default or str(default if in_force is None else in_force)
+    metadata = {"doc": doc, "of": of, "in_force": in_force, "default": shown, "source": source}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+KNN_LM, RETOMATON = "Khandelwal et al. 2020", "Alon et al. 2022"
+
+
+@dataclass(frozen=True)
+class RetrievalSettings:
+    """What a retrieval-augmented LM is to be.
+
+    A number that is out of range, and a word that is unknown, raise UserError.
+    """
+
+    datastore: str | os.PathLike | None = setting(
+        None,
+        "the datastore's folder or address (https://... or hf://datasets/...)",
+        shown_default="the environment variable KNN_LM_EVAL_DATASTORE",
+    )
+    params: str | os.PathLike | bool | None = setting(
+        None,
+        "a file that `tune` wrote; it gives what is not given here of k, lmbda, knn_temp, probe, min_knns and "
+        "max_knns. False takes none",
+        shown_default="the datastore's, if it has any",
+    )
+    k: int | None = setting(None, "neighbours per token", of=Range(1, whole=True), in_force=1024, source=KNN_LM)
+    lmbda: float | dict[str, Any] | None = setting(
+        None,
+        "the weight of p_kNN in the mixture, from 0 to 1, or the plain form of an adaptive weight",
+        in_force=0.25,
+        source=f"{KNN_LM}; adaptive: Drozdov et al. 2022, He et al. 2021",
+    )
+    knn_temp: float | None = setting(
+        None,
+        "the temperature of the softmax over distances",
+        of=Range(0, least_is_in=False),
+        in_force=1.0,
+        source=KNN_LM,
+    )
+    probe: int | None = setting(
+        None,
+        "inverted lists that a search visits",
+        of=Range(1, whole=True),
+        shown_default="what the index was found to need when built",
+        source="faiss",
+    )
+    knn_sim_func: str | None = setting(
+        None, "what nearness means", of=("l2", "dot"), shown_default="the index's", source=KNN_LM
+    )
+    knn_keytype: str | None = setting(
+        None,
+        "which hidden state is the key, checked to be the datastore's",
+        of=("last_ffn_input", "last_ffn_output"),
+        shown_default="the datastore's",
+        source=KNN_LM,
+    )
+    key_module: str | None = setting(
+        None,
+        "the name of the submodule whose input (or output) is the key",
+        shown_default="the datastore's",
+    )
+    recompute_dists: bool = setting(
+        False, "use exact distances from the keys on disk instead of the index's approximations", source=KNN_LM
+    )
+    knn_gpu: bool = setting(
+        False,
+        "search on all visible GPUs, in float16, in shards where the index does not fit one (needs faiss-gpu; k at "
+        "most 2,048; of several processes each takes its own GPU)",
+    )
+    index: str = setting(DEFAULT_INDEX, "the name of the datastore's index")
+    retriever: str = setting(
+        "local",
+        "`local` searches in this process, `ray` searches the index's parts on a Ray cluster, whose nodes must see "
+        "the datastore's folder at the same path",
+        of=("local", "ray"),
+    )
+    address: str = setting(
+        "auto",
+        "with retriever=ray, the cluster: HOST:PORT; auto joins the one that runs on this machine, or starts one",
+    )
+    context_len: int = setting(
+        1,
+        "in rolling log-likelihoods, the tokens of context that each scored token has at least, where the text has "
+        "them: 1 is lm-eval's disjoint windows, half of max_length the papers' sliding ones",
+        of=Range(1, whole=True),
+        source=KNN_LM,
+    )
+    retomaton: bool = setting(False, "follow pointers instead of searching at every token", source=RETOMATON)
+    min_knns: float | None = setting(
+        None,
+        "with RetoMaton, search where fewer candidates survived; inf searches everywhere",
+        of=Range(0, infinity_is_in=True),
+        in_force=1,
+        source=RETOMATON,
+    )
+    max_knns: int | None = setting(
+        None,
+        "with RetoMaton, pointers and cluster members considered per token",
+        of=Range(1, whole=True),
+        in_force=1024,
+        source=RETOMATON,
+    )
+    no_pointer: bool = setting(False, "with RetoMaton, follow none: plain kNN-LM, for comparison", source=RETOMATON)
+    clusters: str | None = setting(
+        None,
+        "with RetoMaton, the name of the clustering that extends the pointers",
+        shown_default="none",
+        source=f"{RETOMATON}; greedy merging: He et al. 2021",
+    )
+    duplicates: str = setting(
+        "merge",
+        "with RetoMaton, `merge` counts a candidate once, `keep` as often as it comes up, as the published code does",
+        of=("merge", "keep"),
+    )
+    carry_state: bool = setting(
+        False,
+        "with RetoMaton and context_len above 1, windows of one text continue each other's walk",
+    )
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value, allowed = getattr(self, field.name), field.metadata["of"]
+            if value is None:
+                continue
+            if isinstance(field.default, bool):
+                if value not in (False, True):
+                    raise UserError(f"{field.name}={value!r} is neither True nor False.")
+                object.__setattr__(self, field.name, bool(value))
+            elif isinstance(allowed, Range):
+                object.__setattr__(self, field.name, allowed.check(field.name, value))
+            elif allowed is not None and value not in allowed:
+                raise UserError(f"{field.name}={value!r} is unknown; use {' or '.join(allowed)}.")
+
+    @classmethod
+    def names(cls) -> list[str]:
+        """The arguments' names."""
+        return [field.name for field in dataclasses.fields(cls)]
+
+    @classmethod
+    def take_from(cls, arguments: Mapping[str, Any]) -> tuple[RetrievalSettings, dict[str, Any]]:
+        """The settings among a model's arguments, and the other arguments."""
+        own = set(cls.names())
+        others = {name: value for name, value in arguments.items() if name not in own}
+        return cls(**{name: value for name, value in arguments.items() if name in own}), others
+
+    @property
+    def tunable(self) -> tuple[str, ...]:
+        """The names of those settings that a params file can give."""
+        return (*TUNABLE, *(TUNABLE_OF_WALKS if self.retomaton else ()))
+
+    def automaton(self) -> AutomatonSettings:
+        """How RetoMaton walks; of settings in force."""
+        assert self.k is not None and self.knn_temp is not None
+        assert self.min_knns is not None and self.max_knns is not None
+        return AutomatonSettings(self.k, self.knn_temp, self.min_knns, self.max_knns, self.duplicates)  # type: ignore[arg-type]
+
+    def in_force(self, tuned: Params | None, source: str) -> SettingsInForce:
+        """Fill in what is not given: from tuned params, else the papers' settings.
+
+        Parameters
+        ----------
+        tuned : the params file's content, if there is one.
+        source : where it comes from, ``params`` or ``store default``.
+        """
+        values, sources = {}, {}
+        for name in self.tunable:
+            if (value := getattr(self, name)) is not None:
+                values[name], sources[name] = value, "given"
+            elif tuned is not None and name in tuned.settings:
+                values[name], sources[name] = tuned.settings[name], source
+            else:
+                values[name] = DEFAULTS.get(name)
+                sources[name] = "index" if name == "probe" else "default"
+        weight = read_weight(values["lmbda"])
+        return SettingsInForce(dataclasses.replace(self, **values | {"lmbda": weight.plain()}), weight, sources)
+
+
+class SettingsInForce(NamedTuple):
+    """Settings with nothing left open but what the index decides.
+
+    Attributes
+    ----------
+    settings : with numbers for all that can be tuned; ``probe`` may be None.
+    weight : lmbda, read.
+    sources : by name, where a tunable setting comes from: ``given``, ``params``, ``store default``, ``default`` or
+        ``index``.
+    """
+
+    settings: RetrievalSettings
+    weight: Weight
+    sources: dict[str, str]
+
+
+TUNABLE, TUNABLE_OF_WALKS = ("k", "lmbda", "knn_temp", "probe"), ("min_knns", "max_knns")
+# The papers' settings.
+DEFAULTS: dict[str, Any] = {
+    field.name: field.metadata["in_force"]
+    for field in dataclasses.fields(RetrievalSettings)
+    if field.metadata["in_force"] is not None
+}
+
+
+def settings_table() -> str:
+    """The settings as a Markdown table: argument, default, what it means and may be, source."""
+    lines = ["| argument | default | | source |", "|---|---|---|---|"]
+    for field in dataclasses.fields(RetrievalSettings):
+        said = field.metadata
+        lines.append(f"| `{field.name}` | {said['default']} | {_meaning(said)} | {said['source']} |")
+    return "\n".join(lines) + "\n"
+
+
+def settings_docstring() -> str:
+    """The settings as a docstring's list of parameters."""
+    entries = (
+        f"{field.name} : {_meaning(field.metadata)} (default: {field.metadata['default']})."
+        for field in dataclasses.fields(RetrievalSettings)
+    )
+    return "\n".join(textwrap.fill(entry, 112, subsequent_indent="    ") for entry in entries)
+
+
+def _meaning(said: Mapping[str, Any]) -> str:
+    allowed = said["of"]
+    if isinstance(allowed, Range):
+        return f"{said['doc']}; {allowed}"
+    if allowed is not None and "`" not in said["doc"]:
+        return f"{said['doc']}: {' or '.join(f'`{word}`' for word in allowed)}"
+    return said["doc"]
+
+
+RetrievalSettings.__doc__ = (
+    f"{RetrievalSettings.__doc__.rstrip()}\n\n    Attributes\n    ----------\n"
+    + textwrap.indent(settings_docstring(), "    ")
+)
