@@ -17,7 +17,7 @@ from knn_lm_eval.errors import UserError
 from knn_lm_eval.methods.adaptive import Weight, read_weight
 from knn_lm_eval.methods.automaton import AutomatonSettings
 from knn_lm_eval.model.params import Params
-from knn_lm_eval.search.faiss_index import DEFAULT_INDEX
+from knn_lm_eval.store.index_files import DEFAULT_INDEX
 
 
 class Range(NamedTuple):
