@@ -27,6 +27,7 @@ from knn_lm_eval._startup import tasks_dir
 from knn_lm_eval.benchmark.matrix import Cell, Matrix
 from knn_lm_eval.benchmark.shared_pass import LoadedModel, ReadingEnds, SharedBaseLM, SharedLM, SharedPass
 from knn_lm_eval.errors import UserError
+from knn_lm_eval.model.scoring import LMScorer
 from knn_lm_eval.system.files import disk_errors_in, fsync
 
 logger = logging.getLogger(__name__)
@@ -134,15 +135,15 @@ def _sharing(opened: Sequence[tuple[Cell, SharedLM]]) -> Iterator[list[tuple[Cel
     groups: dict[Any, list[tuple[Cell, SharedLM]]] = {}
     keys: dict[int, Any] = {}
     # Cells without retrieval come last, to join one that reads keys.
-    for cell, lm in sorted(opened, key=lambda one: one[1].scorer.retriever is None):
+    for cell, lm in sorted(opened, key=lambda one: isinstance(one[1].scorer, LMScorer)):
         if lm.carry_state:
-            groups[id(lm)] = [(cell, lm)]  # it reads in an order of its own
+            groups[str(cell)] = [(cell, lm)]  # it reads in an order of its own
             continue
-        if lm.scorer.retriever is None:
+        if isinstance(lm.scorer, LMScorer):
             key = keys.get(lm.context_len)
         else:
             # The module itself: it may go by several names.
-            key = lm.scorer.model.key_type, lm.scorer.model.key_module
+            key = lm.causal_lm.key_type, lm.causal_lm.key_module
             keys.setdefault(lm.context_len, key)
         groups.setdefault((lm.context_len, key), []).append((cell, lm))
     yield from groups.values()

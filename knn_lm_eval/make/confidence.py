@@ -12,15 +12,14 @@ import os
 from collections.abc import Callable
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.lm.fingerprint import check_store_model
 from knn_lm_eval.lm.language_model import CausalLM
 from knn_lm_eval.lm.loading import CausalHFLM
+from knn_lm_eval.lm.reading import Passage, Reader
 from knn_lm_eval.make.dump import Window, WindowSettings, batches, chunks, cut_windows
-from knn_lm_eval.model.scoring import Passage, Scorer
 from knn_lm_eval.store.datastore import Datastore, open_array, read_manifest, record_derived
 from knn_lm_eval.system.files import (
     check_free_space,
@@ -84,7 +83,7 @@ def _write_log_probs(datastore: Datastore, load_lm: Callable[[], CausalHFLM]) ->
     lm = load_lm()
     model = CausalLM(lm.model, manifest["key_type"], lm.mixed_precision_dtype, manifest["key_module"])
     check_store_model(manifest, model, lm.tokenizer, str(lm.pretrained))
-    scorer = Scorer(model, None, 0.0, 1.0, lm.softmax_dtype)
+    reader = Reader(model, lm.softmax_dtype)
     with (
         open(partial, "r+b" if done else "w+b") as file,
         tqdm(total=count, initial=done, unit=" tokens", unit_scale=True, desc="Reading the store's text") as bar,
@@ -99,7 +98,7 @@ def _write_log_probs(datastore: Datastore, load_lm: Callable[[], CausalHFLM]) ->
                 continue
             log_probs = np.empty(end - begin, dtype=np.float32)
             for batch in batches(chunk, windows):
-                for window, part in zip(batch, _read(scorer, batch, datastore.values, prefix_token_id), strict=True):
+                for window, part in zip(batch, _read(reader, batch, datastore.values, prefix_token_id), strict=True):
                     log_probs[window.start - begin : window.stop - begin] = part
                     bar.update(len(part))
             if np.isnan(log_probs).any():
@@ -122,7 +121,7 @@ def passages(windows: list[Window], values: np.ndarray, prefix_token_id: int) ->
     ]
 
 
-def _read(scorer: Scorer, batch: list[Window], values: np.ndarray, prefix_token_id: int) -> list[np.ndarray]:
+def _read(reader: Reader, batch: list[Window], values: np.ndarray, prefix_token_id: int) -> list[np.ndarray]:
     """log p of each window's entries."""
-    log_probs = scorer.token_log_probs(passages(batch, values, prefix_token_id)).to(torch.float32).cpu()
+    log_probs = reader.target_log_probs(reader.read(passages(batch, values, prefix_token_id))).float()
     return [part.numpy() for part in log_probs.split([window.stop - window.start for window in batch])]

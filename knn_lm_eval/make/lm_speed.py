@@ -9,9 +9,9 @@ from itertools import islice
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.lm.language_model import CausalLM
 from knn_lm_eval.lm.loading import CausalHFLM, recorded_arguments
+from knn_lm_eval.lm.reading import Reader
 from knn_lm_eval.make.confidence import passages
 from knn_lm_eval.make.dump import WindowSettings, batches, chunks, cut_windows
-from knn_lm_eval.model.scoring import Scorer
 from knn_lm_eval.store.datastore import Datastore
 
 logger = logging.getLogger(__name__)
@@ -37,11 +37,10 @@ def lm_microseconds(store: Datastore) -> float:
     windows = cut_windows(store.document_starts, len(store), settings)
     cut = (batch for chunk in chunks(windows, settings) for batch in batches(chunk, settings))
     timed = [passages(batch, store.values, lm.prefix_token_id) for batch in islice(cut, BATCHES)]
-    scorer = Scorer(model, None, 0.0, 1.0, lm.softmax_dtype)
-    scorer.score(timed[:1], False)  # warms up
-    before, start = scorer.tokens_scored, time.perf_counter()
-    scorer.score(timed, False)
-    seconds = time.perf_counter() - start
-    microseconds = 1e6 * seconds / (scorer.tokens_scored - before)
+    reader = Reader(model, lm.softmax_dtype)
+    reader.target_log_probs(reader.read(timed[0]))  # warms up
+    start = time.perf_counter()
+    tokens = sum(len(reader.target_log_probs(reader.read(batch))) for batch in timed)
+    microseconds = 1e6 * (time.perf_counter() - start) / tokens
     logger.info("The LM takes %.0f us a token here.", microseconds)
     return microseconds

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from knn_lm_eval.search.retriever import Retriever
@@ -14,8 +14,8 @@ REPORTED_COUNTS = ("tokens_scored", "positions_generated", "searches", "entries_
 class Work(NamedTuple):
     """What was done: counts, and seconds by stage."""
 
-    counts: dict[str, float]
-    seconds: dict[str, float]
+    counts: Mapping[str, float]
+    seconds: Mapping[str, float]
 
     def plus(self, other: Work) -> Work:
         """Both together."""
@@ -41,7 +41,7 @@ def total(works: Sequence[Work]) -> Work:
     return together
 
 
-def saved_searches(counts: dict[str, float], chooses: bool) -> dict[str, float]:
+def saved_searches(counts: Mapping[str, float], chooses: bool) -> dict[str, float]:
     """The fraction of searches that was saved, where searches can be, and how many candidates a walk's step had.
 
     Parameters
@@ -75,7 +75,7 @@ def describe_store(retriever: Retriever) -> dict[str, Any]:
     }
 
 
-def rounded(seconds: dict[str, float]) -> dict[str, float]:
+def rounded(seconds: Mapping[str, float]) -> dict[str, float]:
     """Seconds by stage, to the millisecond."""
     return {stage: round(value, 3) for stage, value in seconds.items()}
 
@@ -92,5 +92,5 @@ def _memory(retriever: Retriever) -> dict[str, Any]:
     }
 
 
-def _added(some: dict[str, float], others: dict[str, float]) -> dict[str, float]:
+def _added(some: Mapping[str, float], others: Mapping[str, float]) -> dict[str, float]:
     return {name: some.get(name, 0) + others.get(name, 0) for name in {**some, **others}}

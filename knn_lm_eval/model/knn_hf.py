@@ -29,6 +29,7 @@ from knn_lm_eval.model.retomaton import RetomatonScorer
 from knn_lm_eval.model.scoring import KNNScorer, LMScorer, PassageScorer
 from knn_lm_eval.model.scoring_lm import ScoringLM
 from knn_lm_eval.model.settings import RetrievalSettings
+from knn_lm_eval.search.retriever import Retriever
 
 logger = logging.getLogger(__name__)
 
@@ -44,9 +45,8 @@ class KNNHF(ScoringLM):
 
     Attributes
     ----------
-    retriever : the datastore, its index, and how they are searched.
+    augmentation : the datastore and how it is mixed into the LM.
     settings : the retrieval settings in force, as they stand in results.
-    setting_sources : by name, where those come from that can be tuned.
 
     Raises
     ------
@@ -77,7 +77,7 @@ class KNNHF(ScoringLM):
         model = CausalLM(self.model, opened.key_type, self.mixed_precision_dtype, opened.key_module)
         name = pretrained if isinstance(pretrained, str) else f"a given {type(model.inner).__name__}"
         opened.check_model(model, self.tokenizer, name)
-        self.retriever, self._chooses = opened.retriever, opened.mixture.weight.threshold is not None
+        self.augmentation = opened
         self.scorer = _scorer(model, opened, self.softmax_dtype)
         self.mixed_forward = MixedForward(model, opened)
         self.carry_state = given.retomaton and given.carry_state
@@ -85,8 +85,12 @@ class KNNHF(ScoringLM):
         self.settings = opened.record | {"key_module": model.key_module_name, "context_len": given.context_len}
         if given.retomaton:
             self.settings["carry_state"] = given.carry_state
-        self.setting_sources = opened.sources
-        self._tell_settings(opened)
+        self._tell_settings()
+
+    @property
+    def retriever(self) -> Retriever:
+        """The datastore, its index, and how they are searched."""
+        return self.augmentation.retriever
 
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: dict | None = None) -> KNNHF:
@@ -100,16 +104,17 @@ class KNNHF(ScoringLM):
         report_user_errors()
         return super().create_from_arg_obj(arg_dict, additional_config)
 
-    def _tell_settings(self, opened: Augmentation) -> None:
+    def _tell_settings(self) -> None:
         shown = dict(self.settings)
-        if opened.mixture.weight.constant is None:
-            shown["lmbda"] = type(opened.mixture.weight).__name__.lower()
+        weight, sources = self.augmentation.mixture.weight, self.augmentation.sources
+        if weight.constant is None:
+            shown["lmbda"] = type(weight).__name__.lower()
         store = self.retriever.datastore
         logger.info(
             "knn-hf with the datastore %s (%s entries): %s",
             store.path,
             f"{len(store):,}",
-            ", ".join(f"{name}={value} ({opened.sources.get(name, 'store')})" for name, value in shown.items()),
+            ", ".join(f"{name}={value} ({sources.get(name, 'store')})" for name, value in shown.items()),
         )
 
     def _model_generate(self, context: Any, max_length: int, stop: list[str], **generation_kwargs: Any) -> Any:
@@ -175,9 +180,9 @@ class KNNHF(ScoringLM):
         return super().get_model_info() | {
             "knn": {
                 **restarts,
-                **saved_searches(counts, self._chooses),
+                **saved_searches(counts, self.augmentation.mixture.weight.threshold is not None),
                 **self.settings,
-                "setting_sources": self.setting_sources,
+                "setting_sources": self.augmentation.sources,
                 **describe_store(self.retriever),
                 "processes": self.world_size,
                 **{name: counts[name] for name in REPORTED_COUNTS},

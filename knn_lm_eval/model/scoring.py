@@ -107,7 +107,14 @@ class LMScorer(PassageScorer):
 
 
 class PairScores(NamedTuple):
-    """Per (row, target) pair: float32 log p, "is the greedy token", and "was searched" (None: all were), ``[pairs]``."""
+    """What each (row, target) pair got, ``[pairs]``.
+
+    Attributes
+    ----------
+    log_probs : float32, of the mixture.
+    greedy : whether the target is the most probable token; None where nobody asked.
+    searched : whether the row was searched; None where all were.
+    """
 
     log_probs: Tensor
     greedy: Tensor | None

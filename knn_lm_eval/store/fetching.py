@@ -48,6 +48,9 @@ PASSING_ERRORS = (urllib.error.URLError, http.client.HTTPException, ConnectionEr
 PASSING_CODES = (408, 425, 429, 500, 502, 503, 504)
 
 
+DATASTORE_VARIABLE = "KNN_LM_EVAL_DATASTORE"
+
+
 class Remote(NamedTuple):
     """A file's URL and what to send with the request."""
 
@@ -63,6 +66,17 @@ def is_address(datastore: str | os.PathLike) -> bool:
 def open_datastore(datastore: str | os.PathLike) -> Datastore:
     """Open the datastore in a folder, or fetch it from an address into the cache first."""
     return Datastore.open(fetch_datastore(str(datastore)) if is_address(datastore) else Path(datastore))
+
+
+def find_datastore(path: str | os.PathLike | None) -> Datastore:
+    """The datastore at ``path`` (a folder or an address), or that ``KNN_LM_EVAL_DATASTORE`` names."""
+    path = path or os.environ.get(DATASTORE_VARIABLE)
+    if not path:
+        raise UserError(
+            "knn-hf needs a datastore: give --model_args datastore=FOLDER, or set the environment variable "
+            f"{DATASTORE_VARIABLE}; make one with `knn-lm-eval dump_datastore` and `knn-lm-eval build_index`."
+        )
+    return open_datastore(path)
 
 
 def fetch_datastore(address: str, output: str | Path | None = None) -> Path:

@@ -192,7 +192,7 @@ def test_an_error_in_the_middle_of_a_shared_pass_is_that_cells_own(content, tmp_
     def broken(*_: Any) -> None:
         raise RuntimeError("the automaton broke")
 
-    monkeypatch.setattr("knn_lm_eval.model.retomaton.RetomatonScorer.score", broken)
+    monkeypatch.setattr("knn_lm_eval.model.retomaton.RetomatonScorer.score_readings", broken)
     outcomes = run_matrix(matrix_of(content, tmp_path), lambda outcome: None)
     assert {str(o.cell.folder): o.state for o in outcomes} == {
         "tiny/base/law": "done",

@@ -21,9 +21,10 @@ from knn_lm_eval import KNNHF
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.lm.language_model import CausalLM
 from knn_lm_eval.lm.loading import CausalHFLM
+from knn_lm_eval.lm.reading import Passage, Reader
 from knn_lm_eval.make.dump import dump_datastore
 from knn_lm_eval.make.text import cut_into_documents
-from knn_lm_eval.model.scoring import Passage, Scorer
+from knn_lm_eval.model.scoring import LMScorer
 from knn_lm_eval.search.indexing import build_index
 
 README = REPO / "README.md"
@@ -85,7 +86,7 @@ def check(model: nn.Module, key_module: str, tolerance: float = 1e-4) -> None:
         torch.testing.assert_close(lm.logits(hidden[i, : len(logits)]), logits, rtol=tolerance, atol=tolerance)
         alone = lm.encode(rows[i][None])[0][0]
         torch.testing.assert_close(keys[i, : len(logits)], alone, rtol=tolerance, atol=tolerance)
-    scores = Scorer(lm, None, 0.0, 1.0).score([[Passage(row[:-1].tolist(), [row[-2:].tolist()]) for row in rows]], True)
+    scores = LMScorer(Reader(lm)).score([[Passage(row[:-1].tolist(), [row[-2:].tolist()]) for row in rows]], True)
     for row, logits, (score,) in zip(rows, expected, scores, strict=True):
         log_probs = torch.log_softmax(logits.float(), -1)[-3:-1]
         assert score.log_prob == pytest.approx(float(log_probs[[0, 1], row[-2:]].sum()), abs=10 * tolerance)
@@ -337,7 +338,7 @@ def test_the_datastore_remembers_a_module_named_by_hand(tokenizer: Any, tmp_path
     build_index(store, "Flat")
     assert store.manifest["key_module"] == name
     lm = KNNHF(model, tokenizer=tokenizer, datastore=store.path, k=5)
-    assert lm.scorer.model.key_module_name == lm.settings["key_module"] == name
+    assert lm.causal_lm.key_module_name == lm.settings["key_module"] == name
     with pytest.raises(UserError, match="keys are .* away"):
         KNNHF(model, tokenizer=tokenizer, datastore=store.path, k=5, key_module="model.layers.1.mlp")
 

@@ -19,6 +19,7 @@ from lm_eval.api.instance import Instance
 
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.lm.loading import CausalHFLM
+from knn_lm_eval.lm.reading import Reader, Reading
 from knn_lm_eval.make import clustering, pruning
 from knn_lm_eval.make.clustering import cluster_greedy_merge, cluster_kmeans
 from knn_lm_eval.make.confidence import LOG_PROBS, lm_log_probs
@@ -26,7 +27,6 @@ from knn_lm_eval.make.dump import dump_datastore
 from knn_lm_eval.make.pruning import prune_confidence, prune_greedy_merge, prune_random
 from knn_lm_eval.make.text import cut_into_documents
 from knn_lm_eval.model.knn_hf import KNNHF
-from knn_lm_eval.model.scoring import Scorer
 from knn_lm_eval.search.faiss_index import open_index, search
 from knn_lm_eval.search.indexing import build_index
 from knn_lm_eval.store import key_stream
@@ -123,15 +123,15 @@ def test_the_confidence_is_that_of_the_windows_that_made_the_keys(store: Datasto
 
 def test_an_interrupted_reading_is_gone_on_with(store: Datastore, lm: CausalHFLM, tmp_path: Path, monkeypatch) -> None:
     shutil.copytree(store.path, tmp_path / "other")
-    read, calls, stop_at = Scorer.token_log_probs, [], 10**9
+    read, calls, stop_at = Reader.read, [], 10**9
 
-    def interrupted(scorer: Scorer, passages: list) -> torch.Tensor:
+    def interrupted(reader: Reader, passages: list) -> Reading:
         calls.append(len(passages))
         if len(calls) == stop_at:
             raise KeyboardInterrupt
         return read(scorer, passages)
 
-    monkeypatch.setattr(Scorer, "token_log_probs", interrupted)
+    monkeypatch.setattr(Reader, "read", interrupted)
     whole = lm_log_probs(Datastore.open(tmp_path / "other"), lambda: lm)
     batches = len(calls)
     calls.clear()

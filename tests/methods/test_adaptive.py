@@ -26,7 +26,7 @@ from knn_lm_eval.methods.adaptive import (
     gate_loss,
     lm_features,
     neighbour_features,
-    read_lmbda,
+    read_weight,
 )
 from knn_lm_eval.methods.automaton import AutomatonSettings
 
@@ -140,7 +140,7 @@ def test_rolling_scores_equal_the_oracle(store: Datastore, lmbda) -> None:
         assert info["searches"] == sum(weight > 0 for weight in used)
     else:
         assert "saved_searches" not in info
-    assert read_lmbda(info["lmbda"]) == lmbda
+    assert read_weight(info["lmbda"]) == lmbda
 
 
 @pytest.mark.parametrize("lmbda", [BUCKETS, FULL_GATE, CHOOSY_GATE], ids=["buckets", "gate", "choosy"])
@@ -168,7 +168,7 @@ def test_forward_and_generation_equal_the_oracle(store: Datastore, lmbda) -> Non
     with retrieval_augmented(lm.model, store.path, k=K, knn_temp=TEMPERATURE, lmbda=lmbda.plain()) as mixed:
         actual = lm.model(torch.tensor([tokens])).logits[0].double().exp().numpy()
         np.testing.assert_allclose(actual, expected, atol=1e-5)
-        assert mixed.skipped == sum(weight == 0 for weight in weights)
+        assert mixed.work.counts["rows_skipped"] == sum(weight == 0 for weight in weights)
         generated = lm.model.generate(torch.tensor([tokens]), max_new_tokens=3, do_sample=False)[0].tolist()
     for end in range(20, 23):
         rows, _ = slow_distributions(lm, lmbda, generated[:end])
@@ -202,7 +202,7 @@ def test_retomaton_equals_the_slow_walk(store: Datastore, lmbda) -> None:
 def test_small_blocks_do_not_change_results(store: Datastore, monkeypatch) -> None:
     requests = [Instance("loglikelihood_rolling", {}, (text,), 0) for text in TEXTS]
     expected = [make(store, lmbda).loglikelihood_rolling(requests) for lmbda in (FULL_GATE, CHOOSY_GATE)]
-    monkeypatch.setattr("knn_lm_eval.model.scoring.LOGITS_BYTES", 400 * 4 * 2)
+    monkeypatch.setattr("knn_lm_eval.lm.reading.LOGITS_BYTES", 400 * 4 * 2)
     monkeypatch.setattr("knn_lm_eval.model.scoring.NEIGHBOURS_PER_BLOCK", K * 3)
     actual = [make(store, lmbda).loglikelihood_rolling(requests) for lmbda in (FULL_GATE, CHOOSY_GATE)]
     for one, other in zip(actual, expected, strict=True):
@@ -223,7 +223,7 @@ def test_what_does_not_go_together_is_refused(store: Datastore) -> None:
         ({"output": None}, "malformed"),
     ):
         with pytest.raises(UserError, match=sentence):
-            read_lmbda(plain | change)
+            read_weight(plain | change)
 
 
 # ---------------------------------------------------------------------------------------------------- features
@@ -307,7 +307,7 @@ def test_the_gate_recovers_a_dependence() -> None:
     assert loss(gate(torch.from_numpy(features))) < constant - 0.03
     assert fit_gate(*synthetic()) == gate  # the same numbers again
     assert fit_gate(*synthetic(), seed=1) != gate
-    assert read_lmbda(gate.plain()) == gate
+    assert read_weight(gate.plain()) == gate
 
 
 def test_the_gates_loss_is_the_mixtures_and_so_is_its_gradient() -> None:
@@ -337,4 +337,4 @@ def test_a_table_in_a_file_stays_the_same(tmp_path: Path) -> None:
     import json
 
     for lmbda in (BUCKETS, FULL_GATE, CHOOSY_GATE):
-        assert read_lmbda(json.loads(json.dumps(lmbda.plain()))) == lmbda
+        assert read_weight(json.loads(json.dumps(lmbda.plain()))) == lmbda

@@ -115,9 +115,9 @@ def test_generation_equals_steps_computed_anew(clustered: Datastore, tokenizer, 
         # Beams did change places: a state that stayed in its row would be another sequence's.
         assert any((beams[beams >= 0] % 3).unique().numel() > 1 for beams in actual.beam_indices)
     if settings is KNN:
-        assert searches == mixed.positions
+        assert searches == mixed.work.counts["positions_generated"]
     else:
-        assert len(PROMPTS) <= searches < mixed.positions
+        assert len(PROMPTS) <= searches < mixed.work.counts["positions_generated"]
 
 
 @pytest.mark.parametrize("name", ["gpt2", "opt", "mistral, window of 8"])
@@ -209,7 +209,7 @@ def test_forward_over_windows_equals_the_oracle(clustered: Datastore, tokenizer,
     real = batch["attention_mask"].bool()
     with retrieval_augmented(model, clustered.path, **settings) as mixed:
         logits = model(**batch).logits
-    assert logits.dtype == torch.float32 and mixed.positions == real.sum()
+    assert logits.dtype == torch.float32 and mixed.work.counts["positions_generated"] == real.sum()
     torch.testing.assert_close(logits.logsumexp(-1), torch.zeros(real.shape), rtol=0, atol=1e-5)
     for row, ids, mask in zip(logits, batch["input_ids"], real, strict=True):
         expected = oracle_log_probs(model, clustered, ids[mask].tolist(), 0, "retomaton" in settings)
@@ -224,9 +224,9 @@ def test_only_positions_with_logits_are_mixed(clustered: Datastore, tokenizer, s
     tokens, length = ids[0].tolist(), ids.shape[1]
     with retrieval_augmented(model, clustered.path, **settings) as mixed:
         last = model(ids, logits_to_keep=5).logits
-        assert mixed.positions == 5
+        assert mixed.work.counts["positions_generated"] == 5
         some = model(ids, logits_to_keep=torch.tensor([2, 3, 9])).logits
-        assert mixed.positions == 8
+        assert mixed.work.counts["positions_generated"] == 8
     expected = oracle_log_probs(model, clustered, tokens, length - 5, "retomaton" in settings)
     np.testing.assert_allclose(last[0], expected, rtol=0, atol=TOLERANCE)
     for part, stretch in ((some[0, :2], slice(2, 4)), (some[0, 2:], slice(9, 10))):
@@ -295,9 +295,9 @@ def test_adapted_models_generate_under_the_mixture(clustered, tokenizer, kind: s
     batch = encode(tokenizer, PROMPTS[:1])
     how = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 1, "output_logits": True}
     with mixed:
-        first = mixed.positions
+        first = mixed.work.counts["positions_generated"]
         output = model.generate(**batch, **how, return_dict_in_generate=True)
-        assert mixed.positions - first == 6
+        assert mixed.work.counts["positions_generated"] - first == 6
         assert mixed.augmentation.retriever.statistics.searches <= 6
         text = output.sequences[:, :-1]
         window = model(text, attention_mask=torch.ones_like(text), logits_to_keep=6).logits[0, -6:]

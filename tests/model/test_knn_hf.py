@@ -176,7 +176,7 @@ def test_small_blocks_do_not_change_results(make, monkeypatch) -> None:
     lm = make(lmbda=0.5)
     requests = [pair(*p) for p in PAIRS]
     expected = lm.loglikelihood(requests)
-    monkeypatch.setattr("knn_lm_eval.model.scoring.LOGITS_BYTES", 400 * 4 * 2)
+    monkeypatch.setattr("knn_lm_eval.lm.reading.LOGITS_BYTES", 400 * 4 * 2)
     monkeypatch.setattr("knn_lm_eval.model.scoring.NEIGHBOURS_PER_BLOCK", 50 * 3)
     actual = lm.loglikelihood(requests)
     assert [s for s, _ in actual] == pytest.approx([s for s, _ in expected], rel=1e-5)

@@ -7,12 +7,14 @@ import logging
 import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from knn_lm_eval import Datastore, UserError
-from knn_lm_eval.model.opening import Augmentation
+from knn_lm_eval.model.opening import Augmentation, open_augmentation
 from knn_lm_eval.model.params import STORE_DEFAULT, Params
+from knn_lm_eval.model.settings import RetrievalSettings
 
 
 @pytest.fixture
@@ -30,6 +32,10 @@ def tuned_for(store: Datastore, **conditions: object) -> dict:
     }
 
 
+def opened(store: Datastore, **arguments: Any) -> Augmentation:
+    return open_augmentation(RetrievalSettings(datastore=store.path, **arguments))
+
+
 def write(path: Path, store: Datastore, **settings: object) -> Path:
     Params(settings, tuned_for(store)).write(path)
     return path
@@ -39,40 +45,40 @@ def test_given_wins_over_params_over_the_stores_default_over_the_papers(mine: Da
     write(mine.path / STORE_DEFAULT, mine, k=7, knn_temp=3.0, lmbda=0.1)
     file = write(tmp_path / "tuned.json", mine, k=9, knn_temp=5.0, lmbda=0.2)
 
-    def opened(**arguments: object) -> list[tuple]:
-        it = Augmentation.open(mine.path, **arguments)
-        return [(it.settings[name], it.sources[name]) for name in ("k", "knn_temp", "lmbda")]
+    def chosen(**arguments: object) -> list[tuple]:
+        it = opened(mine, **arguments)
+        return [(it.record[name], it.sources[name]) for name in ("k", "knn_temp", "lmbda")]
 
-    assert opened(params=file, k=5) == [(5, "given"), (5.0, "params"), (0.2, "params")]
-    assert opened(k=5) == [(5, "given"), (3.0, "store default"), (0.1, "store default")]
-    assert opened(params=False) == [(1024, "default"), (1.0, "default"), (0.25, "default")]
+    assert chosen(params=file, k=5) == [(5, "given"), (5.0, "params"), (0.2, "params")]
+    assert chosen(k=5) == [(5, "given"), (3.0, "store default"), (0.1, "store default")]
+    assert chosen(params=False) == [(1024, "default"), (1.0, "default"), (0.25, "default")]
     (mine.path / STORE_DEFAULT).unlink()
-    assert opened() == [(1024, "default"), (1.0, "default"), (0.25, "default")]
+    assert chosen() == [(1024, "default"), (1.0, "default"), (0.25, "default")]
 
 
 def test_retomatons_settings_come_from_params_too(mine: Datastore, tmp_path: Path) -> None:
     file = write(tmp_path / "tuned.json", mine, k=9, knn_temp=5.0, lmbda=0.2, min_knns=math.inf, max_knns=77)
     json.loads(file.read_text(), parse_constant=pytest.fail)  # infinity is no JSON
-    it = Augmentation.open(mine.path, params=file, retomaton=True, max_knns=30)
+    it = opened(mine, params=file, retomaton=True, max_knns=30)
     assert (it.automaton.settings.min_knns, it.automaton.settings.max_knns) == (math.inf, 30)
     assert (it.sources["min_knns"], it.sources["max_knns"]) == ("params", "given")
-    assert "min_knns" not in Augmentation.open(mine.path, params=file).settings
+    assert "min_knns" not in opened(mine, params=file).record
 
 
 def test_a_command_lines_1e3_is_a_whole_number(mine: Datastore) -> None:
-    it = Augmentation.open(mine.path, k=1e2, retomaton=True, max_knns=1e3)
+    it = opened(mine, k=1e2, retomaton=True, max_knns=1e3)
     assert (repr(it.retriever.k), repr(it.automaton.settings.max_knns)) == ("100", "1000")
 
 
 def test_untuned_defaults_are_named_once(mine: Datastore, tmp_path: Path, caplog) -> None:
     file = write(tmp_path / "tuned.json", mine, k=9, knn_temp=5.0, lmbda=0.2)
     with caplog.at_level(logging.WARNING):
-        Augmentation.open(mine.path, params=file)
-        Augmentation.open(mine.path, lmbda=0.2, knn_temp=3.0)
-        Augmentation.open(mine.path, lmbda=0)
-        Augmentation.open(mine.path, params=False)
+        opened(mine, params=file)
+        opened(mine, lmbda=0.2, knn_temp=3.0)
+        opened(mine, lmbda=0)
+        opened(mine, params=False)
         assert not caplog.messages
-        Augmentation.open(mine.path)
+        opened(mine)
         (message,) = caplog.messages
     assert "untuned defaults" in message and "knn-lm-eval tune" in message
 
@@ -80,7 +86,7 @@ def test_untuned_defaults_are_named_once(mine: Datastore, tmp_path: Path, caplog
 def test_other_conditions_than_those_tuned_with_are_warned_of(mine: Datastore, tmp_path: Path, caplog) -> None:
     file = write(tmp_path / "tuned.json", mine, k=9, knn_temp=5.0, lmbda=0.2)
     with caplog.at_level(logging.WARNING):
-        Augmentation.open(mine.path, params=file, recompute_dists=True)
+        opened(mine, params=file, recompute_dists=True)
     (message,) = caplog.messages
     assert "recompute_dists=False, now it is recompute_dists=True" in message
 
@@ -88,7 +94,7 @@ def test_other_conditions_than_those_tuned_with_are_warned_of(mine: Datastore, t
 def test_files_that_do_not_fit_are_refused(mine: Datastore, tmp_path: Path) -> None:
     def refuses(sentence: str, path: Path | bool) -> None:
         with pytest.raises(UserError, match=sentence) as caught:
-            Augmentation.open(mine.path, params=path)
+            opened(mine, params=path)
         assert "\n" not in str(caught.value)
 
     good = write(tmp_path / "good.json", mine, k=9, knn_temp=5.0, lmbda=0.2)
@@ -120,4 +126,4 @@ def test_files_that_do_not_fit_are_refused(mine: Datastore, tmp_path: Path) -> N
     # Half-written where the store keeps its default.
     (mine.path / STORE_DEFAULT).write_text("{")
     with pytest.raises(UserError, match="params.json is damaged"):
-        Augmentation.open(mine.path)
+        opened(mine)

@@ -163,11 +163,11 @@ def test_kmeans_clusters_on_gpus_hold_each_entry_once(own_store: Datastore) -> N
 @needs_torch_gpu
 def test_reading_ahead_on_a_gpu_changes_no_score(store: Datastore, model_folder: Path) -> None:
     lm = KNNHF(str(model_folder), datastore=store.path, k=20, batch_size=2, device="cuda")
-    assert lm.scorer.reads_ahead
+    assert lm.scorer.reader.reads_ahead
     texts = [EVAL_TEXT, TRAIN_TEXT[300:900], EVAL_TEXT[100:350]]
     requests = [Instance("loglikelihood_rolling", {}, (text,), number) for number, text in enumerate(texts)]
     ahead = lm.loglikelihood_rolling(requests, disable_tqdm=True)
-    lm.scorer.reads_ahead = False
+    lm.scorer.reader.reads_ahead = False
     assert lm.loglikelihood_rolling(requests, disable_tqdm=True) == pytest.approx(ahead, rel=1e-6)
     cpu = KNNHF(str(model_folder), datastore=store.path, k=20, batch_size=2, device="cpu")
     assert cpu.loglikelihood_rolling(requests, disable_tqdm=True) == pytest.approx(ahead, rel=1e-3)
@@ -176,15 +176,14 @@ def test_reading_ahead_on_a_gpu_changes_no_score(store: Datastore, model_folder:
 
 @needs_torch_gpu
 def test_a_stage_on_a_gpu_is_timed_to_its_end() -> None:
-    seconds = {"launched": 0.0, "waiting": 0.0}
-    timer = StageTimer(seconds, torch.device("cuda"))
+    timer = StageTimer(("launched", "waiting"), torch.device("cuda"))
     matrix = torch.ones(4096, 4096, device="cuda")
     with timer("launched"):
         for _ in range(50):
             matrix = (matrix @ matrix).clamp(max=1)
     with timer("waiting"):
         float(matrix.sum())
-    timer.settle()
+    seconds = timer.seconds
     assert seconds["launched"] > 10 * seconds["waiting"] > 0
 
 
@@ -196,7 +195,7 @@ def test_generation_on_a_gpu_is_that_of_the_cpu(store: Datastore, model_folder: 
         lm = KNNHF(str(model_folder), datastore=store.path, k=20, lmbda=0.5, device=device, **settings)
         asked = (EVAL_TEXT[:100], {"max_gen_toks": 12, "until": []})
         texts.append(lm.generate_until([Instance("generate_until", {}, asked, 0)], disable_tqdm=True))
-        assert lm.mixed_forward.seconds["forward"] > 0
+        assert lm.mixed_forward.work.seconds["forward"] > 0
     assert texts[0] == texts[1]
 
 
