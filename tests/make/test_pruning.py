@@ -129,7 +129,7 @@ def test_an_interrupted_reading_is_gone_on_with(store: Datastore, lm: CausalHFLM
         calls.append(len(passages))
         if len(calls) == stop_at:
             raise KeyboardInterrupt
-        return read(scorer, passages)
+        return read(reader, passages)
 
     monkeypatch.setattr(Reader, "read", interrupted)
     whole = lm_log_probs(Datastore.open(tmp_path / "other"), lambda: lm)
