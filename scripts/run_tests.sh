@@ -13,5 +13,8 @@ ruff format --check .
 stage "mypy"
 mypy knn_lm_eval scripts
 
+stage "lint-imports"
+lint-imports
+
 stage "pytest"
 pytest -n 2 --dist loadgroup "$@"

@@ -16,6 +16,7 @@ from typing import Any
 import datasets
 
 from knn_lm_eval.errors import UserError
+from knn_lm_eval.make.text import python_docs_split
 
 logger = logging.getLogger(__name__)
 
@@ -172,14 +173,6 @@ def law(split: str, data_dir: object = None, **_metadata: Any) -> dict[str, data
 
 def python_docs(**_metadata: Any) -> dict[str, datasets.Dataset]:
     return {split: datasets.Dataset.from_dict({"text": python_docs_split(split)}) for split in ("train", "test")}
-
-
-def python_docs_split(split: str) -> list[str]:
-    """The topics of Python's help() sorted by name: every eighth is for "test", the rest for "train"."""
-    from pydoc_data.topics import topics
-
-    texts = [topics[name] for name in sorted(topics)]
-    return [text for i, text in enumerate(texts) if (i % 8 == 0) == (split == "test")]
 
 
 # ------------------------------------------------------------------------------------------------ Local files

@@ -1,6 +1,7 @@
 """lm-eval finds the model and the tasks in a fresh environment, and the start-up hook gets in nobody's way.
 
-Tried with a wheel and with an editable install, with an lm-eval that reads entry points and one that doesn't.
+Tried with a wheel and with editable installs of checkouts, with and without links; with an lm-eval that reads entry
+points and one that doesn't.
 """
 
 import importlib.util
@@ -70,6 +71,13 @@ def clean_env() -> dict[str, str]:
     return env | {"HF_HUB_OFFLINE": "1"}
 
 
+def build_wheel(source: Path, folder: Path) -> Path:
+    """The wheel that pip makes of a folder of sources or an sdist."""
+    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
+    checked([*pip, "--wheel-dir", str(folder), str(source)])
+    return next(folder.glob("*.whl"))
+
+
 def checked(command: list[str], **options: object) -> None:
     result = subprocess.run(command, capture_output=True, text=True, **options)
     assert result.returncode == 0, result.stdout + result.stderr
@@ -89,10 +97,29 @@ def add_lm_eval(env: Environment) -> None:
 
 @pytest.fixture(scope="session")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("wheel")
-    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
-    checked([*pip, "--wheel-dir", str(folder), str(REPO)])
-    return next(folder.glob("*.whl"))
+    return build_wheel(REPO, tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture(scope="session")
+def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sdist")
+    checked([sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", str(folder), str(REPO)])
+    return next(folder.glob("*.tar.gz"))
+
+
+@pytest.fixture(scope="session")
+def unlinked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkout by a git that makes no links (Windows): where the link to tasks/ would be, a file names its aim."""
+    checkout = tmp_path_factory.mktemp("unlinked") / "checkout"
+    checkout.mkdir()
+    for file in ("pyproject.toml", "README.md", "LICENSE", "knn_lm_eval.pth"):
+        shutil.copy(REPO / file, checkout)
+    for folder in ("knn_lm_eval", "tasks"):
+        no_caches = shutil.ignore_patterns("__pycache__", ".*")
+        shutil.copytree(REPO / folder, checkout / folder, symlinks=True, ignore=no_caches)
+    (checkout / "knn_lm_eval" / "tasks").unlink()
+    (checkout / "knn_lm_eval" / "tasks").write_text("../tasks")
+    return checkout
 
 
 @pytest.fixture(scope="session")
@@ -111,8 +138,21 @@ def editable_env(tmp_path_factory: pytest.TempPathFactory) -> Environment:
     return env
 
 
+@pytest.fixture(scope="session")
+def unlinked_env(tmp_path_factory: pytest.TempPathFactory, unlinked: Path) -> Environment:
+    env = Environment(tmp_path_factory.mktemp("unlinked-env"), SITE_PACKAGES)
+    env.install("--editable", str(unlinked))
+    add_lm_eval(env)
+    return env
+
+
 @pytest.fixture(params=["wheel", "editable"])
 def env(request: pytest.FixtureRequest) -> Environment:
+    return request.getfixturevalue(f"{request.param}_env")
+
+
+@pytest.fixture(params=["wheel", "editable", "unlinked"])
+def any_env(request: pytest.FixtureRequest) -> Environment:
     return request.getfixturevalue(f"{request.param}_env")
 
 
@@ -127,15 +167,29 @@ def bare_env(tmp_path: Path, wheel: Path) -> Environment:
 # What is installed
 
 
-def test_wheel_carries_everything(wheel: Path) -> None:
-    names = set(zipfile.ZipFile(wheel).namelist())
-    assert {"knn_lm_eval.pth", "knn_lm_eval/py.typed", "knn_lm_eval/_startup.py"} <= names
+def test_wheel_carries_the_package_with_its_tasks_and_nothing_else(wheel: Path) -> None:
+    names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    expected = {"knn_lm_eval.pth"}
     for path, inside in ((REPO / "tasks", "knn_lm_eval/tasks"), (REPO / "knn_lm_eval", "knn_lm_eval")):
         files = [file.relative_to(path) for file in path.rglob("*") if file.is_file()]
         ignored = re.compile(r"(^|/)(\.|__pycache__/)")
         there = {f"{inside}/{file}" for file in files if not ignored.search(str(file))}
-        assert there and there <= names
-    assert all(name.startswith("knn_lm_eval") for name in names)
+        assert there
+        expected |= there
+    assert names == expected
+    assert {"knn_lm_eval/py.typed", "knn_lm_eval/tasks/law.yaml", "knn_lm_eval/methods/automaton.py"} <= names
+
+
+@pytest.mark.parametrize("source", ["sdist", "unlinked"])
+def test_wheel_is_the_same_from_other_sources(
+    wheel: Path, source: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    other = build_wheel(request.getfixturevalue(source), tmp_path)
+    files, others = (
+        {info.filename: info.CRC for info in zipfile.ZipFile(file).infolist() if not info.filename.endswith("/RECORD")}
+        for file in (wheel, other)
+    )
+    assert files == others
 
 
 def test_each_environment_imports_its_own_copy(wheel_env: Environment, editable_env: Environment) -> None:
@@ -152,6 +206,22 @@ def test_each_environment_imports_its_own_copy(wheel_env: Environment, editable_
     assert not (editable_env.site / "knn_lm_eval").exists()
 
 
+def test_tasks_are_a_part_of_the_package(wheel_env: Environment, editable_env: Environment) -> None:
+    source = "from knn_lm_eval.tasks import corpora, perplexity; print(corpora.__file__)"
+    for env, folder in ((wheel_env, wheel_env.site / "knn_lm_eval" / "tasks"), (editable_env, REPO / "tasks")):
+        assert Path(env.code(source).strip()).resolve() == (folder / "corpora.py").resolve()
+
+
+def test_a_checkout_without_links_reads_its_tasks_beside_the_package(unlinked: Path, unlinked_env: Environment) -> None:
+    """Also the first run's text, which is the training split of one of them."""
+    source = """
+        from knn_lm_eval._startup import tasks_dir
+        from knn_lm_eval.cli.first_run import training_text
+        print(tasks_dir(), len(training_text()) > 10_000)
+    """
+    assert unlinked_env.code(source).split() == [str(unlinked / "tasks"), "True"]
+
+
 def test_command_is_installed(env: Environment) -> None:
     result = env.run(env.root / "bin" / "knn-lm-eval", "--version")
     assert result.returncode == 0 and result.stdout.startswith("knn-lm-eval 0.")
@@ -160,14 +230,14 @@ def test_command_is_installed(env: Environment) -> None:
 # With lm-eval as released
 
 
-def test_lm_eval_lists_our_tasks(env: Environment) -> None:
-    listed = env.lm_eval("ls", "tasks").stdout
+def test_lm_eval_lists_our_tasks(any_env: Environment) -> None:
+    listed = any_env.lm_eval("ls", "tasks").stdout
     names = {line.split("|")[1].strip() for line in listed.splitlines() if line.startswith("|")}
     assert names >= OUR_TASKS | {"wikitext"}
 
 
-def test_lm_eval_knows_the_model(wheel_env: Environment) -> None:
-    result = wheel_env.lm_eval("--model", "knn-hf", "--tasks", "wikitext103")
+def test_lm_eval_knows_the_model(any_env: Environment) -> None:
+    result = any_env.lm_eval("--model", "knn-hf", "--tasks", "wikitext103")
     assert result.returncode != 0
     output = result.stdout + result.stderr
     assert "datastore" in output
@@ -319,8 +389,9 @@ def test_entry_points_alone_do_the_work(env: Environment, tmp_path: Path) -> Non
 
         assert list(model_registry) == ["hf", "knn-hf"]
         assert isinstance(model_registry["knn-hf"], EntryPoint)
-        assert TaskManager().paths == [tasks_dir()]
-        assert TaskManager(["theirs"]).paths == [tasks_dir(), "theirs"]
+        (folder,) = TaskManager().paths  # which in a checkout is a link to the other
+        assert folder.resolve() == tasks_dir()
+        assert TaskManager(["theirs"]).paths == [folder, "theirs"]
     """
     env.code(source, PYTHONPATH=write_package(tmp_path, FAKE_LM_EVAL))
 

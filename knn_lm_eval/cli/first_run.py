@@ -185,7 +185,7 @@ def check_training_text(file: Path) -> None:
 
 
 def training_text() -> str:
-    from knn_lm_eval.tasks.corpora import python_docs_split
+    from knn_lm_eval.make.text import python_docs_split
 
     return "".join(json.dumps({"text": topic}) + "\n" for topic in python_docs_split("train"))
 

@@ -142,3 +142,11 @@ def read_dataset(
         if mode != "line" and not text.endswith("\n"):
             text = (text or " ") + "\n" if mode == "wikitext" else text + "\n"
         yield text
+
+
+def python_docs_split(split: str) -> list[str]:
+    """The topics of Python's help() sorted by name: every eighth is for "test", the rest for "train"."""
+    from pydoc_data.topics import topics
+
+    texts = [topics[name] for name in sorted(topics)]
+    return [text for i, text in enumerate(texts) if (i % 8 == 0) == (split == "test")]

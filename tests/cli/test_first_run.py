@@ -25,8 +25,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, 
 
 from knn_lm_eval.cli import first_run
 from knn_lm_eval.errors import UserError
+from knn_lm_eval.make.text import python_docs_split
 from knn_lm_eval.store.datastore import Datastore
-from knn_lm_eval.tasks.corpora import python_docs_split
 
 SCRIPT = SCRIPTS / "first_run.py"
 

@@ -18,10 +18,10 @@ from knn_lm_eval import KNNHF, Datastore
 from knn_lm_eval.lm.loading import CausalHFLM
 from knn_lm_eval.make.clustering import cluster_kmeans
 from knn_lm_eval.make.dump import dump_datastore
+from knn_lm_eval.make.text import python_docs_split
 from knn_lm_eval.methods.automaton import AutomatonSettings
 from knn_lm_eval.search.indexing import build_index
 from knn_lm_eval.store.clusters import Clusters
-from knn_lm_eval.tasks.corpora import python_docs_split
 
 # Squared distances between SmolLM2's keys are differences of numbers of some hundreds, which float32 search gets
 # right to about 1e-4: the exponent of a neighbour's weight at temperature 1.
