@@ -34,7 +34,8 @@ class Range(NamedTuple):
         kind = "a whole number" if self.whole else "a number"
         if self.most < math.inf:
             return f"{kind} from {self.least:g} to {self.most:g}"
-        return f"{kind} {'of at least' if self.least_is_in else 'above'} {self.least:g}"
+        beyond = ", or inf" if self.infinity_is_in else ""
+        return f"{kind} {'of at least' if self.least_is_in else 'above'} {self.least:g}{beyond}"
 
     def check(self, name: str, value: Any) -> float:
         """The number, an int where it is to be whole (a command line makes 1e3 a float); raises UserError."""
@@ -44,7 +45,7 @@ class Range(NamedTuple):
             raise UserError(f"{name}={value} is not a whole number.")
         above_least = value >= self.least if self.least_is_in else value > self.least
         if not (above_least and value <= self.most) or (value == math.inf and not self.infinity_is_in):
-            raise UserError(f"{name}={value} is out of range: it must be {self}.")
+            raise UserError(f"{name}={value} must be {self}.")
         return int(value) if self.whole else value
 
 

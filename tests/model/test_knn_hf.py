@@ -266,7 +266,7 @@ def test_a_store_needs_no_model_to_be_found_wanting(store: Datastore) -> None:
     refuses("needs a datastore", datastore=None)
     refuses("no such folder", datastore="/nowhere")
     refuses(f"k={len(store) + 1} does not fit", k=len(store) + 1)
-    refuses("k=0 does not fit", k=0)
+    refuses("k=0 must be a whole number of at least 1", k=0)
     refuses("k=1.5 is not a whole number", k=1.5)
     refuses("k=inf is not a whole number", k=math.inf)
     refuses("max_knns=inf is not a whole number", k=5, retomaton=True, max_knns=math.inf)

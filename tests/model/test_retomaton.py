@@ -220,7 +220,7 @@ def test_settings_out_of_range_are_named(store: Datastore) -> None:
         with pytest.raises(UserError, match=sentence):
             KNNHF("no-such-model", datastore=store.path, k=5, **({"retomaton": True} | arguments))
 
-    refuses("min_knns=-1 must be 0 or more", min_knns=-1)
+    refuses("min_knns=-1 must be a number of at least 0, or inf", min_knns=-1)
     refuses("min_knns='few' is not a number", min_knns="few")
     refuses("max_knns=0 must be", max_knns=0)
     refuses("duplicates='drop' is unknown", duplicates="drop")
