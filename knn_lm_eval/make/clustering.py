@@ -10,7 +10,6 @@ from __future__ import annotations
 import datetime
 import logging
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +40,7 @@ from knn_lm_eval.store.clusters import (
     entry_dtype,
 )
 from knn_lm_eval.store.datastore import Datastore, record_derived
+from knn_lm_eval.store.key_stream import keys_of, number_entries
 from knn_lm_eval.system.checkpoints import SavedStates
 from knn_lm_eval.system.files import (
     check_free_space,
@@ -55,7 +55,6 @@ logger = logging.getLogger(__name__)
 
 ENTRIES_PER_CLUSTER = 100  # on average, by default; Alon et al. 2022, figures 8 and 9
 SAMPLE_PER_CLUSTER = 64  # keys to train on, by default; faiss asks for 39 to 256 per centroid
-CHUNK = 2**14  # keys read at a time
 MEMORY_SHARE = 0.8  # of the machine's, that k-means may take
 
 
@@ -90,7 +89,7 @@ def cluster_kmeans(
         Where the numbers do not fit the store, the sample does not fit the memory, the name is taken, or the
         disk is full.
     """
-    datastore.require_keys("clustering")
+    keys = datastore.require_keys("clustering")
     datastore.require_text_order("clustering, which is for RetoMaton,")
     count = len(datastore)
     num_clusters = max(1, count // ENTRIES_PER_CLUSTER) if num_clusters is None else num_clusters
@@ -119,10 +118,10 @@ def cluster_kmeans(
             index = faiss.index_cpu_to_all_gpus(index)
         index.add(centroids)
 
-        def assign(clusters: np.ndarray, begin: int, keys: np.ndarray) -> None:
-            clusters[begin : begin + len(keys)] = index.search(keys, 1)[1][:, 0]
+        def assign(clusters: np.ndarray, begin: int, chunk: np.ndarray) -> None:
+            clusters[begin : begin + len(chunk)] = index.search(chunk, 1)[1][:, 0]
 
-        cluster_of_entry = _fill(datastore, work, np.int32, assign, "Assigning keys to clusters")
+        cluster_of_entry = number_entries(keys, work, np.int32, assign, "Assigning keys to clusters")
         return work.finish(cluster_of_entry, num_clusters)
 
 
@@ -205,10 +204,11 @@ def find_absorbers(searched: NeighbourSearch, work: SavedStates) -> np.ndarray:
     datastore = searched.datastore
     values = np.asarray(datastore.values)
 
-    def merge(absorber: np.ndarray, begin: int, keys: np.ndarray) -> None:
-        _merge(absorber, values, search(searched.index, keys, searched.k + 1)[1], begin)
+    def merge(absorber: np.ndarray, begin: int, chunk: np.ndarray) -> None:
+        _merge(absorber, values, search(searched.index, chunk, searched.k + 1)[1], begin)
 
-    return _fill(datastore, work, entry_dtype(len(datastore)), merge, "Merging near neighbours")
+    keys = datastore.require_keys("clustering")
+    return number_entries(keys, work, entry_dtype(len(datastore)), merge, "Merging near neighbours")
 
 
 def import_members(datastore: Datastore, name: str, pickle_file: str | Path, overwrite: bool = False) -> Clusters:
@@ -341,9 +341,7 @@ def _train(datastore: Datastore, work: _Work, num_clusters: int, sample: int, it
     with tqdm(total=iterations, initial=done, desc=description, unit=" iterations") as bar:
         chosen = np.random.default_rng(seed).choice(len(datastore), sample, replace=False, shuffle=False)
         chosen.sort()
-        vectors = np.empty((sample, datastore.dimension), dtype=np.float32)
-        for begin in range(0, sample, CHUNK):
-            vectors[begin : begin + CHUNK] = _read_keys(datastore, chosen[begin : begin + CHUNK])
+        vectors = keys_of(datastore.require_keys("clustering"), chosen)
         while done < iterations:
             kmeans.train(vectors, init_centroids=centroids)
             centroids, done = kmeans.centroids, done + 1
@@ -367,37 +365,6 @@ def _check_memory(dimension: int, num_clusters: int, sample: int) -> None:
             f"{(held + sample * row) / 2**30:.1f} GiB of memory, this machine has {have / 2**30:.1f} GiB; "
             f"choose {advice}."
         )
-
-
-def _fill(
-    datastore: Datastore,
-    work: SavedStates,
-    dtype: type[Any],
-    step: Callable[[np.ndarray, int, np.ndarray], None],
-    description: str,
-) -> np.ndarray:
-    """Stream the keys, chunk by chunk in text order, through ``step(numbers, first entry, keys)``, which
-    fills in ``numbers``: ``dtype [count]``, -1 at first."""
-    state = work.load("entries")
-    numbers, done = state.get("numbers"), int(state.get("done", 0))
-    if numbers is None:
-        numbers = np.full(len(datastore), -1, dtype=dtype)
-    with tqdm(total=len(datastore), initial=done, desc=description, unit=" keys", unit_scale=True) as bar:
-        while done < len(datastore):
-            keys = _read_keys(datastore, slice(done, done + CHUNK))
-            step(numbers, done, keys)
-            done += len(keys)
-            bar.update(len(keys))
-            if work.is_due():
-                work.save("entries", numbers=numbers, done=done)
-    return numbers
-
-
-def _read_keys(datastore: Datastore, entries: slice | np.ndarray) -> np.ndarray:
-    keys = datastore.require_keys("clustering")[entries].astype(np.float32)
-    if not np.isfinite(keys).all():
-        raise UserError("The datastore's keys hold NaN or infinity: the files are damaged; dump it again.")
-    return keys
 
 
 def members_by_cluster(cluster_of_entry: np.ndarray, num_clusters: int) -> tuple[np.ndarray, np.ndarray]:

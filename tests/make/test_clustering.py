@@ -29,6 +29,7 @@ from knn_lm_eval.make.clustering import cluster_greedy_merge, cluster_kmeans, im
 from knn_lm_eval.make.members import load_sparse_matrix
 from knn_lm_eval.search.faiss_index import open_index, search
 from knn_lm_eval.search.indexing import build_index
+from knn_lm_eval.store import key_stream
 from knn_lm_eval.store.clusters import Clusters
 from knn_lm_eval.store.datastore import FORMAT, FORMAT_VERSION, Datastore
 from knn_lm_eval.system.files import sha256, write_json
@@ -124,7 +125,7 @@ def test_greedy_merge_equals_the_sequential_loop(case: tuple[list[int], list[lis
 
 
 def test_greedy_merge_of_a_store(datastore: Datastore, monkeypatch) -> None:
-    monkeypatch.setattr(clustering, "CHUNK", 700)
+    monkeypatch.setattr(key_stream, "SEARCH_CHUNK", 700)
     clusters = cluster_greedy_merge(datastore, k=5)
     neighbours = search(open_index(datastore)[0], datastore.keys.astype(np.float32), 6)[1]
     assert clusters.cluster_of_entry.tolist() == greedy_merge(datastore.values.tolist(), neighbours.tolist())
@@ -150,7 +151,7 @@ def centroids(monkeypatch) -> list[np.ndarray]:
 def test_kmeans_assigns_each_entry_to_its_nearest_centroid(
     datastore: Datastore, num_clusters: int | None, centroids: list[np.ndarray], monkeypatch
 ) -> None:
-    monkeypatch.setattr(clustering, "CHUNK", 700)
+    monkeypatch.setattr(key_stream, "SEARCH_CHUNK", 700)
     clusters = cluster_kmeans(datastore, num_clusters=num_clusters, iterations=5)
     assert len(clusters) == (num_clusters or COUNT // 100) == len(centroids[0])
     assert_consistent(clusters)
@@ -192,9 +193,10 @@ def test_the_summary_counts_what_it_says(datastore: Datastore, tmp_path: Path) -
 RUN = """
 import sys
 from knn_lm_eval.make import clustering
+from knn_lm_eval.store import key_stream
 from knn_lm_eval.system import checkpoints as states
 from knn_lm_eval.store.datastore import Datastore
-clustering.CHUNK, states.CHECKPOINT_SECONDS = 20, 0
+key_stream.SEARCH_CHUNK, states.CHECKPOINT_SECONDS = 20, 0
 run = {"kmeans": clustering.cluster_kmeans, "greedy_merge": clustering.cluster_greedy_merge}[sys.argv[2]]
 run(Datastore.open(sys.argv[1]), resume=True)
 """
@@ -228,11 +230,13 @@ def test_a_killed_clustering_resumes_to_the_same_bytes(
     assert 900 <= done < COUNT
     with pytest.raises(UserError, match="begun with .* now it is .*give the same settings"):
         run(datastore, resume=True, **({"seed": 2} if method == "kmeans" else {"k": 3}))
-    monkeypatch.setattr(clustering, "CHUNK", 20)
-    read, first = clustering._read_keys, []
-    monkeypatch.setattr(clustering, "_read_keys", lambda store, at: first.append(at) or read(store, at))
+    monkeypatch.setattr(key_stream, "SEARCH_CHUNK", 20)
+    read, begun_at = key_stream.key_chunks, []
+    monkeypatch.setattr(
+        key_stream, "key_chunks", lambda keys, start, size: begun_at.append(start) or read(keys, start, size=size)
+    )
     resumed = run(datastore, resume=True)
-    assert first[0] == slice(done, done + 20)
+    assert begun_at == [done]
     assert {path.name for path in folder.iterdir()} == {*ARRAYS, "clusters.json"}
     whole = run(datastore, name="whole")
     for name in ARRAYS:
@@ -244,7 +248,7 @@ def test_without_resume_an_unfinished_clustering_starts_anew(datastore: Datastor
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(clustering, "_fill", interrupted)
+        patch.setattr(clustering, "number_entries", interrupted)
         cluster_kmeans(datastore, num_clusters=5)
     assert (datastore.path / "clusters" / "kmeans" / "centroids.npz.part").exists()
     assert len(cluster_kmeans(datastore, num_clusters=7)) == 7

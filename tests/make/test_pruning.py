@@ -29,6 +29,7 @@ from knn_lm_eval.model.knn_hf import KNNHF
 from knn_lm_eval.model.scoring import Scorer
 from knn_lm_eval.search.faiss_index import open_index, search
 from knn_lm_eval.search.indexing import build_index
+from knn_lm_eval.store import key_stream
 from knn_lm_eval.store.datastore import FORMAT, FORMAT_VERSION, Datastore, file_record
 from knn_lm_eval.study.inspection import inspect_text
 from knn_lm_eval.system import checkpoints as states
@@ -243,7 +244,7 @@ def nearest(store: Datastore, k: int) -> list[list[int]]:
 def test_greedy_merge_keeps_who_absorbed_others_with_their_weight(
     grouped: Datastore, tmp_path: Path, monkeypatch, k: int
 ) -> None:
-    monkeypatch.setattr(clustering, "CHUNK", 256)
+    monkeypatch.setattr(key_stream, "SEARCH_CHUNK", 256)
     merged = prune_greedy_merge(grouped, tmp_path / "merged", neighbours=k)
     weights = np.array(merge_slowly(grouped.values.tolist(), nearest(grouped, k), [1] * COUNT))
     assert_is_part(merged, grouped, np.flatnonzero(weights))
@@ -268,7 +269,7 @@ def test_merging_a_merged_store_adds_up_the_weights(grouped: Datastore, tmp_path
 
 def test_an_interrupted_merging_is_gone_on_with(grouped: Datastore, tmp_path: Path, monkeypatch) -> None:
     whole = prune_greedy_merge(grouped, tmp_path / "whole", neighbours=5)
-    monkeypatch.setattr(clustering, "CHUNK", 200)
+    monkeypatch.setattr(key_stream, "SEARCH_CHUNK", 200)
     monkeypatch.setattr(states, "CHECKPOINT_SECONDS", 0.0)
     calls = []
 
