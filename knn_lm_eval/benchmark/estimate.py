@@ -15,8 +15,8 @@ from accelerate import init_empty_weights
 from knn_lm_eval.benchmark.matrix import Cell, Matrix
 from knn_lm_eval.benchmark.runner import finished_results, task_manager
 from knn_lm_eval.errors import UserError
-from knn_lm_eval.search.faiss_index import DEFAULT_INDEX, IndexFiles
 from knn_lm_eval.store.datastore import read_manifest
+from knn_lm_eval.store.index_files import DEFAULT_INDEX, IndexFiles
 from knn_lm_eval.system.files import read_json
 
 

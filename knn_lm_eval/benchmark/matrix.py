@@ -33,8 +33,8 @@ from lm_eval.models.huggingface import HFLM
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.model.knn_hf import KNNHF
 from knn_lm_eval.model.params import STORE_DEFAULT
-from knn_lm_eval.search.faiss_index import DEFAULT_INDEX, IndexFiles
 from knn_lm_eval.store.datastore import read_manifest
+from knn_lm_eval.store.index_files import DEFAULT_INDEX, IndexFiles
 from knn_lm_eval.system.files import read_json, sha256
 
 TOP = ("output", "models", "datastores", "methods", "tasks", "metadata", "include_path", "batch_size", "device", "seed")

@@ -55,12 +55,16 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     logging.getLogger("faiss").setLevel(logging.WARNING)
 
-    from knn_lm_eval.make.lm_speed import Budget
+    from knn_lm_eval.search.choosing import Budget
     from knn_lm_eval.search.indexing import build_index
     from knn_lm_eval.store.fetching import open_datastore
 
     settings = vars(arguments)
     settings["budget"] = Budget.parse(arguments.budget)
+    if settings["budget"].slowdown is not None:
+        from knn_lm_eval.make.lm_speed import lm_microseconds
+
+        settings["lm_microseconds"] = lm_microseconds
     metadata = build_index(open_datastore(settings.pop("datastore")), **settings)
     print(
         f"{metadata['factory']}: {metadata['count']:,} entries, {metadata['bytes'] / metadata['count']:.0f} bytes each"

@@ -43,8 +43,8 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
 
     from knn_lm_eval.make.importing import import_datastore
-    from knn_lm_eval.search.faiss_index import index_names
     from knn_lm_eval.store.clusters import cluster_names
+    from knn_lm_eval.store.index_files import index_names
 
     store = import_datastore(
         settings.pop("sources"), settings.pop("output"), key_type=settings.pop("knn_keytype"), **settings

@@ -21,15 +21,7 @@ from tqdm import tqdm
 
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.make.members import SparseMatrix, load_sparse_matrix
-from knn_lm_eval.search.faiss_index import (
-    DEFAULT_INDEX,
-    DEFAULT_PROBE,
-    faiss_gpus,
-    inverted_file,
-    open_index,
-    search,
-    set_probe,
-)
+from knn_lm_eval.search.faiss_index import DEFAULT_PROBE, faiss_gpus, inverted_file, open_index, search, set_probe
 from knn_lm_eval.store.clusters import (
     ARRAYS,
     FORMAT,
@@ -40,6 +32,7 @@ from knn_lm_eval.store.clusters import (
     entry_dtype,
 )
 from knn_lm_eval.store.datastore import Datastore, record_derived
+from knn_lm_eval.store.index_files import DEFAULT_INDEX
 from knn_lm_eval.store.key_stream import keys_of, number_entries
 from knn_lm_eval.system.checkpoints import SavedStates
 from knn_lm_eval.system.files import (

@@ -1,11 +1,9 @@
-"""What an index may cost: bytes per entry, or time beside the LM's own."""
+"""The time that the LM takes on a datastore's own text: what a budget for an index's searches is a share of."""
 
 from __future__ import annotations
 
 import logging
-import math
 import time
-from dataclasses import dataclass
 from itertools import islice
 
 from knn_lm_eval.errors import UserError
@@ -19,47 +17,6 @@ from knn_lm_eval.store.datastore import Datastore
 logger = logging.getLogger(__name__)
 
 BATCHES = 3
-
-
-@dataclass(frozen=True)
-class Budget:
-    """Limits for an index; None is no limit.
-
-    Attributes
-    ----------
-    bytes_per_entry : of the index on disk, and in memory when all of it is in use.
-    slowdown : the time of kNN-LM beside that of the LM alone, such as 1.1.
-    """
-
-    bytes_per_entry: float | None = None
-    slowdown: float | None = None
-
-    @classmethod
-    def parse(cls, texts: list[str]) -> Budget:
-        """``["100"]`` is 100 bytes per entry, ``["1.1x"]`` a slowdown, both may stand together.
-
-        Raises
-        ------
-        UserError
-            Where that is neither.
-        """
-        limits: dict[str, float] = {}
-        for text in texts:
-            name = "slowdown" if text.endswith("x") else "bytes_per_entry"
-            try:
-                value = float(text.removesuffix("x"))
-            except ValueError as error:
-                raise UserError(f"--budget {text} should be bytes per entry (100) or a slowdown (1.1x).") from error
-            least = 1 if name == "slowdown" else 0
-            if not least < value < math.inf:
-                raise UserError(f"--budget {text} must be above {least}.")
-            if name in limits:
-                raise UserError(f"--budget {' '.join(texts)} gives two limits of one kind.")
-            limits[name] = value
-        return cls(**limits)
-
-
-NO_BUDGET = Budget()
 
 
 def lm_microseconds(store: Datastore) -> float:

@@ -23,8 +23,8 @@ from knn_lm_eval.errors import UserError
 from knn_lm_eval.lm.loading import CausalHFLM
 from knn_lm_eval.make.clustering import NeighbourSearch, find_absorbers
 from knn_lm_eval.make.confidence import lm_log_probs
-from knn_lm_eval.search.faiss_index import DEFAULT_INDEX
 from knn_lm_eval.store.datastore import MANIFEST, Datastore, file_record
+from knn_lm_eval.store.index_files import DEFAULT_INDEX
 from knn_lm_eval.system.checkpoints import SavedStates
 from knn_lm_eval.system.files import (
     check_free_space,

@@ -25,7 +25,7 @@ from knn_lm_eval.model.opening import Augmentation
 from knn_lm_eval.model.retomaton import RetomatonScorer
 from knn_lm_eval.model.scores import RollingLoglikelihood
 from knn_lm_eval.model.scoring import Passage, Score, Scorer
-from knn_lm_eval.search.faiss_index import DEFAULT_INDEX
+from knn_lm_eval.store.index_files import DEFAULT_INDEX
 from knn_lm_eval.system.memory import resident_bytes
 
 logger = logging.getLogger(__name__)

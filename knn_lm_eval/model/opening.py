@@ -17,11 +17,11 @@ from knn_lm_eval.methods.adaptive import Lmbda, plain_lmbda, read_lmbda
 from knn_lm_eval.methods.automaton import Automaton, AutomatonSettings, PointerDistances
 from knn_lm_eval.model.params import find_params
 from knn_lm_eval.search.code_distances import CodeDistances
-from knn_lm_eval.search.faiss_index import DEFAULT_INDEX
 from knn_lm_eval.search.retriever import Retriever
 from knn_lm_eval.store.clusters import Clusters
 from knn_lm_eval.store.datastore import Datastore
 from knn_lm_eval.store.fetching import open_datastore
+from knn_lm_eval.store.index_files import DEFAULT_INDEX
 
 logger = logging.getLogger(__name__)
 

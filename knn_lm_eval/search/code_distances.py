@@ -24,8 +24,9 @@ import numba
 import numpy as np
 from tqdm import tqdm
 
-from knn_lm_eval.search.faiss_index import IndexFiles, find_parts, split_parts
+from knn_lm_eval.search.faiss_index import split_parts
 from knn_lm_eval.store.datastore import Datastore
+from knn_lm_eval.store.index_files import IndexFiles, find_parts
 from knn_lm_eval.system.files import check_free_space, disk_errors_in, read_json, replace_file, write_json
 
 CHUNK = 2**16

@@ -1,19 +1,10 @@
-"""A faiss index beside its datastore: the file pair ``NAME.faiss`` and ``NAME.json``, opening it, settings.
-
-The JSON says what the index was built from (the checksum of the keys), how (factory string, metric), which
-``probe`` was found good enough, and how well it retrieves; see ``build_index.py`` for the figures.
-
-An index may be in parts, each of a run of entries: its JSON lists them under ``parts``, with ``start``,
-``stop`` and ``bytes``, and says under ``part_ids`` whether a part numbers its entries from 0 (``relative``) or as
-the store does (``absolute``). Part i lies in ``NAME.00i.faiss``.
-"""
+"""A faiss index: making and opening it, joining its parts, putting it on GPUs, and searching it."""
 
 from __future__ import annotations
 
 import logging
 import os
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,51 +17,25 @@ import faiss  # noqa: E402
 from knn_lm_eval.errors import UserError  # noqa: E402
 from knn_lm_eval.search.mapped_lists import read_with_mapped_lists  # noqa: E402
 from knn_lm_eval.store.datastore import Datastore  # noqa: E402
-from knn_lm_eval.system.files import read_json  # noqa: E402
+from knn_lm_eval.store.index_files import DEFAULT_INDEX, IndexFiles, find_parts  # noqa: E402
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_INDEX = "index"
 DEFAULT_PROBE = 32  # of an index that was not measured: the kNN-LM papers'
 WORTH_TELLING = 2**26  # bytes of an index in memory
 METRICS = {"l2": faiss.METRIC_L2, "dot": faiss.METRIC_INNER_PRODUCT}
 GPU_MAX_K = 2048  # faiss's own limit
 
 
-@dataclass(frozen=True)
-class IndexPart:
-    """A file of an index: all of it, or the part that holds a run of entries.
-
-    Attributes
-    ----------
-    path : the file.
-    start, stop : the run.
-    first_id : the entry that the file calls 0.
-    """
-
-    path: Path
-    start: int
-    stop: int
-    first_id: int
-
-
-@dataclass(frozen=True)
-class IndexFiles:
-    """Where the index called ``name`` of a datastore lies."""
-
-    folder: Path
-    name: str = DEFAULT_INDEX
-
-    @property
-    def index(self) -> Path:
-        return self.folder / f"{self.name}.faiss"
-
-    @property
-    def metadata(self) -> Path:
-        return self.folder / f"{self.name}.json"
-
-    def part(self, number: int) -> Path:
-        return self.folder / f"{self.name}.{number:03d}.faiss"
+def make_index(factory: str, dimension: int, sim_func: str) -> faiss.Index:
+    """An empty index of a factory string; raises UserError where faiss cannot make it for such keys."""
+    try:
+        return faiss.index_factory(dimension, factory, METRICS[sim_func])
+    except RuntimeError as error:
+        raise UserError(
+            f"faiss cannot make an index {factory!r} for keys of {dimension} numbers: "
+            f"{str(error).strip().splitlines()[-1][:200]}"
+        ) from error
 
 
 def open_index(datastore: Datastore, name: str = DEFAULT_INDEX) -> tuple[faiss.Index, dict[str, Any]]:
@@ -101,40 +66,6 @@ def open_index(datastore: Datastore, name: str = DEFAULT_INDEX) -> tuple[faiss.I
             held >> 20,
         )
     return index, metadata
-
-
-def find_parts(datastore: Datastore, name: str = DEFAULT_INDEX) -> tuple[dict[str, Any], list[IndexPart]]:
-    """The metadata and the files of the index ``name``, in order; checks as ``open_index`` does, but opens none."""
-    files = IndexFiles(datastore.path, name)
-    if not files.metadata.is_file() or not (files.index.is_file() or files.part(0).is_file()):
-        built = index_names(datastore)
-        have = f"it has {', '.join(built)}" if built else "build one with build_index"
-        raise UserError(f"The datastore {datastore.path} has no index called {name!r}: {have}.")
-    metadata = read_json(files.metadata)
-    if metadata.get("keys_sha256") != datastore.keys_checksum:
-        raise UserError(
-            f"The index {files.index} was built for other keys than those in {datastore.path}; build it again."
-        )
-    said = metadata.get("parts") or [{"start": 0, "stop": len(datastore), "bytes": metadata.get("bytes")}]
-    paths = [files.part(number) for number in range(len(said))] if "parts" in metadata else [files.index]
-    relative, parts = metadata.get("part_ids") == "relative", []
-    for path, part in zip(paths, said, strict=True):
-        if not path.is_file():
-            raise UserError(f"The index {files.index} is incomplete: {path.name} is missing; build or import it again.")
-        if (actual := path.stat().st_size) != part["bytes"]:
-            raise UserError(
-                f"The index {path} is damaged: it has {actual} bytes, {files.metadata.name} says "
-                f"{part['bytes']}; build it again."
-            )
-        parts.append(IndexPart(path, part["start"], part["stop"], part["start"] if relative else 0))
-    return metadata, parts
-
-
-def index_names(datastore: Datastore) -> list[str]:
-    """The names of the finished indexes of ``datastore``."""
-    names = [path.stem for path in datastore.path.glob("*.json")]
-    files = [IndexFiles(datastore.path, name) for name in sorted(names)]
-    return [f.name for f in files if f.index.is_file() or f.part(0).is_file()]
 
 
 def read_index(path: Path) -> faiss.Index:

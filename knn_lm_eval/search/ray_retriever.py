@@ -29,18 +29,11 @@ from torch import Tensor
 
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.search.code_distances import CodeDistances
-from knn_lm_eval.search.faiss_index import (
-    DEFAULT_INDEX,
-    IndexPart,
-    inverted_file,
-    open_index,
-    read_index,
-    search,
-    set_probe,
-)
+from knn_lm_eval.search.faiss_index import inverted_file, open_index, read_index, search, set_probe
 from knn_lm_eval.search.faiss_index import vectors_compared as compared_in
 from knn_lm_eval.search.retriever import EntryDistances, Found, RetrievalStatistics, Retriever, exact_distances
 from knn_lm_eval.store.datastore import Datastore
+from knn_lm_eval.store.index_files import DEFAULT_INDEX, IndexPart
 from knn_lm_eval.system.ray_cluster import connect
 
 RESTARTS = 3  # of each shard

@@ -15,10 +15,8 @@ from torch import Tensor
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.search.code_distances import CodeDistances
 from knn_lm_eval.search.faiss_index import (
-    DEFAULT_INDEX,
     DEFAULT_PROBE,
     bytes_held,
-    find_parts,
     inverted_file,
     open_index,
     search,
@@ -27,6 +25,7 @@ from knn_lm_eval.search.faiss_index import (
     vectors_compared,
 )
 from knn_lm_eval.store.datastore import Datastore
+from knn_lm_eval.store.index_files import DEFAULT_INDEX, find_parts
 
 # queries [n, dimension], entries int64 [n, m], counts int64 [n] -> distances float32 [n, m], undefined beyond counts.
 EntryDistances = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]

@@ -13,10 +13,12 @@ import torch
 from helpers.stores import make_store
 
 from knn_lm_eval.errors import UserError
-from knn_lm_eval.make.lm_speed import Budget, lm_microseconds
-from knn_lm_eval.search import indexing
+from knn_lm_eval.make.lm_speed import lm_microseconds
+from knn_lm_eval.search import choosing, indexing, quality
+from knn_lm_eval.search.choosing import Budget, choose_factory
 from knn_lm_eval.search.faiss_index import open_index
-from knn_lm_eval.search.indexing import build_index, choose_factory
+from knn_lm_eval.search.indexing import build_index
+from knn_lm_eval.search.kmeans import two_level_kmeans
 from knn_lm_eval.search.retriever import Retriever, exact_distances
 from knn_lm_eval.store.datastore import Datastore
 
@@ -69,7 +71,7 @@ def test_a_budget_of_bytes_buys_bits_then_costs_dimensions() -> None:
 
 @pytest.mark.parametrize("limit", [40, 60, 100])
 def test_a_built_index_keeps_to_its_bytes(tmp_path: Path, limit: float, monkeypatch) -> None:
-    monkeypatch.setattr(indexing, "EXACT_UP_TO", 100)
+    monkeypatch.setattr(choosing, "EXACT_UP_TO", 100)
     store = make_store(tmp_path / "s", count=20_000, dimension=64)
     metadata = build_index(store, budget=Budget(bytes_per_entry=limit), quality_queries=0)
     assert 0.6 * limit < metadata["bytes"] / len(store) <= limit
@@ -79,14 +81,19 @@ def test_a_built_index_keeps_to_its_bytes(tmp_path: Path, limit: float, monkeypa
 
 def test_a_slowdown_limits_the_probe(own_store: Datastore, monkeypatch, caplog) -> None:
     rows = [{"probe": p, "p_knn_error": e, "p_knn": 0.5, "microseconds": t} for p, e, t in ((1, 0.3, 10), (2, 0.1, 20))]
-    assert indexing.fastest_enough(rows, 100) == 2
-    assert indexing.fastest_enough(rows, 15) == 1
+    assert quality.fastest_enough(rows, 100) == 2
+    assert quality.fastest_enough(rows, 15) == 1
     assert not caplog.text
-    assert indexing.fastest_enough(rows, 5) == 1
+    assert quality.fastest_enough(rows, 5) == 1
     assert "No probe keeps to the budget of 5 us" in caplog.text
     for microseconds, allowed in ((1e9, [1, 2, 4, 8, 16]), (0.0, [1, 2, 4, 8, 16])):
-        monkeypatch.setattr(indexing, "lm_microseconds", lambda store, value=microseconds: value)
-        metadata = build_index(own_store, "IVF16,SQ8", budget=Budget(slowdown=1.5), overwrite=True)
+        metadata = build_index(
+            own_store,
+            "IVF16,SQ8",
+            budget=Budget(slowdown=1.5),
+            lm_microseconds=lambda store, value=microseconds: value,
+            overwrite=True,
+        )
         assert metadata["probe"] in allowed and metadata["slowdown"] == 1.5
     fastest = min(metadata["quality"], key=lambda row: row["microseconds"])
     assert metadata["probe"] == fastest["probe"]
@@ -177,11 +184,11 @@ def test_quality_figures_are_recall_and_error_of_p_knn(pristine: Datastore) -> N
     """Recomputed by brute force from what the index returns."""
     k, queries = 50, 64
     index, _ = open_index(pristine, "rabitq")
-    quality = indexing.measure_quality(pristine, index, "l2", k, 1.0, queries, seed=1)
+    measured = quality.measure_quality(pristine, index, "l2", k, 1.0, queries, seed=1)
     chosen = np.sort(np.random.default_rng(2).permutation(len(pristine))[:queries])
     _, order = brute_force(pristine, pristine.keys[chosen], k + 1, dot=False)
-    assert [row["probe"] for row in quality["quality"]] == [1, 2, 4, 8, 16]
-    for row in quality["quality"]:
+    assert [row["probe"] for row in measured["quality"]] == [1, 2, 4, 8, 16]
+    for row in measured["quality"]:
         index.nprobe = row["probe"]
         approximate, found = index.search(pristine.keys[chosen].astype(np.float32), k + 1)
         recalls, errors = [], []
@@ -198,10 +205,10 @@ def test_quality_figures_are_recall_and_error_of_p_knn(pristine: Datastore) -> N
             errors.append(abs(ps[0] - ps[1]))
         assert row["recall"] == pytest.approx(np.mean(recalls), abs=2e-3)
         assert row["p_knn_error"] == pytest.approx(np.mean(errors), abs=2e-3)
-    rows = {row["probe"]: row for row in quality["quality"]}
+    rows = {row["probe"]: row for row in measured["quality"]}
     slack = max(0.05 * rows[16]["p_knn_error"], 0.01 * rows[16]["p_knn"])
     enough = [probe for probe in rows if rows[probe]["p_knn_error"] <= rows[16]["p_knn_error"] + slack]
-    assert quality["probe"] == min(enough)
+    assert measured["probe"] == min(enough)
 
 
 def test_probe_given_beats_the_recommended_one(pristine: Datastore) -> None:
@@ -213,7 +220,8 @@ def test_probe_given_beats_the_recommended_one(pristine: Datastore) -> None:
 
 @pytest.mark.parametrize("factory", ["Flat", "IVF16,SQ8"])
 def test_an_interrupted_build_resumes_to_the_same_index(tmp_path: Path, monkeypatch, factory: str) -> None:
-    monkeypatch.setattr(indexing, "ADD_CHUNK", 500)
+    for module in (indexing, quality):
+        monkeypatch.setattr(module, "ADD_CHUNK", 500)
     monkeypatch.setattr(indexing, "CHECKPOINT_SECONDS", -1)
     whole, broken = make_store(tmp_path / "a"), make_store(tmp_path / "b")
     build_index(whole, factory)
@@ -227,13 +235,15 @@ def test_an_interrupted_build_resumes_to_the_same_index(tmp_path: Path, monkeypa
             raise KeyboardInterrupt
         return original(keys)
 
-    original = indexing._finite
-    monkeypatch.setattr(indexing, "_finite", fail_after_some)
+    original = indexing.finite_keys
+    for module in (indexing, quality):  # Flat, which is not trained, is interrupted while it is measured
+        monkeypatch.setattr(module, "finite_keys", fail_after_some)
     with pytest.raises(KeyboardInterrupt):
         build_index(broken, factory)
     assert faiss.read_index(str(broken.path / "index.faiss.part")).ntotal > 0
     assert not (broken.path / "index.faiss").exists()
-    monkeypatch.setattr(indexing, "_finite", original)
+    for module in (indexing, quality):
+        monkeypatch.setattr(module, "finite_keys", original)
     build_index(broken, factory, resume=True)
     assert (whole.path / "index.faiss").read_bytes() == (broken.path / "index.faiss").read_bytes()
     assert not list(broken.path.glob("*.part*"))
@@ -339,7 +349,7 @@ def test_two_levels_of_clusters_whatever_lies_where() -> None:
     one_clump_and_outliers = np.concatenate([rng.standard_normal((900, 4)) * 0.01, rng.standard_normal((9, 4)) * 100])
     few_places = np.repeat(rng.standard_normal((20, 4)), 20, axis=0)
     for vectors in (one_clump_and_outliers, few_places, rng.standard_normal((100, 4))):
-        centroids = indexing.two_level_kmeans(vectors.astype(np.float32), 100, seed=0)
+        centroids = two_level_kmeans(vectors.astype(np.float32), 100, seed=0)
         assert centroids.shape == (100, 4) and np.isfinite(centroids).all()
 
 
