@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import datetime
 import logging
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +16,11 @@ from typing import Any
 import faiss
 import numba
 import numpy as np
-from tqdm import tqdm
 
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.make.members import SparseMatrix, load_sparse_matrix
 from knn_lm_eval.search.faiss_index import DEFAULT_PROBE, faiss_gpus, inverted_file, open_index, search, set_probe
+from knn_lm_eval.search.kmeans import SAMPLE_PER_CLUSTER, train_kmeans
 from knn_lm_eval.store.clusters import (
     ARRAYS,
     FORMAT,
@@ -33,7 +32,7 @@ from knn_lm_eval.store.clusters import (
 )
 from knn_lm_eval.store.datastore import Datastore, record_derived
 from knn_lm_eval.store.index_files import DEFAULT_INDEX
-from knn_lm_eval.store.key_stream import keys_of, number_entries
+from knn_lm_eval.store.key_stream import number_entries
 from knn_lm_eval.system.checkpoints import SavedStates
 from knn_lm_eval.system.files import (
     check_free_space,
@@ -47,8 +46,6 @@ from knn_lm_eval.system.files import (
 logger = logging.getLogger(__name__)
 
 ENTRIES_PER_CLUSTER = 100  # on average, by default; Alon et al. 2022, figures 8 and 9
-SAMPLE_PER_CLUSTER = 64  # keys to train on, by default; faiss asks for 39 to 256 per centroid
-MEMORY_SHARE = 0.8  # of the machine's, that k-means may take
 
 
 def cluster_kmeans(
@@ -105,7 +102,7 @@ def cluster_kmeans(
     work = _Work(datastore, name, settings, resume, overwrite)
     with disk_errors_in(work.folder):
         work.begin()
-        centroids = _train(datastore, work, num_clusters, sample, iterations, seed)
+        centroids = train_kmeans(keys, num_clusters, sample, iterations, seed, work)
         index: faiss.Index = faiss.IndexFlatL2(datastore.dimension)
         if faiss_gpus():
             index = faiss.index_cpu_to_all_gpus(index)
@@ -318,46 +315,6 @@ class _Work(SavedStates):
         record_derived(self.datastore.path, [f"clusters/{self.name}/{name}" for name in names])
         self.remove()
         return Clusters.open(self.datastore, self.name)
-
-
-def _train(datastore: Datastore, work: _Work, num_clusters: int, sample: int, iterations: int, seed: int) -> np.ndarray:
-    """The centroids, float32 ``[num_clusters, dimension]``, one iteration at a time."""
-    state = work.load("centroids")
-    centroids, done = state.get("centroids"), int(state.get("iterations", 0))
-    if centroids is not None and done == iterations:
-        return centroids
-    _check_memory(datastore.dimension, num_clusters, sample)
-    # faiss would draw fewer than asked, or print warnings, outside of these bounds.
-    bounds = {"min_points_per_centroid": 1, "max_points_per_centroid": sample}
-    kmeans = faiss.Kmeans(datastore.dimension, num_clusters, niter=1, seed=seed, gpu=faiss_gpus(), **bounds)
-    description = f"Training {num_clusters:,} centroids on {sample:,} keys"
-    with tqdm(total=iterations, initial=done, desc=description, unit=" iterations") as bar:
-        chosen = np.random.default_rng(seed).choice(len(datastore), sample, replace=False, shuffle=False)
-        chosen.sort()
-        vectors = keys_of(datastore.require_keys("clustering"), chosen)
-        while done < iterations:
-            kmeans.train(vectors, init_centroids=centroids)
-            centroids, done = kmeans.centroids, done + 1
-            bar.update()
-            if done == iterations or work.is_due():
-                work.save("centroids", centroids=centroids, iterations=done)
-    assert centroids is not None
-    return centroids
-
-
-def _check_memory(dimension: int, num_clusters: int, sample: int) -> None:
-    """Raise UserError where k-means would take more memory than the machine has."""
-    row = 4 * dimension
-    have = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    held = 3 * num_clusters * row  # the centroids, their index, and their successors
-    if held + sample * row > MEMORY_SHARE * have:
-        fits = int(MEMORY_SHARE * have - held) // row
-        advice = f"--sample {fits} or less" if fits >= num_clusters else "fewer --num_clusters"
-        raise UserError(
-            f"k-means of {sample:,} keys into {num_clusters:,} clusters takes "
-            f"{(held + sample * row) / 2**30:.1f} GiB of memory, this machine has {have / 2**30:.1f} GiB; "
-            f"choose {advice}."
-        )
 
 
 def members_by_cluster(cluster_of_entry: np.ndarray, num_clusters: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,12 +1,82 @@
-"""K-means of keys: in two levels for many centroids."""
+"""K-means of keys: iteration by iteration on a sample, or in two levels where there are many centroids."""
 
 from __future__ import annotations
 
 import math
+import os
 
 import faiss
 import numpy as np
 from tqdm import tqdm
+
+from knn_lm_eval.errors import UserError
+from knn_lm_eval.search.faiss_index import faiss_gpus
+from knn_lm_eval.store.key_stream import keys_of
+from knn_lm_eval.system.checkpoints import SavedStates
+
+SAMPLE_PER_CLUSTER = 64  # keys to train on, by default; faiss asks for 39 to 256 per centroid
+MEMORY_SHARE = 0.8  # of the machine's, that k-means may take
+
+
+def train_kmeans(
+    keys: np.ndarray, num_clusters: int, sample: int, iterations: int, seed: int, states: SavedStates
+) -> np.ndarray:
+    """The centroids of a random sample of the keys, by k-means on all GPUs that faiss sees, or the CPU.
+
+    Parameters
+    ----------
+    keys : float16 or float32 ``[count, dimension]``, may be memory-mapped.
+    sample : keys to train on, all in memory as float32; ``num_clusters <= sample <= count``.
+    iterations : of k-means, at least 1.
+    seed : of the sample and the first centroids.
+    states : where the state ``centroids`` is saved between iterations, and is gone on with.
+
+    Returns
+    -------
+    float32 ``[num_clusters, dimension]``.
+
+    Raises
+    ------
+    UserError
+        Where that takes more memory than the machine has, or a key holds NaN or infinity.
+    """
+    state = states.load("centroids")
+    centroids, done = state.get("centroids"), int(state.get("iterations", 0))
+    if centroids is not None and done == iterations:
+        return centroids
+    dimension = keys.shape[1]
+    _check_memory(dimension, num_clusters, sample)
+    # faiss would draw fewer than asked, or print warnings, outside of these bounds.
+    bounds = {"min_points_per_centroid": 1, "max_points_per_centroid": sample}
+    kmeans = faiss.Kmeans(dimension, num_clusters, niter=1, seed=seed, gpu=faiss_gpus(), **bounds)
+    description = f"Training {num_clusters:,} centroids on {sample:,} keys"
+    with tqdm(total=iterations, initial=done, desc=description, unit=" iterations") as bar:
+        chosen = np.random.default_rng(seed).choice(len(keys), sample, replace=False, shuffle=False)
+        chosen.sort()
+        vectors = keys_of(keys, chosen)
+        while done < iterations:
+            kmeans.train(vectors, init_centroids=centroids)
+            centroids, done = kmeans.centroids, done + 1
+            bar.update()
+            if done == iterations or states.is_due():
+                states.save("centroids", centroids=centroids, iterations=done)
+    assert centroids is not None
+    return centroids
+
+
+def _check_memory(dimension: int, num_clusters: int, sample: int) -> None:
+    """Raise UserError where k-means would take more memory than the machine has."""
+    row = 4 * dimension
+    have = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    held = 3 * num_clusters * row  # the centroids, their index, and their successors
+    if held + sample * row > MEMORY_SHARE * have:
+        fits = int(MEMORY_SHARE * have - held) // row
+        advice = f"--sample {fits} or less" if fits >= num_clusters else "fewer --num_clusters"
+        raise UserError(
+            f"k-means of {sample:,} keys into {num_clusters:,} clusters takes "
+            f"{(held + sample * row) / 2**30:.1f} GiB of memory, this machine has {have / 2**30:.1f} GiB; "
+            f"choose {advice}."
+        )
 
 
 def two_level_kmeans(vectors: np.ndarray, count: int, seed: int, spherical: bool = False) -> np.ndarray:

@@ -142,8 +142,8 @@ def test_greedy_merge_of_a_store(datastore: Datastore, monkeypatch) -> None:
 def centroids(monkeypatch) -> list[np.ndarray]:
     """What k-means trained, call by call."""
     trained: list[np.ndarray] = []
-    train = clustering._train
-    monkeypatch.setattr(clustering, "_train", lambda *a: trained.append(train(*a)) or trained[-1])
+    train = clustering.train_kmeans
+    monkeypatch.setattr(clustering, "train_kmeans", lambda *a: trained.append(train(*a)) or trained[-1])
     return trained
 
 
