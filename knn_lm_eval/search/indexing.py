@@ -29,9 +29,10 @@ from knn_lm_eval.search.faiss_index import (
     read_index,
 )
 from knn_lm_eval.search.kmeans import two_level_kmeans
-from knn_lm_eval.search.quality import ADD_CHUNK, fastest_enough, finite_keys, measure_quality
+from knn_lm_eval.search.quality import fastest_enough, measure_quality
 from knn_lm_eval.store.datastore import Datastore, record_derived
 from knn_lm_eval.store.index_files import DEFAULT_INDEX, IndexFiles
+from knn_lm_eval.store.key_stream import key_chunks, keys_of
 from knn_lm_eval.system.files import check_free_space, disk_errors_in, read_json, replace_file, write_json
 from knn_lm_eval.system.ray_cluster import run_tasks
 
@@ -210,9 +211,7 @@ def _train(
         ivf.clustering_index = on_gpus
     start = time.perf_counter()
     with tqdm(total=len(sample), desc=f"Training {factory} on {len(sample):,} keys", unit=" keys") as bar:
-        vectors = np.empty((len(sample), datastore.dimension), dtype=np.float32)
-        for begin in range(0, len(sample), ADD_CHUNK):
-            vectors[begin : begin + ADD_CHUNK] = finite_keys(keys[sample[begin : begin + ADD_CHUNK]])
+        vectors = keys_of(keys, sample)
         if ivf is not None and ivf.nlist > TWO_LEVELS_ABOVE and not faiss_gpus():
             _place_lists(index, ivf, vectors, seed)
         index.train(vectors)
@@ -265,8 +264,7 @@ def _add_run(index: faiss.Index, keys: np.ndarray, start: int, stop: int) -> Ite
         quantizer = faiss.downcast_index(index.quantizer)
         if isinstance(quantizer, faiss.IndexFlat):
             assigner = faiss.index_cpu_to_all_gpus(quantizer)
-    while (begin := start + index.ntotal) < stop:
-        chunk = finite_keys(keys[begin : min(begin + ADD_CHUNK, stop)])
+    for chunk in key_chunks(keys, start + index.ntotal, stop):
         if assigner is None or ivf is None:
             index.add(chunk)
         else:

@@ -16,26 +16,18 @@ import torch
 from faiss.contrib.exhaustive_search import knn_ground_truth
 from tqdm import tqdm
 
-from knn_lm_eval.errors import UserError
 from knn_lm_eval.methods.mixture import knn_log_prob, neighbour_log_weights
 from knn_lm_eval.search.faiss_index import METRICS, inverted_file, search, set_probe
 from knn_lm_eval.search.retriever import entry_counts
 from knn_lm_eval.store.datastore import Datastore
+from knn_lm_eval.store.key_stream import ADD_CHUNK, finite_keys, key_chunks
 
 logger = logging.getLogger(__name__)
 
-ADD_CHUNK = 2**16  # keys read and added at a time
 PROBES = (1, 2, 4, 8, 16, 32, 64, 128)
 # The probe recommended is the smallest whose p_kNN error exceeds the largest probe's by at most this share of
 # that error, or of the mean p_kNN.
 ENOUGH_OF_ERROR, ENOUGH_OF_P_KNN = 0.05, 0.01
-
-
-def finite_keys(keys: np.ndarray) -> np.ndarray:
-    keys = keys.astype(np.float32)
-    if not np.isfinite(keys).all():
-        raise UserError("The datastore's keys hold NaN or infinity: the files are damaged; dump it again.")
-    return keys
 
 
 def measure_quality(
@@ -66,8 +58,9 @@ def measure_quality(
         log_weights = neighbour_log_weights(torch.from_numpy(distances), knn_temp, counts)
         return knn_log_prob(log_weights, values, targets).exp(), entries
 
-    chunks = (finite_keys(all_keys[i : i + ADD_CHUNK]) for i in range(0, len(datastore), ADD_CHUNK))
-    bar = tqdm(chunks, total=-(-len(datastore) // ADD_CHUNK), desc="Exact search to compare with", unit=" chunks")
+    bar = tqdm(
+        key_chunks(all_keys), total=-(-len(datastore) // ADD_CHUNK), desc="Exact search to compare with", unit=" chunks"
+    )
     scores, entries = knn_ground_truth(keys, bar, k + 1, METRICS[sim_func])
     exact_p, exact_entries = held_out_p_knn(-scores if sim_func == "dot" else scores, entries)
     ivf, rows = inverted_file(index), []

@@ -20,6 +20,7 @@ from knn_lm_eval.search.faiss_index import open_index
 from knn_lm_eval.search.indexing import build_index
 from knn_lm_eval.search.kmeans import two_level_kmeans
 from knn_lm_eval.search.retriever import Retriever, exact_distances
+from knn_lm_eval.store import key_stream
 from knn_lm_eval.store.datastore import Datastore
 
 
@@ -220,8 +221,7 @@ def test_probe_given_beats_the_recommended_one(pristine: Datastore) -> None:
 
 @pytest.mark.parametrize("factory", ["Flat", "IVF16,SQ8"])
 def test_an_interrupted_build_resumes_to_the_same_index(tmp_path: Path, monkeypatch, factory: str) -> None:
-    for module in (indexing, quality):
-        monkeypatch.setattr(module, "ADD_CHUNK", 500)
+    monkeypatch.setattr(key_stream, "ADD_CHUNK", 500)
     monkeypatch.setattr(indexing, "CHECKPOINT_SECONDS", -1)
     whole, broken = make_store(tmp_path / "a"), make_store(tmp_path / "b")
     build_index(whole, factory)
@@ -235,15 +235,14 @@ def test_an_interrupted_build_resumes_to_the_same_index(tmp_path: Path, monkeypa
             raise KeyboardInterrupt
         return original(keys)
 
-    original = indexing.finite_keys
-    for module in (indexing, quality):  # Flat, which is not trained, is interrupted while it is measured
-        monkeypatch.setattr(module, "finite_keys", fail_after_some)
+    original = key_stream.finite_keys
+    # Flat, which is not trained, is interrupted while it is measured.
+    monkeypatch.setattr(key_stream, "finite_keys", fail_after_some)
     with pytest.raises(KeyboardInterrupt):
         build_index(broken, factory)
     assert faiss.read_index(str(broken.path / "index.faiss.part")).ntotal > 0
     assert not (broken.path / "index.faiss").exists()
-    for module in (indexing, quality):
-        monkeypatch.setattr(module, "finite_keys", original)
+    monkeypatch.setattr(key_stream, "finite_keys", original)
     build_index(broken, factory, resume=True)
     assert (whole.path / "index.faiss").read_bytes() == (broken.path / "index.faiss").read_bytes()
     assert not list(broken.path.glob("*.part*"))
@@ -306,7 +305,7 @@ def test_numbers_of_parts_that_cannot_be_are_refused(own_store: Datastore, parts
 
 def test_other_settings_do_not_resume(tmp_path: Path, monkeypatch) -> None:
     store = make_store(tmp_path / "s")
-    monkeypatch.setattr(indexing, "ADD_CHUNK", 500)
+    monkeypatch.setattr(key_stream, "ADD_CHUNK", 500)
     monkeypatch.setattr(indexing, "CHECKPOINT_SECONDS", -1)
     monkeypatch.setattr(indexing, "measure_quality", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
     with pytest.raises(KeyboardInterrupt):
