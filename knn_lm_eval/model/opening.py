@@ -17,7 +17,7 @@ from knn_lm_eval.methods.adaptive import Lmbda, plain_lmbda, read_lmbda
 from knn_lm_eval.methods.automaton import Automaton, AutomatonSettings, PointerDistances
 from knn_lm_eval.model.params import find_params
 from knn_lm_eval.search.code_distances import CodeDistances
-from knn_lm_eval.search.retriever import Retriever
+from knn_lm_eval.search.retriever import LocalRetriever, Retriever
 from knn_lm_eval.store.clusters import Clusters
 from knn_lm_eval.store.datastore import Datastore
 from knn_lm_eval.store.fetching import open_datastore
@@ -131,7 +131,7 @@ class Augmentation:
 
             searching = RayRetriever(store, *how, index, address)
         elif retriever == "local":
-            searching = Retriever(store, *how, knn_gpu, index)
+            searching = LocalRetriever(store, *how, knn_gpu, index)
         else:
             raise UserError(f"retriever={retriever!r} is unknown; use local or ray.")
         automaton = None
@@ -148,7 +148,7 @@ class Augmentation:
                 )
             chosen = None if clusters is None else Clusters.open(store, str(clusters))
             if not no_pointer and weight != 0:
-                automaton = open_automaton(searching, walk, chosen)
+                automaton, searching = open_automaton(searching, walk, chosen)
         elif clusters is not None:
             raise UserError("clusters is for RetoMaton; give retomaton=True as well.")
         settings |= {
@@ -177,16 +177,19 @@ class Augmentation:
         check_store_model(self.retriever.datastore.manifest, model, tokenizer, name)
 
 
-def open_automaton(retriever: Retriever, settings: AutomatonSettings, clusters: Clusters | None) -> Automaton:
-    """RetoMaton over a retriever's datastore; ``clusters`` None is pointers alone."""
+def open_automaton(
+    retriever: Retriever, settings: AutomatonSettings, clusters: Clusters | None
+) -> tuple[Automaton, Retriever]:
+    """RetoMaton over a retriever's datastore, and the retriever that it searches with; ``clusters`` None is pointers
+    alone."""
     store = retriever.datastore
     csr = None if clusters is None else (clusters.cluster_of_entry, clusters.member_starts, clusters.members)
-    distances = pointer_distances(retriever)
-    return Automaton(retriever.values, store.document_starts, csr, retriever.find, distances, settings)
+    distances, retriever = pointer_distances(retriever)
+    return Automaton(retriever.values, store.document_starts, csr, retriever.find, distances, settings), retriever
 
 
-def pointer_distances(retriever: Retriever) -> PointerDistances:
-    """Distances of pointers of the same kind as the search's.
+def pointer_distances(retriever: Retriever) -> tuple[PointerDistances, Retriever]:
+    """Distances of pointers, and a retriever whose distances are of the same kind.
 
     Raises UserError where that takes keys and the store has none, or where the store is in no text order.
     """
@@ -194,15 +197,15 @@ def pointer_distances(retriever: Retriever) -> PointerDistances:
     if not retriever.recompute_dists:
         codes = CodeDistances.open(retriever.datastore, retriever.cpu_index, retriever.index_name)
         if codes is not None:
-            return retriever.distances_to(codes)
+            return retriever.distances_to(codes), retriever
         if retriever.metadata["factory"] != "Flat":
             logger.info(
                 "RetoMaton has no distances by the codes of %s: exact ones are used for searches and pointers "
                 "(recompute_dists=True).",
                 retriever.metadata["factory"],
             )
-            retriever.recompute_dists = True
-    return retriever.distances_to(None)
+            retriever = retriever.with_settings(recompute_dists=True)
+    return retriever.distances_to(None), retriever
 
 
 def find_datastore(path: str | os.PathLike | None) -> Datastore:
