@@ -63,8 +63,8 @@ def main() -> None:
 
     from knn_lm_eval.make.text import read_text_file
     from knn_lm_eval.model.knn_hf import KNNHF
-    from knn_lm_eval.search.retriever import Retriever
-    from knn_lm_eval.study.index_comparison import IndexComparison, Trial, collect_queries, efficient
+    from knn_lm_eval.search.retriever import LocalRetriever, Retriever
+    from knn_lm_eval.study.index_comparison import IndexComparison, collect_queries, efficient
     from knn_lm_eval.system.files import write_json
 
     model_args = {"index": wanted[0][0]} | simple_parse_args_string(arguments.model_args)
@@ -81,10 +81,12 @@ def main() -> None:
         if not ids:
             raise UserError(f"{path} is empty: there is nothing to score.")
         texts[path.stem] = text if not arguments.tokens else lm.tokenizer.decode(ids[: arguments.tokens])
-    trials = []
+    trials: list[Retriever] = []
     for name, probes in wanted:
-        retriever = Retriever(store, max(ks), None, own.sim_func, own.recompute_dists, own.gpu, name)
-        trials += [Trial(retriever, probe or retriever.probe, k) for probe in probes for k in ks]
+        retriever = LocalRetriever(store, max(ks), None, own.sim_func, own.recompute_dists, own.settings.gpu, name)
+        for probe in probes:
+            with_probe = retriever.with_settings(probe=probe)
+            trials += [with_probe.with_settings(k=k) for k in ks]
     threads = 1 if arguments.cpu_time else arguments.threads
     if threads:
         faiss.omp_set_num_threads(threads)

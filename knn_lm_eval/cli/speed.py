@@ -149,9 +149,9 @@ class Bench:
         batches: list[np.ndarray] = []
         search = retrieval.search
 
-        def recording_search(index: Any, queries: np.ndarray, k: int) -> Any:
+        def recording_search(index: Any, queries: np.ndarray, k: int, parameters: Any) -> Any:
             batches.append(queries.copy())
-            return search(index, queries, k)
+            return search(index, queries, k, parameters)
 
         systems = self.systems(folder)
         with patch.object(retrieval, "search", recording_search):

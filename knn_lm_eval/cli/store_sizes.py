@@ -50,11 +50,10 @@ def main() -> None:
     searched = min(arguments.searched or 4 * k, len(lm.retriever.datastore))
     if searched < k:
         raise UserError(f"--searched {searched} is less than k={k}.")
-    lm.retriever.k = searched
     arguments.output.mkdir(parents=True, exist_ok=True)
     manager = TaskManager(metadata=model_args | simple_parse_args_string(arguments.metadata))
     for task in arguments.tasks.split(","):
-        scorer = StoreSizeScorer(lm, k, fractions, arguments.seed)
+        scorer = StoreSizeScorer(lm, k, fractions, arguments.seed, searched)
         lm.scorer = scorer
         lm_eval.simple_evaluate(
             model=lm,

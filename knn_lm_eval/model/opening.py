@@ -17,7 +17,7 @@ from knn_lm_eval.methods.mixture import Mixture
 from knn_lm_eval.model.params import Params, find_params
 from knn_lm_eval.model.settings import RetrievalSettings, SettingsInForce
 from knn_lm_eval.search.code_distances import CodeDistances
-from knn_lm_eval.search.retriever import EntryDistances, Retriever
+from knn_lm_eval.search.retriever import EntryDistances, LocalRetriever, Retriever
 from knn_lm_eval.store.clusters import Clusters
 from knn_lm_eval.store.datastore import Datastore
 from knn_lm_eval.store.fetching import find_datastore
@@ -172,7 +172,7 @@ def _open_retriever(settings: RetrievalSettings, store: Datastore) -> Retriever:
     assert settings.k is not None
     searching = settings.k, settings.probe, settings.knn_sim_func, settings.recompute_dists
     if settings.retriever == "local":
-        return Retriever(store, *searching, settings.knn_gpu, settings.index)
+        return LocalRetriever(store, *searching, settings.knn_gpu, settings.index)
     if settings.knn_gpu:
         raise UserError("knn_gpu=True is for the local retriever: Ray's shards search on CPUs; leave one out.")
     from knn_lm_eval.search.ray_retriever import RayRetriever

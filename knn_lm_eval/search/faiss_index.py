@@ -175,9 +175,14 @@ def to_gpus(index: faiss.Index, k: int) -> faiss.Index:
             _reason(error),
         )
         return index
+    check_gpu_k(k)
+    return on_gpus
+
+
+def check_gpu_k(k: int) -> None:
+    """Raise UserError where GPUs cannot find ``k`` neighbours."""
     if k > GPU_MAX_K:
         raise UserError(f"k={k} is more than faiss finds on GPUs, {GPU_MAX_K}; choose a smaller k, or knn_gpu=False.")
-    return on_gpus
 
 
 def _clone_to(gpus: list[int], index: faiss.Index) -> faiss.Index:
@@ -196,12 +201,15 @@ def _clone_to(gpus: list[int], index: faiss.Index) -> faiss.Index:
         return faiss.index_cpu_to_gpus_list(index, options, gpus)
 
 
-def search(index: faiss.Index, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+def search(
+    index: faiss.Index, queries: np.ndarray, k: int, parameters: faiss.SearchParameters | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Search for the ``k`` nearest entries of each query.
 
     Parameters
     ----------
     queries : float32 ``[n, dimension]``.
+    parameters : of this search alone, see ``probe_parameters``; None takes what is set in the index.
 
     Returns
     -------
@@ -210,10 +218,28 @@ def search(index: faiss.Index, queries: np.ndarray, k: int) -> tuple[np.ndarray,
     entries : int64 ``[n, k]``; -1 in empty slots.
     """
     faiss.cvar.indexIVF_stats.reset()  # type: ignore[attr-defined]
-    scores, entries = index.search(queries, k)
+    scores, entries = index.search(queries, k, params=parameters)
     distances = -scores if index.metric_type == faiss.METRIC_INNER_PRODUCT else scores
     distances[entries < 0] = np.inf
     return distances, entries
+
+
+def probe_parameters(index: faiss.Index, probe: int) -> faiss.SearchParameters | None:
+    """What makes one search of ``index`` visit ``probe`` lists, whatever is set in it; None without lists.
+
+    Not for indexes on GPUs, whose copies and shards take no parameters.
+    """
+    library: Any = faiss  # whose type stubs lack some of what is used here
+    index = split_parts(index)[0][0]
+    if isinstance(index, faiss.IndexPreTransform):
+        below = probe_parameters(faiss.downcast_index(index.index), probe)
+        return below and library.SearchParametersPreTransform(index_params=below)
+    if isinstance(index, faiss.IndexRefine):
+        below = probe_parameters(faiss.downcast_index(index.base_index), probe)
+        return below and library.IndexRefineSearchParameters(k_factor=index.k_factor, base_index_params=below)
+    if isinstance(index, faiss.IndexIDMap):
+        return probe_parameters(faiss.downcast_index(index.index), probe)
+    return library.SearchParametersIVF(nprobe=min(probe, index.nlist)) if isinstance(index, faiss.IndexIVF) else None
 
 
 def vectors_compared(index: faiss.Index, queries: int) -> int:

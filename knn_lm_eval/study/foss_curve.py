@@ -79,7 +79,7 @@ class SweepScorer(Scorer):
         self.walkers: list[tuple[CurvePoint, Automaton]] = []
         for clusters in clusterings:
             name = None if clusters is None else clusters.path.name
-            automaton = open_automaton(lm.retriever, settings, clusters)
+            automaton, self.retriever = open_automaton(lm.retriever, settings, clusters)
             for number in min_knns:
                 walker = automaton.with_settings(replace(settings, min_knns=number))
                 self.walkers.append((CurvePoint("retomaton", name, number), walker))

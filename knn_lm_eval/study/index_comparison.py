@@ -30,7 +30,7 @@ from knn_lm_eval.errors import UserError
 from knn_lm_eval.methods.mixture import mix
 from knn_lm_eval.model.knn_hf import KNNHF
 from knn_lm_eval.model.scoring import NEIGHBOURS_PER_BLOCK, Passage, Score, Scorer
-from knn_lm_eval.search.faiss_index import METRICS, set_probe
+from knn_lm_eval.search.faiss_index import METRICS
 from knn_lm_eval.search.retriever import Found, Retriever, entry_counts
 from knn_lm_eval.store.datastore import Datastore
 from knn_lm_eval.study.tuning import Surface, find_best, knn_log_probs
@@ -58,27 +58,6 @@ class Queries:
     targets: Tensor
     lm_log_probs: Tensor
     texts: dict[str, int]
-
-
-@dataclass(frozen=True)
-class Trial:
-    """A setting to measure; those of one index share its retriever, since an index may fill the memory.
-
-    Attributes
-    ----------
-    probe : None takes what the index was found to need.
-    """
-
-    retriever: Retriever
-    probe: int | None
-    k: int
-
-    def find(self, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """As ``Retriever.find``, with this setting."""
-        self.retriever.k = self.k
-        if self.probe is not None:
-            set_probe(self.retriever.index, self.probe)
-        return self.retriever.find(queries)
 
 
 @dataclass
@@ -202,22 +181,28 @@ class IndexComparison:
         return result
 
     def measure(
-        self, trials: Sequence[Trial], repeats: int, clock: Callable[[], float] = time.perf_counter
+        self, retrievers: Sequence[Retriever], repeats: int, clock: Callable[[], float] = time.perf_counter
     ) -> Iterator[Measurement]:
-        """Each trial's search, timed in so many rounds in which they take turns, after a round that warms up."""
+        """Each retriever's search, timed in so many rounds in which they take turns, after a round that warms up.
+
+        Parameters
+        ----------
+        retrievers : one per setting; those of one index should share it (see ``Retriever.with_settings``), since an
+            index may fill the memory.
+        """
         results = []
         queries = self.queries.queries.numpy()
-        for trial in tqdm(trials, desc="Measuring quality", unit=" settings"):
-            metadata = trial.retriever.metadata
+        for retriever in tqdm(retrievers, desc="Measuring quality", unit=" settings"):
+            metadata = retriever.metadata
             size = metadata["bytes"] / len(self.store)
-            result = Measurement(trial.retriever.index_name, metadata["factory"], size, trial.probe, trial.k)
-            distances, entries = (torch.from_numpy(array) for array in trial.find(queries))
+            result = Measurement(retriever.index_name, metadata["factory"], size, retriever.probe, retriever.k)
+            distances, entries = (torch.from_numpy(array) for array in retriever.find(queries))
             self._judge(result, self._found(distances, entries))
             results.append(result)
         for _ in tqdm(range(repeats), desc="Timing", unit=" rounds"):
-            for trial, result in zip(trials, results, strict=True):
+            for retriever, result in zip(retrievers, results, strict=True):
                 start = clock()
-                trial.find(queries)
+                retriever.find(queries)
                 result.microseconds.append(1e6 * (clock() - start) / len(queries))
         yield from results
 

@@ -44,20 +44,23 @@ class StoreSizeScorer(Scorer):
 
     Parameters
     ----------
-    lm : a loaded ``knn-hf``, whose LM, retriever and mixture settings are used. Its ``k`` is what the one search
-        finds.
+    lm : a loaded ``knn-hf``, whose LM, retriever and mixture settings are used.
     k : neighbours that a part has at most.
     fractions : the parts' sizes, above 0 and at most 1.
     seed : of the choice of entries.
+    searched : neighbours that the one search finds; None is the ``k`` of ``lm``.
     """
 
-    def __init__(self, lm: KNNHF, k: int, fractions: Sequence[float], seed: int = DEFAULT_SEED) -> None:
+    def __init__(
+        self, lm: KNNHF, k: int, fractions: Sequence[float], seed: int = DEFAULT_SEED, searched: int | None = None
+    ) -> None:
         if not isinstance(lm.settings["lmbda"], (int, float)):
             raise UserError("Sizes are compared with one lmbda for all tokens: give lmbda=NUMBER in --model_args.")
         if lm.settings.get("retomaton"):
             raise UserError("Sizes are compared for kNN-LM: leave retomaton out of --model_args.")
         self.constant = float(lm.settings["lmbda"])
-        super().__init__(lm.scorer.model, lm.retriever, self.constant, lm.settings["knn_temp"], lm.softmax_dtype)
+        retriever = lm.retriever.with_settings(k=searched)
+        super().__init__(lm.scorer.model, retriever, self.constant, lm.settings["knn_temp"], lm.softmax_dtype)
         if wrong := [fraction for fraction in fractions if not 0 < fraction <= 1]:
             raise UserError(f"The fraction {wrong[0]:g} of the datastore must be above 0 and at most 1.")
         self.k, self.seed = k, seed

@@ -196,7 +196,7 @@ class TuningScorer(Scorer):
         else:
             name = settings["clusters"]
             clusters = None if name is None else Clusters.open(lm.retriever.datastore, str(name))
-            automaton = open_automaton(lm.retriever, AutomatonSettings(), clusters)
+            automaton, self.retriever = open_automaton(lm.retriever, AutomatonSettings(), clusters)
             for k, min_knns, max_knns in itertools.product(grid.k, grid.min_knns, grid.max_knns):
                 walk = AutomatonSettings(
                     k,
@@ -325,7 +325,7 @@ def _with_probe(lm: KNNHF, probe: int) -> Retriever:
     own = lm.retriever
     if own.probe is None:
         raise UserError(f"--probe is for indexes with inverted lists, and {own.index_name!r} has none; leave it out.")
-    return own.with_probe(probe)
+    return own.with_settings(probe=probe)
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from knn_lm_eval.make.importing import import_datastore
 from knn_lm_eval.methods.automaton import AutomatonSettings
 from knn_lm_eval.search.faiss_index import join_parts, open_index, search, set_probe
 from knn_lm_eval.search.indexing import build_index
-from knn_lm_eval.search.retriever import Retriever
+from knn_lm_eval.search.retriever import LocalRetriever
 from knn_lm_eval.store.clusters import Clusters
 from knn_lm_eval.study.foss_curve import SweepScorer
 
@@ -231,7 +231,7 @@ def test_an_index_behind_a_dimension_reduction_is_imported(tmp_path: Path, array
     keys, values = arrays
     write_fairseq(tmp_path / "theirs", keys, values, factory="PCA16,IVF8,SQ8")
     store = import_datastore([tmp_path / "theirs"], tmp_path / "ours")
-    retriever = Retriever(store, k=10)
+    retriever = LocalRetriever(store, k=10)
     assert retriever.probe == 8 and retriever.metadata["factory"].startswith("PCA16,IVF8,SQ8")
     assert (retriever.search(torch.from_numpy(keys[:5].astype(np.float32))).entries >= 0).all()
 

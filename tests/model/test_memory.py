@@ -61,16 +61,16 @@ from knn_lm_eval.model.opening import open_automaton
 from knn_lm_eval.methods.automaton import AutomatonSettings, Walk
 from knn_lm_eval.store.clusters import Clusters
 from knn_lm_eval.store.datastore import Datastore
-from knn_lm_eval.search.retriever import Retriever
+from knn_lm_eval.search.retriever import LocalRetriever
 
 def run(path, queries):
     store = Datastore.open(path)
     results = []
     for recompute in (False, True):
-        retriever = Retriever(store, k=50, probe=1, recompute_dists=recompute)
+        retriever = LocalRetriever(store, k=50, probe=1, recompute_dists=recompute)
         found = retriever.search(torch.from_numpy(queries))
         clusters = Clusters.open(store, "large")
-        automaton = open_automaton(retriever, AutomatonSettings(k=50, min_knns=1, max_knns=200), clusters)
+        automaton, _ = open_automaton(retriever, AutomatonSettings(k=50, min_knns=1, max_knns=200), clusters)
         walk = Walk(queries, found.values[:, 0].numpy())
         automaton.walk([walk])
         results += [found.distances, found.entries, walk.log_p_knn]

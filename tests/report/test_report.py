@@ -213,8 +213,8 @@ def law(tmp_path: Path) -> TaskManager:
 def test_a_part_of_the_store_is_a_store_of_its_entries(store, model_folder, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda _: None)
     lm = KNNHF(str(model_folder), datastore=store.path, k=20, lmbda=0.4, knn_temp=3.0, batch_size=2)
-    lm.retriever.k = len(store)  # all are found, so that parts lack none
-    scorer = StoreSizeScorer(lm, 20, [0.1, 1.0], seed=3)
+    # All are found, so that parts lack none.
+    scorer = StoreSizeScorer(lm, 20, [0.1, 1.0], seed=3, searched=len(store))
     lm.scorer = scorer
     lm_eval.simple_evaluate(model=lm, tasks=["law"], task_manager=law(tmp_path), bootstrap_iters=0, log_samples=False)
     positions = positions_of_entries(np.arange(len(store)), 3)

@@ -30,7 +30,7 @@ from knn_lm_eval.search.faiss_index import (
     to_gpus,
 )
 from knn_lm_eval.search.indexing import build_index
-from knn_lm_eval.search.retriever import Retriever
+from knn_lm_eval.search.retriever import LocalRetriever
 from knn_lm_eval.store.clusters import Clusters
 from knn_lm_eval.store.datastore import Datastore
 from knn_lm_eval.system.timing import StageTimer
@@ -83,7 +83,7 @@ def test_building_as_on_gpus_gives_the_same_index(
 @pytest.mark.parametrize("factory", ["Flat", "IVF16,Flat", "IVF16,SQ8", "IVF16,PQ8", "PCA16,IVF16,Flat"])
 def test_search_on_gpus_agrees_with_the_cpu(own_store: Datastore, factory: str, sim_func: str) -> None:
     build_index(own_store, factory, sim_func=sim_func, quality_queries=0)
-    cpu, gpu = (Retriever(own_store, k=100, probe=8, gpu=on_gpu) for on_gpu in (False, True))
+    cpu, gpu = (LocalRetriever(own_store, k=100, probe=8, gpu=on_gpu) for on_gpu in (False, True))
     assert gpu.on_gpus and not cpu.on_gpus
     assert_alike(gpu.find(queries_of(own_store)), cpu.find(queries_of(own_store)))
 
@@ -131,7 +131,7 @@ def test_each_process_of_a_launch_takes_its_own_gpu(own_store: Datastore, monkey
 @needs_faiss_gpu
 def test_types_without_a_gpu_version_stay_on_the_cpu(own_store: Datastore, caplog: pytest.LogCaptureFixture) -> None:
     build_index(own_store, "IVF16,RaBitQfs", quality_queries=0)
-    retriever = Retriever(own_store, k=10, gpu=True)
+    retriever = LocalRetriever(own_store, k=10, gpu=True)
     assert not retriever.on_gpus and "cannot put IndexIVFRaBitQFastScan on GPUs" in caplog.text
 
 
@@ -139,8 +139,8 @@ def test_types_without_a_gpu_version_stay_on_the_cpu(own_store: Datastore, caplo
 def test_more_neighbours_than_gpus_find_are_refused(own_store: Datastore) -> None:
     build_index(own_store, "Flat", quality_queries=0)
     with pytest.raises(UserError, match=f"k={GPU_MAX_K + 1} is more than faiss finds on GPUs"):
-        Retriever(own_store, k=GPU_MAX_K + 1, gpu=True)
-    Retriever(own_store, k=GPU_MAX_K, gpu=True).find(queries_of(own_store)[:3])
+        LocalRetriever(own_store, k=GPU_MAX_K + 1, gpu=True)
+    LocalRetriever(own_store, k=GPU_MAX_K, gpu=True).find(queries_of(own_store)[:3])
 
 
 @needs_faiss_gpu

@@ -19,7 +19,7 @@ from knn_lm_eval.search.choosing import Budget, choose_factory
 from knn_lm_eval.search.faiss_index import open_index
 from knn_lm_eval.search.indexing import build_index
 from knn_lm_eval.search.kmeans import two_level_kmeans
-from knn_lm_eval.search.retriever import Retriever, exact_distances
+from knn_lm_eval.search.retriever import LocalRetriever, exact_distances
 from knn_lm_eval.store import key_stream
 from knn_lm_eval.store.datastore import Datastore
 
@@ -128,7 +128,7 @@ def test_flat_index_searches_exactly(tmp_path: Path, sim_func: str) -> None:
     metadata = build_index(store, "auto", sim_func=sim_func)
     assert metadata["factory"] == "Flat" and metadata["quality"][0]["recall"] > 0.999
     queries = np.random.default_rng(1).standard_normal((7, store.dimension)).astype(np.float32)
-    distances, values, entries, _ = Retriever(store, k=40).search(torch.from_numpy(queries))
+    distances, values, entries, _ = LocalRetriever(store, k=40).search(torch.from_numpy(queries))
     expected, order = brute_force(store, queries, 40, sim_func == "dot")
     np.testing.assert_allclose(distances.numpy(), expected, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(np.sort(entries.numpy()), np.sort(order))
@@ -139,7 +139,7 @@ def test_flat_index_searches_exactly(tmp_path: Path, sim_func: str) -> None:
 def test_recomputed_distances_are_exact_whatever_the_index(pristine: Datastore, sim_func: str, monkeypatch) -> None:
     monkeypatch.setattr("knn_lm_eval.search.retriever.GATHER_BYTES", 2**13)  # several blocks
     queries = np.random.default_rng(1).standard_normal((9, pristine.dimension)).astype(np.float32)
-    retriever = Retriever(pristine, k=30, index="rabitq", sim_func=sim_func, recompute_dists=True)
+    retriever = LocalRetriever(pristine, k=30, index="rabitq", sim_func=sim_func, recompute_dists=True)
     distances, _, entries, _ = retriever.search(torch.from_numpy(queries))
     keys = pristine.keys[entries.numpy()].astype(np.float64)
     inner = (keys * queries[:, None]).sum(-1)
@@ -214,9 +214,9 @@ def test_quality_figures_are_recall_and_error_of_p_knn(pristine: Datastore) -> N
 
 def test_probe_given_beats_the_recommended_one(pristine: Datastore) -> None:
     recommended = json.loads((pristine.path / "rabitq.json").read_text())["probe"]
-    assert Retriever(pristine, k=5, index="rabitq").probe == recommended
-    assert Retriever(pristine, k=5, index="rabitq", probe=3).probe == 3
-    assert Retriever(pristine, k=5, index="rabitq", probe=10**6).probe == 16  # all lists
+    assert LocalRetriever(pristine, k=5, index="rabitq").probe == recommended
+    assert LocalRetriever(pristine, k=5, index="rabitq", probe=3).probe == 3
+    assert LocalRetriever(pristine, k=5, index="rabitq", probe=10**6).probe == 16  # all lists
 
 
 @pytest.mark.parametrize("factory", ["Flat", "IVF16,SQ8"])
@@ -260,7 +260,7 @@ def test_an_index_in_parts_finds_what_it_finds_in_one(tmp_path: Path, factory: s
     derived = json.loads((store.path / "manifest.json").read_text())["derived"]
     assert {"parts.json", "parts.000.faiss", "parts.003.faiss"} <= set(derived)
     queries = np.random.default_rng(1).standard_normal((9, store.dimension)).astype(np.float32)
-    whole, joined = (Retriever(store, k=60, probe=4, index=name) for name in ("index", "parts"))
+    whole, joined = (LocalRetriever(store, k=60, probe=4, index=name) for name in ("index", "parts"))
     (distances, entries), (expected_distances, expected_entries) = joined.find(queries), whole.find(queries)
     np.testing.assert_allclose(distances, expected_distances, rtol=1e-5, atol=1e-5)
     for mine, expected in zip(entries, expected_entries, strict=True):  # equal distances may change places
@@ -432,6 +432,6 @@ def test_the_gpu_option_without_a_gpu_searches_on_the_cpu_and_says_so(pristine: 
     if getattr(faiss, "get_num_gpus", lambda: 0)():
         pytest.skip("this machine has a GPU")
     queries = torch.from_numpy(pristine.keys[:3].astype(np.float32))
-    on_gpu = Retriever(pristine, k=5, gpu=True).search(queries)
+    on_gpu = LocalRetriever(pristine, k=5, gpu=True).search(queries)
     assert "faiss sees no GPU" in caplog.text
-    assert torch.equal(on_gpu[2], Retriever(pristine, k=5).search(queries)[2])
+    assert torch.equal(on_gpu[2], LocalRetriever(pristine, k=5).search(queries)[2])

@@ -18,11 +18,12 @@ from lm_eval.api.instance import Instance
 
 from knn_lm_eval import KNNHF, UserError
 from knn_lm_eval.make.clustering import cluster_kmeans
-from knn_lm_eval.search import ray_retriever as ray_retrieval
+from knn_lm_eval.search import ray_shards
 from knn_lm_eval.search.code_distances import CodeDistances
 from knn_lm_eval.search.indexing import build_index
-from knn_lm_eval.search.ray_retriever import RayRetriever, Shard
-from knn_lm_eval.search.retriever import RetrievalStatistics, Retriever
+from knn_lm_eval.search.ray_retriever import RayRetriever
+from knn_lm_eval.search.ray_shards import Shard
+from knn_lm_eval.search.retriever import LocalRetriever, Retriever
 from knn_lm_eval.store.datastore import Datastore, file_record
 from knn_lm_eval.system.files import write_json
 from knn_lm_eval.system.ray_cluster import ENVIRONMENT, connect
@@ -72,7 +73,7 @@ def opened(address: str, in_parts: Datastore) -> Callable[[str], tuple[Retriever
     @functools.cache
     def open_both(index: str) -> tuple[Retriever, RayRetriever]:
         settings = {"k": 5, "probe": 4, "index": index}
-        return Retriever(in_parts, **settings), RayRetriever(in_parts, address=address, **settings)
+        return LocalRetriever(in_parts, **settings), RayRetriever(in_parts, address=address, **settings)
 
     return open_both
 
@@ -90,14 +91,15 @@ def text_store(tmp_path_factory: pytest.TempPathFactory, store: Datastore) -> Da
 
 def kill_during_a_search(retriever: RayRetriever, monkeypatch: pytest.MonkeyPatch, number: int = 0) -> None:
     """Have the shard die while its queries are on their way."""
-    ask = retriever._ask
+    shards = retriever.shards
+    ask = shards.ask
 
     def kill_and_ask(calls: dict) -> dict:
-        monkeypatch.setattr(retriever, "_ask", ask)
-        ray.kill(retriever._shards[number], no_restart=False)
+        monkeypatch.setattr(shards, "ask", ask)
+        ray.kill(shards.actors[number], no_restart=False)
         return ask(calls)
 
-    monkeypatch.setattr(retriever, "_ask", kill_and_ask)
+    monkeypatch.setattr(shards, "ask", kill_and_ask)
 
 
 def test_parts_built_by_ray_equal_those_built_here(address: str, in_parts: Datastore) -> None:
@@ -122,7 +124,7 @@ def test_what_is_wrong_with_the_store_is_said_by_the_task(address: str, tmp_path
 def test_shards_lie_on_both_nodes(opened: Callable) -> None:
     _, retriever = opened("rabitq")
     actors = ray._private.state.actors()
-    nodes = {actors[shard._actor_id.hex()]["Address"]["NodeID"] for shard in retriever._shards}
+    nodes = {actors[shard._actor_id.hex()]["Address"]["NodeID"] for shard in retriever.shards.actors}
     assert len(nodes) == 2
 
 
@@ -132,10 +134,9 @@ def test_shards_lie_on_both_nodes(opened: Callable) -> None:
 def test_neighbours_are_those_of_the_local_retriever(
     opened: Callable, index: str, recompute_dists: bool, k: int
 ) -> None:
-    local, remote = pair = opened(index)
-    assert remote.probe == local.probe
-    for retriever in pair:
-        retriever.k, retriever.recompute_dists, retriever.statistics = k, recompute_dists, RetrievalStatistics()
+    pair = opened(index)
+    local, remote = (retriever.with_settings(k=k, recompute_dists=recompute_dists) for retriever in pair)
+    assert remote.settings == local.settings and remote.probe == pair[1].probe
     for queries in (QUERIES, QUERIES[:1]):
         expected, found = local.search(torch.from_numpy(queries)), remote.search(torch.from_numpy(queries))
         for mine, theirs in zip(found, expected, strict=True):
@@ -145,8 +146,8 @@ def test_neighbours_are_those_of_the_local_retriever(
 
 
 def test_another_probe_uses_the_same_shards(opened: Callable) -> None:
-    local, remote = (retriever.with_probe(1) for retriever in opened("rabitq"))
-    assert local.probe == remote.probe == 1 and remote._shards is opened("rabitq")[1]._shards
+    local, remote = (retriever.with_settings(probe=1) for retriever in opened("rabitq"))
+    assert local.probe == remote.probe == 1 and remote.shards is opened("rabitq")[1].shards
     for mine, theirs in zip(remote.find(QUERIES), local.find(QUERIES), strict=True):
         np.testing.assert_array_equal(mine, theirs)
     assert remote.statistics.searches == 64
@@ -157,7 +158,7 @@ def test_distances_and_values_of_given_entries_come_from_their_shards(
     opened: Callable, in_parts: Datastore, index: str
 ) -> None:
     local, remote = opened(index)
-    remote = remote.with_probe(4)  # knows no values yet
+    remote = remote.with_settings(probe=4)  # knows no values yet
     codes = CodeDistances.open(in_parts, remote.cpu_index, index)
     assert (codes is None) == (index == "dot")
     rng = np.random.default_rng(5)
@@ -198,7 +199,7 @@ def test_an_evaluation_gives_the_same_numbers_though_a_shard_dies(
 def test_a_shard_that_is_lost_for_good_ends_the_run(
     address: str, in_parts: Datastore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ray_retrieval, "RESTARTS", 0)
+    monkeypatch.setattr(ray_shards, "RESTARTS", 0)
     retriever = RayRetriever(in_parts, k=5, index="whole", address=address)
     kill_during_a_search(retriever, monkeypatch)
     with pytest.raises(UserError, match=r"The shard with whole\.faiss \(Ray at .*, last on the node .*\) is lost"):
@@ -218,18 +219,18 @@ def test_a_shard_without_a_place_ends_the_run(
     occupants = [ray.remote(Occupant).options(num_cpus=1).remote() for _ in range(2)]
     assert ray.get([occupant.here.remote() for occupant in occupants]) == [True, True]
     kill_during_a_search(retriever, monkeypatch)
-    monkeypatch.setattr(ray_retrieval, "PLACE_SECONDS", 1.0)
+    monkeypatch.setattr(ray_shards, "PLACE_SECONDS", 1.0)
     with pytest.raises(UserError, match=r"whole\.faiss .*: there has been no free CPU on a node for it within 2 sec"):
         retriever.find(QUERIES)
     for occupant in occupants:
         ray.kill(occupant)
-    monkeypatch.setattr(ray_retrieval, "PLACE_SECONDS", 60.0)
+    monkeypatch.setattr(ray_shards, "PLACE_SECONDS", 60.0)
     np.testing.assert_array_equal(retriever.find(QUERIES)[0], expected[0])
     assert retriever.statistics.restarts == 1
 
 
 def test_a_node_that_does_not_see_the_folder_says_so(in_parts: Datastore, tmp_path: Path) -> None:
-    (part,) = Retriever(in_parts, k=5, index="whole").parts
+    (part,) = LocalRetriever(in_parts, k=5, index="whole").parts
     with pytest.raises(UserError, match="The Ray node .* does not see the folder .*; put the datastore on a file sys"):
         Shard(tmp_path / "not_mounted", part, "whole", 1).lists()
 

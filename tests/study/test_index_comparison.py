@@ -18,9 +18,9 @@ from lm_eval.api.instance import Instance
 
 from knn_lm_eval.model.knn_hf import KNNHF
 from knn_lm_eval.search.indexing import build_index
-from knn_lm_eval.search.retriever import Retriever
+from knn_lm_eval.search.retriever import LocalRetriever
 from knn_lm_eval.store.datastore import Datastore
-from knn_lm_eval.study.index_comparison import IndexComparison, Measurement, Trial, collect_queries, efficient
+from knn_lm_eval.study.index_comparison import IndexComparison, Measurement, collect_queries, efficient
 
 TEXTS = {"one": EVAL_TEXT[:300], "two": EVAL_TEXT[300:]}
 LMBDA, TEMPERATURE = 0.4, 2.0
@@ -61,10 +61,10 @@ def evaluated_perplexity(knn: KNNHF, texts: list[str]) -> float:
 
 def test_perplexities_are_those_of_the_evaluation(comparison: IndexComparison, knn: KNNHF, indexed: Datastore) -> None:
     (flat, coarse) = comparison.measure(
-        [Trial(Retriever(indexed, 40), None, 40), Trial(Retriever(indexed, 40, index="coarse"), 2, 40)], 1
+        [LocalRetriever(indexed, 40), LocalRetriever(indexed, 40, index="coarse").with_settings(probe=2)], 1
     )
     own = knn.retriever
-    for result, retriever in ((flat, own), (coarse, Retriever(indexed, 40, 2, index="coarse"))):
+    for result, retriever in ((flat, own), (coarse, LocalRetriever(indexed, 40, 2, index="coarse"))):
         knn.scorer.retriever = retriever
         for name, text in TEXTS.items():
             assert result.perplexity[name] == pytest.approx(evaluated_perplexity(knn, [text]), rel=1e-5)
@@ -88,8 +88,9 @@ def test_the_base_perplexity_is_the_lms_alone(comparison: IndexComparison, index
 
 @pytest.mark.parametrize("k", [7, 40])
 def test_recall_and_error_against_brute_force(comparison: IndexComparison, indexed: Datastore, k: int) -> None:
-    retriever = Retriever(indexed, k, 1, index="coarse")
-    (result,) = comparison.measure([Trial(Retriever(indexed, 40, index="coarse"), 1, k)], 1)
+    retriever = LocalRetriever(indexed, k, 1, index="coarse")
+    shared = LocalRetriever(indexed, 40, index="coarse")
+    (result, _) = comparison.measure([shared.with_settings(probe=1, k=k), shared.with_settings(probe=4)], 1)
     queries = comparison.queries.queries
     found = retriever.search(queries)
     keys = indexed.keys.astype(np.float64)
