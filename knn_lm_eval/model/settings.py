@@ -299,7 +299,11 @@ def _meaning(said: Mapping[str, Any]) -> str:
     return said["doc"]
 
 
-RetrievalSettings.__doc__ = (
-    f"{RetrievalSettings.__doc__.rstrip()}\n\n    Attributes\n    ----------\n"
-    + textwrap.indent(settings_docstring(), "    ")
+RetrievalSettings.__doc__ = "\n".join(
+    [
+        f"{(RetrievalSettings.__doc__ or '').rstrip()}\n",
+        "    Attributes",
+        "    ----------",
+        textwrap.indent(settings_docstring(), "    "),
+    ]
 )
