@@ -38,7 +38,7 @@ OTHERS_OPTIONS |= {"--nproc_per_node", "--scope"}
 COMING = {"cli/arguments", "lm/reading", "make/merging", "make/tokens", "make/windows", "model/accounting"}
 COMING |= {"model/scoring_lm", "model/settings", "report/tokens", "search/choosing", "search/kmeans", "search/quality"}
 COMING |= {"store/download", "store/index_files", "store/key_stream", "study/fitting", "study/grid", "study/run"}
-COMING |= {"study/speed"}
+COMING |= {"study/speed", "study/grid_scorer", "report/comparison_tables"}
 
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPO)))
 
