@@ -1,6 +1,6 @@
 """A tiny random model of every decoder architecture of transformers, and where its last feed-forward block is.
 
-Run as a program, it prints the list of them for the README.
+Run as a program, it prints the list of them for docs/reference/models.md.
 """
 
 from __future__ import annotations
@@ -255,8 +255,8 @@ def build(model_type: str, seed: int = 0, **changes: Any) -> transformers.PreTra
 WRAPPING: dict[str, Any] = {"subsequent_indent": "  ", "break_on_hyphens": False}
 
 
-def readme_list() -> str:
-    """The README's list of architectures."""
+def documented_list() -> str:
+    """The documentation's list of architectures."""
     kinds = {
         "The input of the last layer's feed-forward block or mixture of experts": BLOCKS,
         "The input of the first of the feed-forward part's linear maps, where they lie bare in the layer": FIRST_MAPS,
@@ -271,4 +271,4 @@ def readme_list() -> str:
 
 
 if __name__ == "__main__":
-    print(readme_list(), end="")
+    print(documented_list(), end="")

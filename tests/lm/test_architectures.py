@@ -27,7 +27,7 @@ from knn_lm_eval.make.text import cut_into_documents
 from knn_lm_eval.model.scoring import LMScorer
 from knn_lm_eval.search.indexing import build_index
 
-README = REPO / "README.md"
+MODELS = REPO / "docs" / "reference" / "models.md"
 LENGTHS = (9, 4, 7)
 ALL = [
     pytest.param(
@@ -358,7 +358,7 @@ def test_keys_that_are_not_one_per_token_are_refused() -> None:
         CausalLM(architectures.build("gemma3n_text"), "last_ffn_output")
 
 
-def test_the_readmes_list_is_the_tested_one() -> None:
-    assert architectures.readme_list() in README.read_text(encoding="utf-8"), (
-        "The README's list of architectures is not up to date: put in what `python tests/architectures.py` prints."
+def test_the_documented_list_is_the_tested_one() -> None:
+    assert architectures.documented_list() in MODELS.read_text(encoding="utf-8"), (
+        f"The list in {MODELS} is not up to date: put in what `python tests/helpers/architectures.py` prints."
     )
