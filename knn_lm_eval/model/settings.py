@@ -54,6 +54,7 @@ def setting(
     doc: str,
     *,
     of: Range | tuple[str, ...] | None = None,
+    may_be: str = "",
     in_force: Any = None,
     shown_default: str = "",
     source: str = "",
@@ -64,13 +65,14 @@ def setting(
     ----------
     default : the value where none is given.
     doc : what it means.
-    of : the numbers, or the words, that it may be.
+    of : the numbers, or the words, that it may be; checked.
+    may_be : what it may be, in words, where ``of`` does not say it or not all of it.
     in_force : the value that counts where the default is None and nothing (params, store, index) says otherwise.
     shown_default : in words, where ``default`` and ``in_force`` are both None.
     source : the paper or program that the setting comes from.
     """
     shown = shown_default or str(default if in_force is None else in_force)
-    metadata = {"doc": doc, "of": of, "in_force": in_force, "default": shown, "source": source}
+    metadata = {"doc": doc, "of": of, "may_be": may_be, "in_force": in_force, "default": shown, "source": source}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -86,21 +88,30 @@ class RetrievalSettings:
 
     datastore: str | os.PathLike | None = setting(
         None,
-        "the datastore's folder or address (https://... or hf://datasets/...)",
+        "where keys, values and index are; from an address it is fetched first",
+        may_be="a folder, https://... or hf://datasets/...",
         shown_default="the environment variable KNN_LM_EVAL_DATASTORE",
     )
     params: str | os.PathLike | bool | None = setting(
         None,
-        "a file that `tune` wrote; it gives what is not given here of k, lmbda, knn_temp, probe, min_knns and "
-        "max_knns. False takes none",
+        "gives what is not given here of k, lmbda, knn_temp, probe, min_knns and max_knns; False goes without",
+        may_be="a file that `tune` wrote, or False",
         shown_default="the datastore's, if it has any",
     )
-    k: int | None = setting(None, "neighbours per token", of=Range(1, whole=True), in_force=1024, source=KNN_LM)
+    k: int | None = setting(
+        None,
+        "neighbours per token",
+        of=Range(1, whole=True),
+        may_be="from 1 to the datastore's entries; at most 2,048 on GPUs",
+        in_force=1024,
+        source=KNN_LM,
+    )
     lmbda: float | dict[str, Any] | None = setting(
         None,
-        "the weight of p_kNN in the mixture, from 0 to 1, or the plain form of an adaptive weight",
+        "the weight of p_kNN in the mixture; 0 is the LM alone, and searches nothing",
+        may_be="from 0 to 1, or the plain form of a weight per token, as a params file has it",
         in_force=0.25,
-        source=f"{KNN_LM}; adaptive: Drozdov et al. 2022, He et al. 2021",
+        source=f"{KNN_LM}; per token: He et al. 2021 (gate), Drozdov et al. 2022 (buckets)",
     )
     knn_temp: float | None = setting(
         None,
@@ -113,22 +124,28 @@ class RetrievalSettings:
         None,
         "inverted lists that a search visits",
         of=Range(1, whole=True),
+        may_be="from 1 to the index's lists",
         shown_default="what the index was found to need when built",
         source="faiss",
     )
     knn_sim_func: str | None = setting(
-        None, "what nearness means", of=("l2", "dot"), shown_default="the index's", source=KNN_LM
+        None,
+        "what nearness means; another than the index's needs recompute_dists",
+        of=("l2", "dot"),
+        shown_default="the index's",
+        source=KNN_LM,
     )
     knn_keytype: str | None = setting(
         None,
-        "which hidden state is the key, checked to be the datastore's",
+        "which hidden state is the key; only checked to be the datastore's",
         of=("last_ffn_input", "last_ffn_output"),
         shown_default="the datastore's",
         source=KNN_LM,
     )
     key_module: str | None = setting(
         None,
-        "the name of the submodule whose input (or output) is the key",
+        "the submodule whose input (with last_ffn_output: whose output) is the key",
+        may_be="a submodule's name",
         shown_default="the datastore's",
     )
     recompute_dists: bool = setting(
@@ -136,10 +153,10 @@ class RetrievalSettings:
     )
     knn_gpu: bool = setting(
         False,
-        "search on all visible GPUs, in float16, in shards where the index does not fit one (needs faiss-gpu; k at "
-        "most 2,048; of several processes each takes its own GPU)",
+        "search on all visible GPUs (needs faiss-gpu), in float16, in shards where the index does not fit one; of "
+        "several processes each takes its own GPU",
     )
-    index: str = setting(DEFAULT_INDEX, "the name of the datastore's index")
+    index: str = setting(DEFAULT_INDEX, "which index to search", may_be="the name of one of the datastore's")
     retriever: str = setting(
         "local",
         "`local` searches in this process, `ray` searches the index's parts on a Ray cluster, whose nodes must see "
@@ -148,19 +165,21 @@ class RetrievalSettings:
     )
     address: str = setting(
         "auto",
-        "with retriever=ray, the cluster: HOST:PORT; auto joins the one that runs on this machine, or starts one",
+        "with retriever=ray, the cluster; auto joins the one that runs on this machine, or starts one",
+        may_be="auto, or HOST:PORT",
     )
     context_len: int = setting(
         1,
         "in rolling log-likelihoods, the tokens of context that each scored token has at least, where the text has "
         "them: 1 is lm-eval's disjoint windows, half of max_length the papers' sliding ones",
         of=Range(1, whole=True),
+        may_be="from 1 to max_length",
         source=KNN_LM,
     )
     retomaton: bool = setting(False, "follow pointers instead of searching at every token", source=RETOMATON)
     min_knns: float | None = setting(
         None,
-        "with RetoMaton, search where fewer candidates survived; inf searches everywhere",
+        "with RetoMaton, search where fewer candidates survived; inf searches everywhere, 0 never",
         of=Range(0, infinity_is_in=True),
         in_force=1,
         source=RETOMATON,
@@ -175,7 +194,8 @@ class RetrievalSettings:
     no_pointer: bool = setting(False, "with RetoMaton, follow none: plain kNN-LM, for comparison", source=RETOMATON)
     clusters: str | None = setting(
         None,
-        "with RetoMaton, the name of the clustering that extends the pointers",
+        "with RetoMaton, the clusters whose members extend the pointers",
+        may_be="the name of one of the datastore's clusterings",
         shown_default="none",
         source=f"{RETOMATON}; greedy merging: He et al. 2021",
     )
@@ -186,7 +206,8 @@ class RetrievalSettings:
     )
     carry_state: bool = setting(
         False,
-        "with RetoMaton and context_len above 1, windows of one text continue each other's walk",
+        "with RetoMaton and context_len above 1, the windows of one text continue each other's walk; needs a number "
+        "for lmbda",
     )
 
     def __post_init__(self) -> None:
@@ -273,30 +294,31 @@ DEFAULTS: dict[str, Any] = {
 
 
 def settings_table() -> str:
-    """The settings as a Markdown table: argument, default, what it means and may be, source."""
-    lines = ["| argument | default | | source |", "|---|---|---|---|"]
+    """The settings as a Markdown table."""
+    lines = ["| argument | default | range | what it does | from |", "|---|---|---|---|---|"]
     for field in dataclasses.fields(RetrievalSettings):
         said = field.metadata
-        lines.append(f"| `{field.name}` | {said['default']} | {_meaning(said)} | {said['source']} |")
+        lines.append(f"| `{field.name}` | {said['default']} | {_range(field)} | {said['doc']} | {said['source']} |")
     return "\n".join(lines) + "\n"
 
 
 def settings_docstring() -> str:
-    """The settings as a docstring's list of parameters."""
+    """The settings as a docstring's list of attributes."""
     entries = (
-        f"{field.name} : {_meaning(field.metadata)} (default: {field.metadata['default']})."
+        f"{field.name} : {field.metadata['doc']} (default: {field.metadata['default']}; {_range(field)})."
         for field in dataclasses.fields(RetrievalSettings)
     )
     return "\n".join(textwrap.fill(entry, 112, subsequent_indent="    ") for entry in entries)
 
 
-def _meaning(said: Mapping[str, Any]) -> str:
-    allowed = said["of"]
-    if isinstance(allowed, Range):
-        return f"{said['doc']}; {allowed}"
-    if allowed is not None and "`" not in said["doc"]:
-        return f"{said['doc']}: {' or '.join(f'`{word}`' for word in allowed)}"
-    return said["doc"]
+def _range(field: dataclasses.Field) -> str:
+    """What a setting may be, in words."""
+    allowed = field.metadata["of"]
+    if field.metadata["may_be"]:
+        return field.metadata["may_be"]
+    if isinstance(field.default, bool):
+        return "True or False"
+    return str(allowed) if isinstance(allowed, Range) else " or ".join(allowed)
 
 
 RetrievalSettings.__doc__ = "\n".join(
