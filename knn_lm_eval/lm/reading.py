@@ -146,20 +146,28 @@ class Reader:
 
     def target_log_probs(self, reading: Reading) -> Tensor:
         """The LM's own log-probability of each token of each continuation, in order: ``[pairs]``, on the CPU."""
-        rows, targets = reading.pairs()
-        return self.pair_log_probs(reading.hidden, PairsByRow(rows, targets, reading.hidden.device))
+        return self._score_targets(reading, want_greedy=False)[0]
+
+    def target_scores(self, reading: Reading) -> tuple[Tensor, Tensor]:
+        """The same, and whether the token is the LM's most probable one: bool ``[pairs]``."""
+        log_probs, greedy = self._score_targets(reading, want_greedy=True)
+        assert greedy is not None
+        return log_probs, greedy
 
     @torch.inference_mode()
-    def pair_log_probs(self, hidden: Tensor, pairs: PairsByRow) -> Tensor:
-        """The LM's own log-probability of each target at its row of ``hidden``: ``[pairs]``, on the CPU."""
+    def _score_targets(self, reading: Reading, want_greedy: bool) -> tuple[Tensor, Tensor | None]:
+        pairs = PairsByRow(*reading.pairs(), reading.hidden.device)
         log_probs = None
-        for start, stop, table in self.tables(hidden, 0, len(hidden)):
+        greedy = torch.zeros(len(pairs), dtype=torch.bool, device=reading.hidden.device) if want_greedy else None
+        for start, stop, table in self.tables(reading.hidden, 0, len(reading.hidden)):
             here, at = pairs.within(start, stop)
-            if log_probs is None:  # before anything else that lives on, see ``tables``
+            if log_probs is None:
                 log_probs = table.new_empty(len(pairs))
             log_probs[here] = table[at, pairs.targets[here]]
+            if greedy is not None:
+                greedy[here] = table.argmax(dim=-1)[at] == pairs.targets[here]
         assert log_probs is not None, "no batch is empty"
-        return pairs.as_given(log_probs)
+        return pairs.as_given(log_probs), None if greedy is None else pairs.as_given(greedy)
 
     @torch.inference_mode()
     def tables(self, hidden: Tensor, begin: int, end: int) -> Iterator[tuple[int, int, Tensor]]:

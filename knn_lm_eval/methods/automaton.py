@@ -92,6 +92,50 @@ class Walk:
         return int(self.searched.sum())
 
 
+class _Lockstep:
+    """Walks side by side, longest first, and what a step leaves for the next.
+
+    Parameters
+    ----------
+    walks : in any order; their results are made room for.
+    width : candidates that a step can have.
+
+    Attributes
+    ----------
+    distances, entries : float32 and int64 ``[walks, width]``, a step's candidates.
+    survivors : int64 ``[walks, width]``, those of the last step, nearest first.
+    survivor_counts : int64 ``[walks]``.
+    """
+
+    def __init__(self, walks: Sequence[Walk], width: int) -> None:
+        self.walks, self.width = sorted(walks, key=lambda walk: -len(walk.queries)), width
+        self._lengths = np.array([len(walk.queries) for walk in self.walks])
+        self.steps = int(self._lengths[0]) if len(walks) else 0
+        self.entries = np.empty((len(walks), width), dtype=np.int64)
+        self.distances = np.empty((len(walks), width), dtype=np.float32)
+        self.survivors = np.empty((len(walks), width), dtype=np.int64)
+        self.survivor_counts = np.zeros(len(walks), dtype=np.int64)
+        for i, walk in enumerate(self.walks):
+            self.survivor_counts[i] = len(walk.survivors)
+            self.survivors[i, : len(walk.survivors)] = walk.survivors
+            walk.log_p_knn = np.empty(len(walk.queries))
+            walk.searched = np.zeros(len(walk.queries), dtype=bool)
+
+    def active(self, step: int) -> int:
+        """How many walks, the first ones, have such a step."""
+        return int((self._lengths > step).sum())
+
+    def note(self, step: int, log_p: np.ndarray, counts: np.ndarray, keep_neighbours: bool) -> None:
+        """Leave a step's results with the active walks: log p_kNN ``[active]``, and how many candidates there were."""
+        for i, walk in enumerate(self.walks[: len(log_p)]):
+            walk.log_p_knn[step] = log_p[i]
+            if keep_neighbours:
+                candidates = slice(int(counts[i]))
+                walk.neighbours.append((self.distances[i, candidates].copy(), self.entries[i, candidates].copy()))
+            if step == self._lengths[i] - 1:
+                walk.survivors_at_end = self.survivors[i, : self.survivor_counts[i]].copy()
+
+
 class Automaton:
     """Walks sequences over a datastore.
 
@@ -127,63 +171,15 @@ class Automaton:
 
     def walk(self, walks: Sequence[Walk], keep_neighbours: bool = False) -> None:
         """Walk all sequences to their ends, side by side; fills in what ``Walk`` says."""
-        settings, statistics = self.settings, self.statistics
-        order = sorted(walks, key=lambda walk: -len(walk.queries))
-        lengths = np.array([len(walk.queries) for walk in order])
-        steps = int(lengths[0]) if len(order) else 0
-        width = settings.k + settings.max_knns
-        entries = np.empty((len(order), width), dtype=np.int64)
-        distances = np.empty((len(order), width), dtype=np.float32)
-        survivors = np.empty((len(order), width), dtype=np.int64)
-        survivor_counts = np.zeros(len(order), dtype=np.int64)
-        for i, walk in enumerate(order):
-            survivor_counts[i] = len(walk.survivors)
-            survivors[i, : len(walk.survivors)] = walk.survivors
-            walk.log_p_knn = np.empty(len(walk.queries))
-            walk.searched = np.zeros(len(walk.queries), dtype=bool)
-        if settings.min_knns > width:
-            self._search_everywhere(order)
-
-        for step in range(steps):
-            active = int((lengths > step).sum())
-            queries = np.stack([walk.queries[step] for walk in order[:active]])
-            targets = np.array([walk.targets[step] for walk in order[:active]], dtype=np.int64)
-            start = time.perf_counter()
-            pointers, pointer_counts = _follow(
-                survivors[:active],
-                survivor_counts[:active],
-                *self.clusters,
-                settings.max_knns,
-                settings.duplicates == "merge",
-            )
-            needy = np.flatnonzero(survivor_counts[:active] < settings.min_knns)
-            statistics.seconds["automaton"] += time.perf_counter() - start
-
-            found_distances = np.empty((active, 0), dtype=np.float32)
-            found_entries = np.empty((active, 0), dtype=np.int64)
-            if len(needy):
-                start = time.perf_counter()
-                found_distances = np.empty((active, settings.k), dtype=np.float32)
-                found_entries = np.full((active, settings.k), -1, dtype=np.int64)
-                unknown = [int(i) for i in needy if order[i].found is None]
-                if unknown:
-                    found_distances[unknown], found_entries[unknown] = self.search(queries[unknown])
-                for i in needy.tolist():
-                    order[i].searched[step] = True
-                    if (found := order[i].found) is not None:
-                        found_distances[i], found_entries[i] = found[0][step], found[1][step]
-                statistics.searches += len(needy)
-                statistics.seconds["search"] += time.perf_counter() - start
-
-            start = time.perf_counter()
-            pointer_distances = np.empty(pointers.shape, dtype=np.float32)
-            if len(pointing := np.flatnonzero(pointer_counts)):
-                longest = int(pointer_counts.max())
-                pointer_distances[pointing, :longest] = self.pointer_distances(
-                    queries[pointing], pointers[pointing, :longest], pointer_counts[pointing]
-                )
-            statistics.seconds["distances"] += time.perf_counter() - start
-
+        lockstep = _Lockstep(walks, self.settings.k + self.settings.max_knns)
+        if self.settings.min_knns > lockstep.width:
+            self._search_everywhere(lockstep.walks)
+        for step in range(lockstep.steps):
+            active = lockstep.active(step)
+            queries = np.stack([walk.queries[step] for walk in lockstep.walks[:active]])  # [active, dimension]
+            pointers, pointer_counts, needy = self._follow_pointers(lockstep, active)
+            found_distances, found_entries = self._search_where_needy(lockstep, active, step, queries, needy)
+            pointer_distances = self._distances_of_pointers(queries, pointers, pointer_counts)
             start = time.perf_counter()
             counts = _gather(
                 found_distances,
@@ -191,30 +187,78 @@ class Automaton:
                 pointer_distances,
                 pointers,
                 pointer_counts,
-                settings.duplicates == "merge",
-                distances,
-                entries,
+                self.settings.duplicates == "merge",
+                lockstep.distances,
+                lockstep.entries,
             )
+            targets = np.array([walk.targets[step] for walk in lockstep.walks[:active]], dtype=np.int64)
             log_p = _advance(
-                distances[:active],
-                entries[:active],
+                lockstep.distances[:active],
+                lockstep.entries[:active],
                 counts,
                 self.values,
                 self.document_starts,
                 targets,
-                settings.knn_temp,
-                survivors,
-                survivor_counts,
+                self.settings.knn_temp,
+                lockstep.survivors,
+                lockstep.survivor_counts,
             )
-            for i, walk in enumerate(order[:active]):
-                walk.log_p_knn[step] = log_p[i]
-                if keep_neighbours:
-                    walk.neighbours.append((distances[i, : counts[i]].copy(), entries[i, : counts[i]].copy()))
-                if step == lengths[i] - 1:
-                    walk.survivors_at_end = survivors[i, : survivor_counts[i]].copy()
-            statistics.steps += active
-            statistics.candidates += int(counts.sum())
-            statistics.seconds["automaton"] += time.perf_counter() - start
+            lockstep.note(step, log_p, counts, keep_neighbours)
+            self.statistics.steps += active
+            self.statistics.candidates += int(counts.sum())
+            self.statistics.seconds["automaton"] += time.perf_counter() - start
+
+    def _follow_pointers(self, lockstep: _Lockstep, active: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The survivors' pointers, extended by clusters: int64 ``[active, max_knns]``, how many of these there are,
+        ``[active]``; and the numbers of the walks that are to search."""
+        start = time.perf_counter()
+        survivor_counts = lockstep.survivor_counts[:active]
+        pointers, pointer_counts = _follow(
+            lockstep.survivors[:active],
+            survivor_counts,
+            *self.clusters,
+            self.settings.max_knns,
+            self.settings.duplicates == "merge",
+        )
+        needy = np.flatnonzero(survivor_counts < self.settings.min_knns)
+        self.statistics.seconds["automaton"] += time.perf_counter() - start
+        return pointers, pointer_counts, needy
+
+    def _search_where_needy(
+        self, lockstep: _Lockstep, active: int, step: int, queries: np.ndarray, needy: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """What searches find for the ``needy`` walks: distances and entries ``[active, k]``, empty slots for the
+        others; ``[active, 0]`` where none is needy."""
+        if not len(needy):
+            return np.empty((active, 0), dtype=np.float32), np.empty((active, 0), dtype=np.int64)
+        start = time.perf_counter()
+        distances = np.empty((active, self.settings.k), dtype=np.float32)
+        entries = np.full((active, self.settings.k), -1, dtype=np.int64)
+        unknown = [int(i) for i in needy if lockstep.walks[i].found is None]
+        if unknown:
+            distances[unknown], entries[unknown] = self.search(queries[unknown])
+        for i in needy.tolist():
+            walk = lockstep.walks[i]
+            walk.searched[step] = True
+            if walk.found is not None:
+                distances[i], entries[i] = walk.found[0][step], walk.found[1][step]
+        self.statistics.searches += len(needy)
+        self.statistics.seconds["search"] += time.perf_counter() - start
+        return distances, entries
+
+    def _distances_of_pointers(
+        self, queries: np.ndarray, pointers: np.ndarray, pointer_counts: np.ndarray
+    ) -> np.ndarray:
+        """float32 ``[active, max_knns]``, undefined beyond the counts."""
+        start = time.perf_counter()
+        distances = np.empty(pointers.shape, dtype=np.float32)
+        if len(pointing := np.flatnonzero(pointer_counts)):
+            longest = int(pointer_counts.max())
+            distances[pointing, :longest] = self.pointer_distances(
+                queries[pointing], pointers[pointing, :longest], pointer_counts[pointing]
+            )
+        self.statistics.seconds["distances"] += time.perf_counter() - start
+        return distances
 
     def survivors(self, distances: np.ndarray, entries: np.ndarray, target: int) -> np.ndarray:
         """Which of one step's candidates survive when ``target`` is read, nearest first.

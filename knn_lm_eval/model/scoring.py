@@ -85,25 +85,12 @@ class LMScorer(PassageScorer):
         for reading in readings:
             greedy = None
             if want_greedy:
-                log_probs, greedy = self._with_greedy(reading)
+                log_probs, greedy = self.reader.target_scores(reading)
             else:
                 log_probs = self.reader.target_log_probs(reading)
             self.tokens_scored += len(log_probs)
             scores += sum_up(reading, log_probs, greedy)
         return scores
-
-    @torch.inference_mode()
-    def _with_greedy(self, reading: Reading) -> tuple[Tensor, Tensor]:
-        pairs = PairsByRow(*reading.pairs(), reading.hidden.device)
-        log_probs, greedy = None, torch.zeros(len(pairs), dtype=torch.bool, device=reading.hidden.device)
-        for start, stop, table in self.reader.tables(reading.hidden, 0, len(reading.hidden)):
-            here, at = pairs.within(start, stop)
-            if log_probs is None:
-                log_probs = table.new_empty(len(pairs))
-            log_probs[here] = table[at, pairs.targets[here]]
-            greedy[here] = table.argmax(dim=-1)[at] == pairs.targets[here]
-        assert log_probs is not None, "no batch is empty"
-        return pairs.as_given(log_probs), pairs.as_given(greedy)
 
 
 class PairScores(NamedTuple):
