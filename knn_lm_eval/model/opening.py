@@ -138,6 +138,7 @@ def _with_pointer_distances(retriever: Retriever) -> tuple[Retriever, EntryDista
             "(recompute_dists=True).",
             retriever.metadata["factory"],
         )
+        retriever.datastore.require_keys(f"RetoMaton with the index {retriever.metadata['factory']}")
         retriever = retriever.with_settings(recompute_dists=True)
     return retriever, retriever.distances_to(None)
 
