@@ -1,4 +1,3 @@
-# mypy: disable-error-code="no-untyped-def"
 """RetoMaton: neighbours for the next token from the last one's, and a search only where they run out.
 
 Alon et al. 2022, "Neuro-Symbolic Language Modeling with Automaton-augmented Retrieval". Entry i points to entry
@@ -7,21 +6,21 @@ of the pointers' clusters, are the next step's candidates. Where fewer than ``mi
 searched as well.
 
 Many sequences walk in lockstep, so that each step has one batched search and one batched distance computation;
-what is left per sequence is integer work, compiled.
+what is left per sequence is integer work, compiled (``automaton_kernels``).
 """
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
+
+from knn_lm_eval.methods.automaton_kernels import advance, follow, gather
 
 # queries [n, dimension] -> (distances float32 [n, k], entries int64 [n, k]); empty slots have entry -1.
 Search = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
@@ -181,7 +180,7 @@ class Automaton:
             found_distances, found_entries = self._search_where_needy(lockstep, active, step, queries, needy)
             pointer_distances = self._distances_of_pointers(queries, pointers, pointer_counts)
             start = time.perf_counter()
-            counts = _gather(
+            counts = gather(
                 found_distances,
                 found_entries,
                 pointer_distances,
@@ -192,7 +191,7 @@ class Automaton:
                 lockstep.entries,
             )
             targets = np.array([walk.targets[step] for walk in lockstep.walks[:active]], dtype=np.int64)
-            log_p = _advance(
+            log_p = advance(
                 lockstep.distances[:active],
                 lockstep.entries[:active],
                 counts,
@@ -213,7 +212,7 @@ class Automaton:
         ``[active]``; and the numbers of the walks that are to search."""
         start = time.perf_counter()
         survivor_counts = lockstep.survivor_counts[:active]
-        pointers, pointer_counts = _follow(
+        pointers, pointer_counts = follow(
             lockstep.survivors[:active],
             survivor_counts,
             *self.clusters,
@@ -269,7 +268,7 @@ class Automaton:
         """
         survivors = np.empty((1, len(entries)), dtype=np.int64)
         count = np.zeros(1, dtype=np.int64)
-        _advance(
+        advance(
             distances[None],
             entries[None],
             np.array([len(entries)]),
@@ -309,126 +308,3 @@ def padded_neighbours(steps: Sequence[tuple[np.ndarray, np.ndarray]], values: np
         distances[i, : len(entries)] = step_distances
         values_found[i, : len(entries)] = values[entries]
     return torch.from_numpy(distances), torch.from_numpy(values_found)
-
-
-# None of these is parallel: a step of few sequences takes less time than waking threads would.
-@numba.njit(cache=True)
-def _add(table, entry):
-    """Add an entry to an open-addressing hash set; False where it was there already."""
-    slot = (entry * 0x9E3779B1) & (len(table) - 1)
-    while table[slot] != -1:
-        if table[slot] == entry:
-            return False
-        slot = (slot + 1) & (len(table) - 1)
-    table[slot] = entry
-    return True
-
-
-@numba.njit(cache=True)
-def _hash_set(capacity):
-    size = 8
-    while size < 2 * capacity:
-        size *= 2
-    return np.full(size, -1, dtype=np.int64)
-
-
-@numba.njit(cache=True)
-def _follow(survivors, survivor_counts, cluster_of_entry, member_starts, members, max_knns, merge):
-    """The survivors' pointers, then the other members of the pointers' clusters, ``max_knns`` at most.
-
-    The cluster with most pointers in it comes first, of equal ones that with the smaller number; within a
-    cluster entries are in text order.
-    """
-    n = len(survivors)
-    pointers = np.empty((n, max_knns), dtype=np.int64)
-    counts = np.zeros(n, dtype=np.int64)
-    for i in range(n):
-        count = min(survivor_counts[i], max_knns)
-        for j in range(count):
-            pointers[i, j] = survivors[i, j] + 1
-        if 0 < count < max_knns and len(cluster_of_entry):
-            seen = _hash_set(max_knns if merge else 1)
-            if merge:
-                for j in range(count):
-                    _add(seen, pointers[i, j])
-            clusters = np.empty(count, dtype=np.int64)
-            for j in range(count):
-                clusters[j] = cluster_of_entry[pointers[i, j]]
-            clusters.sort()
-            # Runs of equal clusters; their order packs (most pointers first, then the smaller number) into one int.
-            run_starts = np.empty(count, dtype=np.int64)
-            runs = 0
-            for j in range(count):
-                if clusters[j] >= 0 and (j == 0 or clusters[j] != clusters[j - 1]):
-                    run_starts[runs] = j
-                    runs += 1
-            rank = np.empty(runs, dtype=np.int64)
-            for r in range(runs):
-                end = run_starts[r + 1] if r + 1 < runs else count
-                rank[r] = -(end - run_starts[r]) * 2**40 + r
-            rank.sort()
-            for r in range(runs):
-                cluster = clusters[run_starts[rank[r] & (2**40 - 1)]]
-                for m in range(member_starts[cluster], member_starts[cluster + 1]):
-                    if count == max_knns:
-                        break
-                    if not merge or _add(seen, members[m]):
-                        pointers[i, count] = members[m]
-                        count += 1
-        counts[i] = count
-    return pointers, counts
-
-
-@numba.njit(cache=True)
-def _gather(found_distances, found_entries, pointer_distances, pointers, pointer_counts, merge, distances, entries):
-    """The step's candidates: what the search found, then the pointers."""
-    n = len(pointers)
-    counts = np.zeros(n, dtype=np.int64)
-    for i in range(n):
-        seen = _hash_set(found_entries.shape[1] + pointer_counts[i] if merge else 1)
-        count = 0
-        for j in range(found_entries.shape[1]):
-            if found_entries[i, j] >= 0 and (not merge or _add(seen, found_entries[i, j])):
-                entries[i, count], distances[i, count] = found_entries[i, j], found_distances[i, j]
-                count += 1
-        for j in range(pointer_counts[i]):
-            if not merge or _add(seen, pointers[i, j]):
-                entries[i, count], distances[i, count] = pointers[i, j], pointer_distances[i, j]
-                count += 1
-        counts[i] = count
-    return counts
-
-
-@numba.njit(cache=True)
-def _advance(distances, entries, counts, values, document_starts, targets, temperature, survivors, survivor_counts):
-    """log p_kNN of the targets, and the survivors: candidates with the target as value and a successor."""
-    n = len(distances)
-    log_p = np.full(n, -math.inf)
-    for i in range(n):
-        count = counts[i]
-        survivor_counts[i] = 0
-        if count == 0:
-            continue
-        nearest = distances[i, :count].min()
-        total, mass = 0.0, 0.0
-        survived = np.empty(count, dtype=np.int64)
-        number = 0
-        for j in range(count):
-            weight = math.exp((nearest - distances[i, j]) / temperature)
-            total += weight
-            entry = entries[i, j]
-            if values[entry] == targets[i]:
-                mass += weight
-                at = np.searchsorted(document_starts, entry + 1)
-                begins_document = at < len(document_starts) and document_starts[at] == entry + 1
-                if entry + 1 < len(values) and not begins_document:
-                    survived[number] = j
-                    number += 1
-        if mass > 0:
-            log_p[i] = math.log(mass / total)
-        survived = survived[:number]
-        order = np.argsort(distances[i][survived], kind="mergesort")
-        for j in range(number):
-            survivors[i, j] = entries[i, survived[order[j]]]
-        survivor_counts[i] = number
-    return log_p
