@@ -37,9 +37,10 @@ def main() -> None:
     if arguments.output is not None and arguments.format == "terminal":
         raise UserError(f"--output {arguments.output} needs --format markdown, csv or latex.")
 
-    from knn_lm_eval.report import tables
     from knn_lm_eval.report.comparison import compare
+    from knn_lm_eval.report.comparison_tables import as_csv, tables_of
     from knn_lm_eval.report.results import read_folder
+    from knn_lm_eval.report.tables import as_latex, as_markdown, print_tables
     from knn_lm_eval.system.files import disk_errors_in, write_text
 
     results, others = read_folder(arguments.results)
@@ -61,14 +62,14 @@ def main() -> None:
         with disk_errors_in(arguments.report):
             arguments.report.parent.mkdir(parents=True, exist_ok=True)
             write_text(arguments.report, page)
-    made = tables.tables_of(comparison)
+    tables = tables_of(comparison)
     if arguments.format == "terminal":
-        tables.print_tables(made)
+        print_tables(tables)
         return
     text = {
-        "markdown": lambda: tables.as_markdown(made),
-        "csv": lambda: tables.as_csv(comparison),
-        "latex": lambda: tables.as_latex(made),
+        "markdown": lambda: as_markdown(tables),
+        "csv": lambda: as_csv(comparison),
+        "latex": lambda: as_latex(tables),
     }[arguments.format]()
     if arguments.output is None:
         print(text, end="")

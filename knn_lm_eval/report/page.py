@@ -13,8 +13,8 @@ from typing import Any
 
 from knn_lm_eval.report import plots as charts
 from knn_lm_eval.report.comparison import Comparison
+from knn_lm_eval.report.comparison_tables import as_html, detail_table, overview_table
 from knn_lm_eval.report.plots import Bar, Line, heat_map, interval_chart, line_chart
-from knn_lm_eval.report.tables import as_html, detail_table, overview_table
 from knn_lm_eval.report.token_page import SCRIPT, token_view
 from knn_lm_eval.report.token_page import STYLE as TOKEN_STYLE
 from knn_lm_eval.study.inspection import InspectedToken, Neighbour

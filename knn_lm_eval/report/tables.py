@@ -1,17 +1,31 @@
-"""Comparisons as tables: for the terminal, Markdown, CSV, LaTeX, and HTML."""
+"""Tables of text and numbers: what one is, and how it is shown on the terminal, in Markdown and in LaTeX.
+
+``print_table`` is how every verb shows its figures: the same look everywhere, numbers flush right, and in a pipe or a
+file full width and no colours, for scripts to read.
+"""
 
 from __future__ import annotations
 
-import csv
-import html
-import io
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TextIO
 
-from knn_lm_eval.report.comparison import Comparison, Row, TaskComparison
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table as RichTable
+    from rich.text import Text
 
-REFERENCE = "†"  # marks published figures
-MINUS = "−"
+# How a column's values are written: a format specification such as ",.2f", or a function. "" is for what needs none:
+# text, and numbers as they are; ">" is for text that belongs flush right, such as "12 MiB".
+Format = str | Callable[[Any], str]
+
+WARNING = "Warning"  # a note that begins so stands out
+GAP = 2  # characters between columns
+NARROWEST = 20  # characters to which a column of text may be wrapped where the terminal is narrow
+# Control characters could colour a terminal or tear a row apart: they are shown instead.
+CONTROLS = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0))}
+SHOWN_AS = CONTROLS | {ord("\n"): "⏎", ord("\t"): " ", 0x2028: "⏎", 0x2029: "⏎"}
 
 
 @dataclass
@@ -28,82 +42,62 @@ class Table:
     marked: set[int] = field(default_factory=set)
 
 
-def tables_of(comparison: Comparison) -> list[Table]:
-    """The overview (method x task) where there are several tasks, then a table for each task."""
-    details = [detail_table(comparison, task) for task in comparison.tasks]
-    return [overview_table(comparison), *details] if len(details) > 1 else details
+def print_table(
+    title: str,
+    columns: Mapping[str, Format],
+    rows: Sequence[Mapping[str, Any] | Sequence[Any]],
+    notes: Sequence[str] = (),
+    *,
+    dim: Collection[int] = (),
+    file: TextIO | None = None,
+) -> None:
+    """Print a table.
+
+    On a terminal, text is wrapped where there is too little room, numbers never are; elsewhere nothing is wrapped or
+    cut. Text of the data is shown as it is: it cannot bring colours, control codes or rows of its own.
+
+    Parameters
+    ----------
+    title : above the table; none where it is empty.
+    columns : heading -> format. A column is flush right where it has a format or any number, else flush left.
+    rows : values by heading (one that is missing is None), or in the order of the columns. None is an empty cell;
+        text takes no format specification; ``rich``'s Text keeps its styles and its lines.
+    notes : lines below the table.
+    dim : numbers of rows that stand back.
+    file : None for the standard output.
+    """
+    from rich.table import Table as RichTable
+
+    console = _console(sys.stdout if file is None else file)
+    table = RichTable(box=None, padding=(0, GAP, 0, 0), pad_edge=False, header_style="bold")
+    values = [[row.get(name) for name in columns] if isinstance(row, Mapping) else row for row in rows]
+    grid = []  # [columns][rows]
+    width = least_width = 0  # characters, of the whole table
+    for place, (heading, format_) in enumerate(columns.items()):
+        cells = [_cell(row[place], format_) for row in values]
+        flush_right = format_ != "" or any(isinstance(row[place], (int, float)) for row in values)
+        table.add_column(_cell(heading), justify="right" if flush_right else "left", no_wrap=flush_right)
+        full = GAP + max(map(_width, [_cell(heading), *cells]))
+        width += full
+        least_width += full if flush_right else min(full, GAP + NARROWEST)
+        grid.append(cells)
+    for number, row_cells in enumerate(zip(*grid, strict=True)):
+        table.add_row(*row_cells, style="dim" if number in dim else "")
+    if title:
+        _print_line(console, title, "bold")
+    # A terminal too narrow for the numbers wraps the lines itself: nothing is cut.
+    _print_grid(console, table, max(console.width, least_width) if console.is_terminal else width)
+    for note in notes:
+        _print_line(console, note, "yellow" if note.startswith(WARNING) else "dim")
 
 
-def overview_table(comparison: Comparison) -> Table:
-    """Methods down, tasks across; in parentheses the difference to the baseline."""
-    labels = list(dict.fromkeys(row.label for task in comparison.tasks for row in task.rows))
-    rows = []
-    for label in labels:
-        cells = [label]
-        for task in comparison.tasks:
-            row = next((row for row in task.rows if row.label == label), None)
-            cell = "" if row is None else _figure(row.value, task)
-            if row is not None and row.difference is not None:
-                cell += f" ({_signed(row.difference, task)}{'*' if _is_sure(row) else ''})"
-            cells.append(cell)
-        rows.append(cells)
-    header = ["method", *(f"{task.task} {_arrow(task)}" for task in comparison.tasks)]
-    metrics = ", ".join(f"{task.task}: {task.metric}" for task in comparison.tasks)
-    notes = [f"{metrics}."]
-    if comparison.baseline is not None:
-        notes.append(
-            f"In parentheses the difference to {comparison.baseline}; * where its {comparison.confidence:.0%} "
-            "interval leaves out zero."
-        )
-    return Table("All tasks", header, rows, notes)
-
-
-def detail_table(comparison: Comparison, task: TaskComparison) -> Table:
-    """One task: difference, interval, p-value, and what it cost."""
-    columns = ["method", f"{task.metric} {_arrow(task)}"]
-    with_difference = any(row.difference is not None for row in task.rows)
-    with_interval = any(row.interval is not None for row in task.rows)
-    if with_difference:
-        columns.append("difference")
-    if with_interval:
-        columns += [f"{comparison.confidence:.0%} interval", "p"]
-    optional: dict[str, list[float | None]] = {
-        "tokens/s": [row.result.tokens_per_second for row in task.rows],
-        "saved": [row.result.saved_searches for row in task.rows],
-        "index": [row.result.retrieval_bytes for row in task.rows],
-    }
-    shown = [name for name, values in optional.items() if any(value is not None for value in values)]
-    rows = []
-    for number, row in enumerate(task.rows):
-        cells = [row.label + (" (baseline)" if row.is_baseline else ""), _figure(row.value, task)]
-        if with_difference:
-            cells.append("" if row.difference is None else _signed(row.difference, task))
-        if with_interval:
-            interval = row.interval
-            cells += (
-                ["", ""]
-                if interval is None
-                else [f"[{_signed(interval.low, task)}, {_signed(interval.high, task)}]", _p(interval.p_value)]
-            )
-        cells += [_cost(name, optional[name][number]) for name in shown]
-        rows.append(cells)
-    own = len(rows)
-    sources: dict[str, int] = {}
-    for one in task.published:
-        number = sources.setdefault(one.source, len(sources) + 1)
-        label = f"{REFERENCE} {one.model}, {one.method} [{number}]"
-        rows.append([label, _figure(one.value, task), *[""] * (len(columns) + len(shown) - 2)])
-    notes = [f"Warning: {warning}." for warning in task.warnings]
-    notes += [f"{note[0].upper()}{note[1:]}." for note in task.notes]
-    if with_interval:
-        notes.append(
-            f"Intervals and p: paired bootstrap over documents, {comparison.resamples:,} resamples, "
-            f"seed {comparison.seed}."
-        )
-    if sources:
-        listed = "; ".join(f"[{number}] {source}" for source, number in sources.items())
-        notes.append(f"{REFERENCE} Published, for other LMs and tokenizers: {listed}.")
-    return Table(task.task, columns + shown, rows, notes, set(range(own, len(rows))))
+def print_tables(tables: Sequence[Table]) -> None:
+    """Print tables of text, an empty line below each."""
+    for table in tables:
+        first, *others = table.header
+        columns = {first: "", **dict.fromkeys(others, ">")}
+        print_table(table.title, columns, table.rows, table.notes, dim=table.marked)
+        print()
 
 
 def as_markdown(tables: Sequence[Table]) -> str:
@@ -139,113 +133,57 @@ def as_latex(tables: Sequence[Table]) -> str:
     return "\n\n".join(blocks) + "\n"
 
 
-def as_csv(comparison: Comparison) -> str:
-    """A line for each method and task, figures unrounded."""
-    file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(
-        ["task", "metric", "model", "datastore", "method", "value", "baseline", "difference", "low", "high", "p_value"]
-        + ["tokens_per_second", "saved_searches", "index_bytes", "documents", "seed", "resamples", "source", "file"]
-    )
-    for task in comparison.tasks:
-        for row in task.rows:
-            result, interval = row.result, row.interval
-            bounds = [interval.low, interval.high, interval.p_value] if interval else ["", "", ""]
-            writer.writerow(
-                [task.task, task.metric, result.model, result.datastore, result.method, row.value]
-                + [comparison.baseline or "", "" if row.difference is None else row.difference, *bounds]
-                + [_blank(result.tokens_per_second), _blank(result.saved_searches), _blank(result.retrieval_bytes)]
-                + [_blank(result.documents), comparison.seed, comparison.resamples, "", result.file]
-            )
-        for one in task.published:
-            empty = [""] * 11
-            writer.writerow([task.task, task.metric, one.model, "", one.method, one.value, *empty, one.source, ""])
-    return file.getvalue()
-
-
-def as_html(table: Table) -> str:
-    """A ``figure`` with the table and its notes."""
-    head = "".join(f'<th scope="col">{html.escape(cell)}</th>' for cell in table.header)
-    body = []
-    for number, (first, *rest) in enumerate(table.rows):
-        mark = ' class="reference"' if number in table.marked else ""
-        cells = "".join(f"<td>{html.escape(cell)}</td>" for cell in rest)
-        body.append(f'<tr{mark}><th scope="row">{html.escape(first)}</th>{cells}</tr>')
-    notes = "".join(f"<p{_class(note)}>{html.escape(note)}</p>" for note in table.notes)
-    return (
-        f'<div class="table"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n'
-        + "\n".join(body)
-        + f'\n</tbody></table></div>\n<div class="notes">{notes}</div>\n'
-    )
-
-
-def print_tables(tables: Sequence[Table]) -> None:
-    """On the terminal; through a pipe in full width and without colours."""
+def _console(file: TextIO) -> Console:
+    """Colours for a terminal alone: what the environment asks for does not count, since scripts read pipes."""
     from rich.console import Console
-    from rich.table import Table as RichTable
+
+    terminal = file.isatty()
+    return Console(file=file, force_terminal=terminal, force_jupyter=False, color_system="auto" if terminal else None)
+
+
+def _cell(value: Any, format_: Format = "") -> Text:
     from rich.text import Text
 
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=200)
-    for table in tables:
-        rich = RichTable(title=table.title, title_justify="left", title_style="bold", box=None, padding=(0, 1))
-        for number, heading in enumerate(table.header):
-            rich.add_column(heading, justify="right" if number else "left", no_wrap=bool(number))
-        for number, row in enumerate(table.rows):
-            rich.add_row(*map(Text, row), style="dim" if number in table.marked else "")
-        console.print(rich)
-        for note in table.notes:
-            console.print(Text(note, style="yellow" if note.startswith("Warning") else "dim"))
-        console.print()
+    if isinstance(value, Text):
+        return value
+    if value is None:
+        return Text()
+    if callable(format_):
+        return Text(_visible(format_(value)))
+    return Text(_visible(value if isinstance(value, str) else format(value, format_)))
 
 
-def _class(note: str) -> str:
-    return ' class="warning"' if note.startswith("Warning") else ""
+def _visible(text: str) -> str:
+    return text.translate(SHOWN_AS)
+
+
+def _width(cell: Text) -> int:
+    """Characters of the widest line."""
+    from rich.cells import cell_len
+
+    return max(map(cell_len, cell.plain.splitlines()), default=0)
+
+
+def _print_line(console: Console, text: str, style: str) -> None:
+    from rich.text import Text
+
+    console.print(Text(_visible(text), style=style), soft_wrap=not console.is_terminal)
+
+
+def _print_grid(console: Console, table: RichTable, width: int) -> None:
+    """Print at the given width; without the spaces that fill up lines where a script may read them."""
+    console.size = (width, console.height)
+    if console.is_terminal:
+        console.print(table)
+        return
+    with console.capture() as capture:
+        console.print(table)
+    for line in capture.get().splitlines():
+        console.file.write(line.rstrip() + "\n")
 
 
 def _padded(cell: str, width: int, column: int) -> str:
     return cell.rjust(width) if column else cell.ljust(width)
-
-
-def _is_sure(row: Row) -> bool:
-    return row.interval is not None and not row.interval.low <= 0 <= row.interval.high
-
-
-def _arrow(task: TaskComparison) -> str:
-    return "↑" if task.higher_is_better else "↓"
-
-
-def _decimals(task: TaskComparison) -> int:
-    """As many for a whole column as its smallest figure needs for about four digits."""
-    smallest = min(abs(row.value) for row in task.rows)
-    return 2 if smallest >= 10 else 3 if smallest >= 1 else 4
-
-
-def _figure(value: float, task: TaskComparison) -> str:
-    return f"{value:,.{_decimals(task)}f}".replace("-", MINUS)
-
-
-def _signed(value: float, task: TaskComparison) -> str:
-    return f"{value:+,.{_decimals(task)}f}".replace("-", MINUS)
-
-
-def _p(value: float) -> str:
-    return "<0.001" if value < 0.001 else f"{value:.3f}"
-
-
-def _cost(name: str, value: float | None) -> str:
-    if value is None:
-        return ""
-    if name == "tokens/s":
-        return f"{value:,.0f}"
-    if name == "saved":
-        return f"{value:.0%}"
-    return f"{value / 2**20:,.0f} MiB" if value >= 2**20 else f"{value / 2**10:,.0f} KiB"
-
-
-def _blank(value: object) -> object:
-    return "" if value is None else value
 
 
 LATEX = {

@@ -21,8 +21,9 @@ from helpers.results import documents, knn_config, write_results
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.report.bootstrap import TRANSFORMS, paired_bootstrap
 from knn_lm_eval.report.comparison import compare, differences
+from knn_lm_eval.report.comparison_tables import as_csv, tables_of
 from knn_lm_eval.report.results import read_folder
-from knn_lm_eval.report.tables import as_csv, as_latex, as_markdown, tables_of
+from knn_lm_eval.report.tables import as_latex, as_markdown
 
 
 def test_the_interval_of_a_mean_is_the_normal_one() -> None:
