@@ -13,7 +13,7 @@ from knn_lm_eval.errors import UserError, report_user_errors
 from knn_lm_eval.make.text import read_text_file
 
 if TYPE_CHECKING:
-    from knn_lm_eval.study.inspection import InspectedToken
+    from knn_lm_eval.report.tokens import InspectedToken
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -17,7 +17,7 @@ from knn_lm_eval.report.comparison_tables import as_html, detail_table, overview
 from knn_lm_eval.report.plots import Bar, Line, heat_map, interval_chart, line_chart
 from knn_lm_eval.report.token_page import SCRIPT, token_view
 from knn_lm_eval.report.token_page import STYLE as TOKEN_STYLE
-from knn_lm_eval.study.inspection import InspectedToken, Neighbour
+from knn_lm_eval.report.tokens import InspectedToken, Neighbour
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 from string import Template
 
-from knn_lm_eval.study.inspection import InspectedToken
+from knn_lm_eval.report.tokens import InspectedToken
 
 STRONGEST = 3.0  # nats; gains and losses beyond this have the deepest colour
 

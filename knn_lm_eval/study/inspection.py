@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
@@ -14,53 +11,9 @@ from knn_lm_eval.methods.automaton import Walk
 from knn_lm_eval.methods.mixture import knn_log_prob, mix, neighbour_log_weights
 from knn_lm_eval.model.knn_hf import KNNHF
 from knn_lm_eval.model.retomaton import padded_neighbours
+from knn_lm_eval.report.tokens import InspectedToken, Neighbour
 
 POSITIONS_AT_ONCE = 64  # whose logits and neighbours are in memory together
-
-
-@dataclass(frozen=True)
-class Neighbour:
-    """One entry of the datastore that was found.
-
-    Attributes
-    ----------
-    entry : its number.
-    distance : squared L2, or the negated inner product.
-    weight : its share of p_kNN.
-    value, context : the token that it proposes, and the text before it, decoded; no text where the store is in no
-        text order.
-    """
-
-    entry: int
-    distance: float
-    weight: float
-    value: str
-    context: str
-
-
-@dataclass(frozen=True)
-class InspectedToken:
-    """One token of the text.
-
-    Attributes
-    ----------
-    text : the token, decoded.
-    p_lm, p_knn, p : its probability by the LM, by the neighbours, and by their mixture.
-    searched : whether the index was searched for it.
-    neighbours : those of most weight, heaviest first.
-    """
-
-    text: str
-    p_lm: float
-    p_knn: float
-    p: float
-    searched: bool
-    neighbours: list[Neighbour]
-
-    @property
-    def gain(self) -> float:
-        """log p - log p_LM, in nats: what retrieval brought."""
-        return math.log(self.p / self.p_lm) if self.p and self.p_lm else math.copysign(math.inf, self.p - self.p_lm)
 
 
 def inspect_text(lm: KNNHF, text: str, *, num_neighbours: int = 8, context_tokens: int = 24) -> list[InspectedToken]:

@@ -19,8 +19,9 @@ from lm_eval.api.instance import Instance
 
 from knn_lm_eval import KNNHF, Datastore
 from knn_lm_eval.report.token_page import token_page
+from knn_lm_eval.report.tokens import InspectedToken
 from knn_lm_eval.store.datastore import MANIFEST, file_record
-from knn_lm_eval.study.inspection import InspectedToken, inspect_text
+from knn_lm_eval.study.inspection import inspect_text
 from knn_lm_eval.system.files import write_json
 
 TEXT = EVAL_TEXT[:200] + TRAIN_TEXT[300:500]
