@@ -63,6 +63,7 @@ def main() -> None:
 
     from knn_lm_eval.make.text import read_text_file
     from knn_lm_eval.model.knn_hf import KNNHF
+    from knn_lm_eval.report.plots import draw_indexes
     from knn_lm_eval.search.retriever import LocalRetriever, Retriever
     from knn_lm_eval.study.index_comparison import IndexComparison, collect_queries, efficient
     from knn_lm_eval.system.files import write_json
@@ -121,7 +122,7 @@ def main() -> None:
         writer.writeheader()
         writer.writerows(table)
     print_table(rows, exact, front, settings)
-    draw(arguments.output / "indexes", rows, exact, front, len(store))
+    draw_indexes(arguments.output / "indexes", table[: len(rows)], table[len(rows) :], len(store))
 
 
 def parse_numbers(text: str, option: str) -> list[int]:
@@ -154,45 +155,3 @@ def print_table(rows: list[Measurement], exact: list[Measurement], front: list[M
             + f"  (T {row.knn_temp:g}, lmbda {row.lmbda:g})"
         )
     print("tuned: over all texts, at the best temperature and lmbda; * no other is as fast with a lower one")
-
-
-def draw(path: Path, rows: list[Measurement], exact: list[Measurement], front: list[Measurement], entries: int) -> None:
-    """Plot perplexity against time, with the front as a line."""
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-    except ImportError:
-        logging.warning("No plot: matplotlib is not installed (pip install 'knn-lm-eval[plot]').")
-        return
-    figure, axes = plt.subplots(figsize=(7.2, 4.8), layout="constrained")
-    for name in dict.fromkeys(row.index for row in rows):
-        mine = sorted((row for row in rows if row.index == name), key=lambda row: (row.k, median(row.microseconds)))
-        label = f"{name}: {mine[0].factory}, {mine[0].bytes_per_entry:.0f} bytes"
-        axes.plot(
-            [median(row.microseconds) for row in mine],
-            [row.tuned for row in mine],
-            marker="o",
-            linestyle="",
-            label=label,
-        )
-    axes.step(
-        [median(row.microseconds) for row in front],
-        [row.tuned for row in front],
-        where="post",
-        color="grey",
-        linewidth=1,
-        zorder=0,
-        label="the best",
-    )
-    for row in exact:
-        axes.axhline(row.tuned, linestyle=":", color="grey", linewidth=1)
-        axes.annotate(f"exact, k = {row.k}", (axes.get_xlim()[1], row.tuned), fontsize=7, ha="right")
-    axes.set_xscale("log")
-    axes.set_xlabel("microseconds per query")
-    axes.set_ylabel("perplexity per token, tuned")
-    axes.set_title(f"{entries:,} entries")
-    axes.legend(fontsize=7)
-    for suffix in (".png", ".svg"):
-        figure.savefig(path.with_suffix(suffix), dpi=150)

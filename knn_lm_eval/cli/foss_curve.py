@@ -48,6 +48,7 @@ def main() -> None:
 
     from knn_lm_eval.methods.automaton import AutomatonSettings
     from knn_lm_eval.model.knn_hf import KNNHF
+    from knn_lm_eval.report.plots import draw_foss_curve
     from knn_lm_eval.store.clusters import Clusters, cluster_names
     from knn_lm_eval.study.foss_curve import SweepScorer
 
@@ -75,12 +76,12 @@ def main() -> None:
             bootstrap_iters=0,
             log_samples=False,
         )
-        write(arguments.output / task, task, lm.settings | {"limit": arguments.limit}, scorer.points)
-        draw(arguments.output / task, task, scorer.points)
+        rows = write(arguments.output / task, task, lm.settings | {"limit": arguments.limit}, scorer.points)
+        draw_foss_curve(arguments.output / task, task, rows)
 
 
-def write(path: Path, task: str, settings: dict[str, Any], points: list[CurvePoint]) -> None:
-    """Print the table and write it as CSV and JSON."""
+def write(path: Path, task: str, settings: dict[str, Any], points: list[CurvePoint]) -> list[dict[str, Any]]:
+    """Print the table, write it as CSV and JSON, and return its rows."""
     rows = [
         {
             "method": point.method,
@@ -104,42 +105,4 @@ def write(path: Path, task: str, settings: dict[str, Any], points: list[CurvePoi
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for line in table:
         print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
-
-
-def draw(path: Path, task: str, points: list[CurvePoint]) -> None:
-    """Plot the curves, with the base LM and kNN-LM as lines."""
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-    except ImportError:
-        logging.warning("No plot: matplotlib is not installed (pip install 'knn-lm-eval[plot]').")
-        return
-    figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
-    for point, style in ((points[0], ":"), (points[1], "--")):
-        label = {"base": "base LM", "knn-lm": "kNN-LM"}[point.method]
-        axes.axhline(point.perplexity, linestyle=style, color="grey", label=f"{label} ({point.perplexity:.2f})")
-    for name in dict.fromkeys(point.clusters for point in points[2:]):
-        curve = sorted(
-            (point for point in points[2:] if point.clusters == name), key=lambda point: point.saved_searches
-        )
-        label = "RetoMaton, no clusters" if name is None else f"RetoMaton, clusters {name}"
-        line = axes.plot([p.saved_searches for p in curve], [p.perplexity for p in curve], marker="o", label=label)
-        for point in curve:
-            axes.annotate(
-                f"{point.min_knns:g}",
-                (point.saved_searches, point.perplexity),
-                textcoords="offset points",
-                xytext=(5, 5),
-                fontsize=8,
-                color=line[0].get_color(),
-            )
-    axes.set_xlabel("fraction of saved searches (numbers: min_knns)")
-    axes.set_ylabel("perplexity per token")
-    axes.set_title(task)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    for suffix in (".png", ".svg"):
-        figure.savefig(path.with_suffix(suffix), dpi=150)
-    plt.close(figure)
+    return rows

@@ -58,11 +58,13 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
 
     import lm_eval
+    import numpy as np
     from lm_eval.tasks import TaskManager
     from lm_eval.utils import simple_parse_args_string
 
     from knn_lm_eval.model.knn_hf import KNNHF
     from knn_lm_eval.model.params import STORE_DEFAULT
+    from knn_lm_eval.report.plots import draw_grid
     from knn_lm_eval.study.tuning import TuningScorer, find_best, fit_adaptive, on_edges
 
     model_args = simple_parse_args_string(arguments.model_args)
@@ -95,7 +97,9 @@ def main() -> None:
     params = make_params(lm, scorer, best, fit, arguments)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     write_grid(arguments.output.with_suffix(".csv"), scorer)
-    draw(arguments.output, arguments.tasks, best, scorer.tokens)
+    surface = best.surface
+    axes = {"knn_temp": surface.knn_temp, "k": surface.k, "lmbda": surface.lmbda}
+    draw_grid(arguments.output, arguments.tasks, np.exp(-surface.log_prob / scorer.tokens), axes, best.place)
     params.write(arguments.output)
     if arguments.save_default:
         params.write(lm.retriever.datastore.path / STORE_DEFAULT)
@@ -274,42 +278,3 @@ def print_results(scorer: TuningScorer, best: Best, fit: AdaptiveFit | None) -> 
 
 def shown(value: Any) -> str:
     return "" if value is None else f"{value:.4f}" if isinstance(value, float) and value % 1 else f"{value}"
-
-
-def draw(path: Path, title: str, best: Best, tokens: int) -> None:
-    """Heat maps of perplexity through the best setting: over (knn_temp, lmbda), and over (knn_temp, k)."""
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-        from matplotlib.colors import Normalize
-    except ImportError:
-        logging.warning("No plot: matplotlib is not installed (pip install 'knn-lm-eval[plot]').")
-        return
-    import numpy as np
-
-    # The same command gives the same file: no random ids.
-    plt.rcParams["svg.hashsalt"] = "knn_lm_eval"
-    surface, (temperature, k, lmbda) = best.surface, best.place
-    figure, panels = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
-    values = np.exp(-surface.log_prob / tokens)
-    # Most of a wide grid is hopeless; colours are spent on what is less than twice as bad as the best.
-    norm = Normalize(values.min(), min(values.max(), 2 * values.min()))
-    for axes, name, table, marked in (
-        (panels[0], "lmbda", values[:, k, :], lmbda),
-        (panels[1], "k", values[:, :, lmbda], k),
-    ):
-        picture = axes.imshow(table, origin="lower", aspect="auto", cmap="viridis_r", norm=norm)
-        axes.plot(marked, temperature, marker="*", color="red", markersize=14, markeredgecolor="white")
-        for axis, ticks in ((axes.xaxis, getattr(surface, name)), (axes.yaxis, surface.knn_temp)):
-            places = range(0, len(ticks), max(1, math.ceil(len(ticks) / 11)))
-            axis.set_ticks(list(places), [f"{ticks[place]:.4g}" for place in places])
-        axes.set_xlabel(name)
-        axes.set_ylabel("knn_temp")
-        fixed = f"k = {surface.k[k]}" if name == "lmbda" else f"lmbda = {surface.lmbda[lmbda]:g}"
-        axes.set_title(f"{title}, {fixed}")
-    figure.colorbar(picture, ax=panels, label="token perplexity (one colour from twice the best on)")
-    for suffix, metadata in ((".png", None), (".svg", {"Date": None})):
-        figure.savefig(path.with_suffix(suffix), dpi=150, metadata=metadata)
-    plt.close(figure)

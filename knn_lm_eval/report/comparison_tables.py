@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import html
 import io
 
 from knn_lm_eval.report.comparison import Comparison, Row, TaskComparison
@@ -113,26 +112,6 @@ def as_csv(comparison: Comparison) -> str:
             empty = [""] * 11
             writer.writerow([task.task, task.metric, one.model, "", one.method, one.value, *empty, one.source, ""])
     return file.getvalue()
-
-
-def as_html(table: Table) -> str:
-    """A ``figure`` with the table and its notes."""
-    head = "".join(f'<th scope="col">{html.escape(cell)}</th>' for cell in table.header)
-    body = []
-    for number, (first, *rest) in enumerate(table.rows):
-        mark = ' class="reference"' if number in table.marked else ""
-        cells = "".join(f"<td>{html.escape(cell)}</td>" for cell in rest)
-        body.append(f'<tr{mark}><th scope="row">{html.escape(first)}</th>{cells}</tr>')
-    notes = "".join(f"<p{_class(note)}>{html.escape(note)}</p>" for note in table.notes)
-    return (
-        f'<div class="table"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n'
-        + "\n".join(body)
-        + f'\n</tbody></table></div>\n<div class="notes">{notes}</div>\n'
-    )
-
-
-def _class(note: str) -> str:
-    return ' class="warning"' if note.startswith(WARNING) else ""
 
 
 def _is_sure(row: Row) -> bool:

@@ -149,11 +149,12 @@ def _cell(value: Any, format_: Format = "") -> Text:
     if value is None:
         return Text()
     if callable(format_):
-        return Text(_visible(format_(value)))
-    return Text(_visible(value if isinstance(value, str) else format(value, format_)))
+        return Text(visible(format_(value)))
+    return Text(visible(value if isinstance(value, str) else format(value, format_)))
 
 
-def _visible(text: str) -> str:
+def visible(text: str) -> str:
+    """Text in one line, its control characters written out."""
     return text.translate(SHOWN_AS)
 
 
@@ -167,7 +168,7 @@ def _width(cell: Text) -> int:
 def _print_line(console: Console, text: str, style: str) -> None:
     from rich.text import Text
 
-    console.print(Text(_visible(text), style=style), soft_wrap=not console.is_terminal)
+    console.print(Text(visible(text), style=style), soft_wrap=not console.is_terminal)
 
 
 def _print_grid(console: Console, table: RichTable, width: int) -> None:
