@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -19,7 +20,7 @@ from knn_lm_eval.report.bootstrap import (
     Transform,
     paired_bootstrap,
 )
-from knn_lm_eval.report.published_figures import PUBLISHED, Published
+from knn_lm_eval.report.published_figures import PUBLISHED_FIGURES, PublishedFigure
 from knn_lm_eval.report.results import Result
 
 # The metric that stands for a task where nobody chose one: the first of these that it has.
@@ -60,7 +61,7 @@ class TaskComparison:
     metric: str
     higher_is_better: bool
     rows: list[Row]
-    published: list[Published]
+    published: list[PublishedFigure]
     warnings: list[str]
     notes: list[str]
 
@@ -101,58 +102,76 @@ def compare(
     UserError
         Where no result is the baseline's, or none has the metric.
     """
-    if baseline is not None and not any(_is_baseline(result, baseline) for result in results):
-        names = sorted({name for result in results for name in (result.method, result.kind) if name})
-        near = difflib.get_close_matches(baseline, names, 1, 0.0)
-        raise UserError(
-            f"--baseline {baseline} is none of the methods here; did you mean {near[0]!r}? ({', '.join(names)})"
-        )
-    labels = _labels(results)
+    if baseline is not None:
+        _check_baseline(results, baseline)
+    draws = {"resamples": resamples, "confidence": confidence, "seed": seed}
+    labelled = list(zip(_labels(results), results, strict=True))
     tasks = []
     for task in dict.fromkeys(result.task for result in results):
-        mine = [result for result in results if result.task == task]
-        chosen = metric or _preferred(mine)
-        mine = [result for result in mine if chosen in result.metrics]
-        if not mine:
-            continue
-        better = _higher_is_better(mine, chosen)
-        references = [one for one in PUBLISHED if published and (one.task, one.metric) == (task, chosen)]
-        one = TaskComparison(task, chosen, better, [], references, [], [])
-        first_baselines = [result for result in mine if baseline and _is_baseline(result, baseline)]
-        for result in mine:
-            row = Row(labels[id(result)], result, result.metrics[chosen])
-            theirs = [other for other in first_baselines if other.model == result.model] or first_baselines
-            reference = theirs[0] if len(theirs) == 1 else None
-            if baseline and len(theirs) > 1 and result not in theirs:
-                _say(one.notes, f"several results are {baseline}: no differences for {row.label}")
-            if reference is result:
-                row.is_baseline = True
-            elif reference is not None:
-                row.difference = row.value - reference.metrics[chosen]
-                row.interval = _interval(one, result, reference, seed, resamples, confidence)
-            one.rows.append(row)
-        for row in one.rows:
-            baselines = [other for other in one.rows if other.is_baseline]
-            of_model = [other for other in baselines if other.result.model == row.result.model]
-            against = (of_model or baselines or one.rows)[0]
-            if against is not row:
-                for difference in differences(row.result, against.result, chosen):
-                    _say(one.warnings, f"{row.label} and {against.label} may not compare: {difference}")
-        one.rows.sort(key=lambda row: not row.is_baseline)
-        tasks.append(one)
+        on_task = [(label, result) for label, result in labelled if result.task == task]
+        chosen = metric or _preferred([result for _, result in on_task])
+        on_task = [(label, result) for label, result in on_task if chosen in result.metrics]
+        if on_task:
+            figures = [one for one in PUBLISHED_FIGURES if published and (one.task, one.metric) == (task, chosen)]
+            better = _higher_is_better([result for _, result in on_task], chosen)
+            compared = TaskComparison(task, chosen, better, [], figures, [], [])
+            _add_rows(compared, on_task, baseline, draws)
+            tasks.append(compared)
     if not tasks:
         have = sorted({name for result in results for name in result.metrics})
         raise UserError(f"No result has the metric {metric}; there are {', '.join(have)}.")
     return Comparison(tasks, baseline, seed, resamples, confidence)
 
 
+def _check_baseline(results: Sequence[Result], baseline: str) -> None:
+    if any(_is_baseline(result, baseline) for result in results):
+        return
+    names = sorted({name for result in results for name in (result.method, result.kind) if name})
+    near = difflib.get_close_matches(baseline, names, 1, 0.0)
+    raise UserError(
+        f"--baseline {baseline} is none of the methods here; did you mean {near[0]!r}? ({', '.join(names)})"
+    )
+
+
+def _add_rows(
+    task: TaskComparison, labelled: Sequence[tuple[str, Result]], baseline: str | None, draws: dict[str, Any]
+) -> None:
+    """Each result beside its baseline, the baselines first; ``draws`` are settings of the bootstrap."""
+    baselines = [result for _, result in labelled if baseline is not None and _is_baseline(result, baseline)]
+    for label, result in labelled:
+        row = Row(label, result, result.metrics[task.metric])
+        of_its_model = [other for other in baselines if other.model == result.model] or baselines
+        reference = of_its_model[0] if len(of_its_model) == 1 else None
+        if len(of_its_model) > 1 and result not in of_its_model:
+            _add(task.notes, f"several results are {baseline}: no differences for {label}")
+        if reference is result:
+            row.is_baseline = True
+        elif reference is not None:
+            row.difference = row.value - reference.metrics[task.metric]
+            row.interval = _interval(task, result, reference, draws)
+        task.rows.append(row)
+    for row in task.rows:
+        _warn_of_differences(task, row)
+    task.rows.sort(key=lambda row: not row.is_baseline)
+
+
+def _warn_of_differences(task: TaskComparison, row: Row) -> None:
+    """Warnings of all that speaks against comparing a row with its baseline, or with the first row without one."""
+    baselines = [other for other in task.rows if other.is_baseline]
+    of_its_model = [other for other in baselines if other.result.model == row.result.model]
+    reference = (of_its_model or baselines or task.rows)[0]
+    if reference is not row:
+        for difference in differences(row.result, reference.result, task.metric):
+            _add(task.warnings, f"{row.label} and {reference.label} may not compare: {difference}")
+
+
 def differences(one: Result, other: Result, metric: str) -> list[str]:
     """Why two results on a task do not compare; empty where they do."""
     reasons = []
 
-    def check(what: str, mine: object, theirs: object) -> None:
-        if mine is not None and theirs is not None and mine != theirs:
-            reasons.append(f"{what} {mine} and {theirs}")
+    def check(what: str, value: object, other_value: object) -> None:
+        if value is not None and other_value is not None and value != other_value:
+            reasons.append(f"{what} {value} and {other_value}")
 
     check("task versions", one.version, other.version)
     check("few-shot examples", one.num_fewshot, other.num_fewshot)
@@ -164,18 +183,23 @@ def differences(one: Result, other: Result, metric: str) -> list[str]:
         check("windows (max_length)", one.max_length, other.max_length)
         check("windows (context_len)", one.context_len, other.context_len)
     if metric == "token_perplexity":
-        mine, theirs = (_token_count(result) for result in (one, other))
-        if mine is not None and theirs is not None:
-            if mine != theirs and one.documents == other.documents:
-                reasons.append(f"other tokenizers, {mine:,} and {theirs:,} tokens (word_perplexity compares)")
+        tokens, other_tokens = _token_count(one), _token_count(other)
+        if tokens is not None and other_tokens is not None:
+            if tokens != other_tokens and one.documents == other.documents:
+                reasons.append(f"other tokenizers, {tokens:,} and {other_tokens:,} tokens (word_perplexity compares)")
         elif one.model != other.model and one.special_tokens != other.special_tokens:
             reasons.append("other tokenizers (word_perplexity compares)")
     return reasons
 
 
 def document_values(result: Result, metric: str) -> tuple[dict[tuple[int, str], list[float]], Transform] | None:
-    """What each document contributes to a metric, [a, b] by (number, hash), and the metric as a function of the
-    ratio of the sums; None where that is not how it comes about, or samples are missing."""
+    """How a metric comes about from its documents; None where samples are missing, or where it is no mean of them.
+
+    Returns
+    -------
+    values : what each document contributes, [a, b] by its number and hash.
+    transform : the metric as a function of sum a / sum b.
+    """
     name, _, filter_name = metric.partition(",")
     values = {}
     for sample in result.samples:
@@ -191,39 +215,44 @@ def document_values(result: Result, metric: str) -> tuple[dict[tuple[int, str], 
         values[int(sample["doc_id"]), str(sample.get("doc_hash", ""))] = pair
     if not values:
         return None
-    sums = np.array(list(values.values())).sum(axis=0)
-    # The files name the aggregation, but not always: what gives the reported figure is it.
-    listed = result.aggregations.get(name, "")
+    transform = _transform(result, metric, np.array(list(values.values())).sum(axis=0))
+    return None if transform is None else (values, transform)
+
+
+def _transform(result: Result, metric: str, sums: np.ndarray) -> Transform | None:
+    """What gives the reported figure from the sums ``[2]``: the files name the aggregation, but not always."""
+    listed = result.aggregations.get(metric.partition(",")[0], "")
     for aggregation in dict.fromkeys([listed, *TRANSFORMS]):
         transform = TRANSFORMS.get(aggregation)
         if transform is not None and sums[1]:
             with np.errstate(over="ignore"):
                 value = float(transform(np.array(sums[0] / sums[1])))
             if math.isclose(value, result.metrics[metric], rel_tol=1e-6, abs_tol=1e-9):
-                return values, transform
+                return transform
     return None
 
 
-def _interval(
-    task: TaskComparison, one: Result, other: Result, seed: int, resamples: int, confidence: float
-) -> Interval | None:
-    mine, theirs = document_values(one, task.metric), document_values(other, task.metric)
-    if mine is None or theirs is None:
-        _say(task.notes, "no intervals where samples were not logged (--log_samples) or the metric is no mean of them")
+def _interval(task: TaskComparison, result: Result, reference: Result, draws: dict[str, Any]) -> Interval | None:
+    """Of the difference to the reference; None, and the reason among the task's notes, where there is none."""
+    found, found_of_reference = document_values(result, task.metric), document_values(reference, task.metric)
+    if found is None or found_of_reference is None:
+        _add(task.notes, "no intervals where samples were not logged (--log_samples) or the metric is no mean of them")
         return None
-    if mine[0].keys() != theirs[0].keys():
-        _say(task.warnings, f"{one.method} and {other.method} were run on other documents: no interval")
+    (values, transform), (reference_values, _) = found, found_of_reference
+    if values.keys() != reference_values.keys():
+        _add(task.warnings, f"{result.method} and {reference.method} were run on other documents: no interval")
         return None
-    if len(mine[0]) < 2:
-        _say(task.notes, "no intervals: one document only")
+    if len(values) < 2:
+        _add(task.notes, "no intervals: one document only")
         return None
-    pairs = [np.array([values[key] for key in sorted(mine[0])]) for values in (mine[0], theirs[0])]
-    return paired_bootstrap(pairs[0], pairs[1], mine[1], resamples, confidence, seed)
+    documents = sorted(values)
+    pairs, reference_pairs = (np.array([of[key] for key in documents]) for of in (values, reference_values))
+    return paired_bootstrap(pairs, reference_pairs, transform, **draws)
 
 
-def _say(list_: list[str], sentence: str) -> None:
-    if sentence not in list_:
-        list_.append(sentence)
+def _add(sentences: list[str], sentence: str) -> None:
+    if sentence not in sentences:
+        sentences.append(sentence)
 
 
 def _is_baseline(result: Result, baseline: str) -> bool:
@@ -255,17 +284,17 @@ def _higher_is_better(results: Sequence[Result], metric: str) -> bool:
     return not ("perplexity" in name or name in ("bits_per_byte", "brier_score", "ter"))
 
 
-def _labels(results: Sequence[Result]) -> dict[int, str]:
+def _labels(results: Sequence[Result]) -> list[str]:
     """A name for each result: its method, and what else tells it from others."""
     models = {result.model for result in results}
     short = len({Path(model).name for model in models}) == len(models)
     several_stores = len({result.datastore for result in results if result.datastore}) > 1
-    labels = {}
+    labels = []
     for result in results:
         parts = [Path(result.model).name if short else result.model] if len(models) > 1 else []
         if result.method not in parts:
             parts.append(result.method)
         if several_stores and result.datastore:
             parts.append(result.datastore)
-        labels[id(result)] = " · ".join(parts)
+        labels.append(" · ".join(parts))
     return labels

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Callable
 
 from knn_lm_eval.report.comparison import Comparison, Row, TaskComparison
 from knn_lm_eval.report.tables import WARNING, Table
@@ -43,43 +44,16 @@ def overview_table(comparison: Comparison) -> Table:
 
 
 def detail_table(comparison: Comparison, task: TaskComparison) -> Table:
-    """One task: difference, interval, p-value, and what it cost."""
-    columns = ["method", f"{task.metric} {_arrow(task)}"]
-    with_difference = any(row.difference is not None for row in task.rows)
-    with_interval = any(row.interval is not None for row in task.rows)
-    if with_difference:
-        columns.append("difference")
-    if with_interval:
-        columns += [f"{comparison.confidence:.0%} interval", "p"]
-    optional: dict[str, list[float | None]] = {
-        "tokens/s": [row.result.tokens_per_second for row in task.rows],
-        "saved": [row.result.saved_searches for row in task.rows],
-        "index": [row.result.retrieval_bytes for row in task.rows],
-    }
-    shown = [name for name, values in optional.items() if any(value is not None for value in values)]
-    rows = []
-    for number, row in enumerate(task.rows):
-        cells = [row.label + (" (baseline)" if row.is_baseline else ""), _figure(row.value, task)]
-        if with_difference:
-            cells.append("" if row.difference is None else _signed(row.difference, task))
-        if with_interval:
-            interval = row.interval
-            cells += (
-                ["", ""]
-                if interval is None
-                else [f"[{_signed(interval.low, task)}, {_signed(interval.high, task)}]", _p(interval.p_value)]
-            )
-        cells += [_cost(name, optional[name][number]) for name in shown]
-        rows.append(cells)
-    own = len(rows)
-    sources: dict[str, int] = {}
-    for one in task.published:
-        number = sources.setdefault(one.source, len(sources) + 1)
-        label = f"{REFERENCE} {one.model}, {one.method} [{number}]"
-        rows.append([label, _figure(one.value, task), *[""] * (len(columns) + len(shown) - 2)])
+    """One task: difference, interval, p-value, and what it cost; below them published figures."""
+    columns = _columns(comparison, task)
+    rows = [[show(row) for show in columns.values()] for row in task.rows]
+    sources = {source: number for number, source in enumerate(dict.fromkeys(one.source for one in task.published), 1)}
+    for figure in task.published:
+        label = f"{REFERENCE} {figure.model}, {figure.method} [{sources[figure.source]}]"
+        rows.append([label, _figure(figure.value, task), *[""] * (len(columns) - 2)])
     notes = [f"{WARNING}: {warning}." for warning in task.warnings]
     notes += [f"{note[0].upper()}{note[1:]}." for note in task.notes]
-    if with_interval:
+    if any(row.interval is not None for row in task.rows):
         notes.append(
             f"Intervals and p: paired bootstrap over documents, {comparison.resamples:,} resamples, "
             f"seed {comparison.seed}."
@@ -87,7 +61,27 @@ def detail_table(comparison: Comparison, task: TaskComparison) -> Table:
     if sources:
         listed = "; ".join(f"[{number}] {source}" for source, number in sources.items())
         notes.append(f"{REFERENCE} Published, for other LMs and tokenizers: {listed}.")
-    return Table(task.task, columns + shown, rows, notes, set(range(own, len(rows))))
+    return Table(task.task, list(columns), rows, notes, set(range(len(task.rows), len(rows))))
+
+
+def _columns(comparison: Comparison, task: TaskComparison) -> dict[str, Callable[[Row], str]]:
+    """Heading -> a row's cell; what no row has is no column."""
+    columns: dict[str, Callable[[Row], str]] = {
+        "method": lambda row: row.label + (" (baseline)" if row.is_baseline else ""),
+        f"{task.metric} {_arrow(task)}": lambda row: _figure(row.value, task),
+    }
+    if any(row.difference is not None for row in task.rows):
+        columns["difference"] = lambda row: "" if row.difference is None else _signed(row.difference, task)
+    if any(row.interval is not None for row in task.rows):
+        columns[f"{comparison.confidence:.0%} interval"] = lambda row: _interval(row, task)
+        columns["p"] = lambda row: "" if row.interval is None else _p(row.interval.p_value)
+    if any(row.result.tokens_per_second is not None for row in task.rows):
+        columns["tokens/s"] = lambda row: _or_empty(row.result.tokens_per_second, "{:,.0f}".format)
+    if any(row.result.saved_searches is not None for row in task.rows):
+        columns["saved"] = lambda row: _or_empty(row.result.saved_searches, "{:.0%}".format)
+    if any(row.result.retrieval_bytes is not None for row in task.rows):
+        columns["index"] = lambda row: _or_empty(row.result.retrieval_bytes, _size)
+    return columns
 
 
 def as_csv(comparison: Comparison) -> str:
@@ -140,14 +134,17 @@ def _p(value: float) -> str:
     return "<0.001" if value < 0.001 else f"{value:.3f}"
 
 
-def _cost(name: str, value: float | None) -> str:
-    if value is None:
-        return ""
-    if name == "tokens/s":
-        return f"{value:,.0f}"
-    if name == "saved":
-        return f"{value:.0%}"
-    return f"{value / 2**20:,.0f} MiB" if value >= 2**20 else f"{value / 2**10:,.0f} KiB"
+def _interval(row: Row, task: TaskComparison) -> str:
+    interval = row.interval
+    return "" if interval is None else f"[{_signed(interval.low, task)}, {_signed(interval.high, task)}]"
+
+
+def _size(count: float) -> str:
+    return f"{count / 2**20:,.0f} MiB" if count >= 2**20 else f"{count / 2**10:,.0f} KiB"
+
+
+def _or_empty(value: float | None, show: Callable[[float], str]) -> str:
+    return "" if value is None else show(value)
 
 
 def _blank(value: object) -> object:

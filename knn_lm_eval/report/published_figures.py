@@ -10,7 +10,7 @@ EFFICIENT_KNNLM_ISSUE = EFFICIENT_KNNLM + " and issue 2"
 
 
 @dataclass(frozen=True)
-class Published:
+class PublishedFigure:
     """A figure and where it stands. ``task`` is the task here that has the same text."""
 
     model: str
@@ -21,17 +21,17 @@ class Published:
     metric: str = "token_perplexity"
 
 
-PUBLISHED = [
-    Published("distilgpt2, fine-tuned", "base", "wikitext103_valid", 18.25, KNN_TRANSFORMERS),
-    Published("distilgpt2, fine-tuned", "kNN-LM", "wikitext103_valid", 15.03, KNN_TRANSFORMERS),
-    Published("distilgpt2, fine-tuned", "RetoMaton", "wikitext103_valid", 14.70, KNN_TRANSFORMERS),
-    Published("gpt2, fine-tuned", "base", "wikitext103_valid", 14.84, KNN_TRANSFORMERS),
-    Published("gpt2, fine-tuned", "kNN-LM", "wikitext103_valid", 12.57, KNN_TRANSFORMERS),
-    Published("gpt2, fine-tuned", "RetoMaton", "wikitext103_valid", 12.46, KNN_TRANSFORMERS),
-    Published("transformer_lm (fairseq)", "base", "wikitext103", 18.66, EFFICIENT_KNNLM),
-    Published("transformer_lm (fairseq)", "kNN-LM, approximate distances", "wikitext103", 16.65, EFFICIENT_KNNLM),
-    Published("transformer_lm (fairseq)", "kNN-LM, exact distances", "wikitext103", 16.12, EFFICIENT_KNNLM_ISSUE),
-    Published("wmt19.en (fairseq)", "base", "law", 106.56, EFFICIENT_KNNLM),
-    Published("wmt19.en (fairseq)", "kNN-LM, index on CPU", "law", 12.64, EFFICIENT_KNNLM),
-    Published("wmt19.en (fairseq)", "kNN-LM, index on GPU", "law", 12.32, EFFICIENT_KNNLM),
+PUBLISHED_FIGURES = [
+    PublishedFigure("distilgpt2, fine-tuned", "base", "wikitext103_valid", 18.25, KNN_TRANSFORMERS),
+    PublishedFigure("distilgpt2, fine-tuned", "kNN-LM", "wikitext103_valid", 15.03, KNN_TRANSFORMERS),
+    PublishedFigure("distilgpt2, fine-tuned", "RetoMaton", "wikitext103_valid", 14.70, KNN_TRANSFORMERS),
+    PublishedFigure("gpt2, fine-tuned", "base", "wikitext103_valid", 14.84, KNN_TRANSFORMERS),
+    PublishedFigure("gpt2, fine-tuned", "kNN-LM", "wikitext103_valid", 12.57, KNN_TRANSFORMERS),
+    PublishedFigure("gpt2, fine-tuned", "RetoMaton", "wikitext103_valid", 12.46, KNN_TRANSFORMERS),
+    PublishedFigure("transformer_lm (fairseq)", "base", "wikitext103", 18.66, EFFICIENT_KNNLM),
+    PublishedFigure("transformer_lm (fairseq)", "kNN-LM, approximate distances", "wikitext103", 16.65, EFFICIENT_KNNLM),
+    PublishedFigure("transformer_lm (fairseq)", "kNN-LM, exact distances", "wikitext103", 16.12, EFFICIENT_KNNLM_ISSUE),
+    PublishedFigure("wmt19.en (fairseq)", "base", "law", 106.56, EFFICIENT_KNNLM),
+    PublishedFigure("wmt19.en (fairseq)", "kNN-LM, index on CPU", "law", 12.64, EFFICIENT_KNNLM),
+    PublishedFigure("wmt19.en (fairseq)", "kNN-LM, index on GPU", "law", 12.32, EFFICIENT_KNNLM),
 ]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -57,23 +58,21 @@ class Result:
     tokens_per_second: float | None = None
     saved_searches: float | None = None
     retrieval_bytes: int | None = None
-    _samples: list[dict[str, Any]] | None = field(default=None, repr=False)
 
-    @property
+    @cached_property
     def samples(self) -> list[dict[str, Any]]:
         """The logged samples without their texts, in the order of the documents; none where they were not logged."""
-        if self._samples is None:
-            date = self.file.stem.removeprefix("results")
-            file = self.file.with_name(f"samples_{self.task}{date}.jsonl")
-            self._samples = []
-            if file.is_file():
-                try:
-                    with open(file, encoding="utf-8") as lines:
-                        samples = [_without_texts(json.loads(line)) for line in lines]
-                    self._samples = sorted(samples, key=lambda sample: sample["doc_id"])
-                except (OSError, ValueError, KeyError, TypeError, AttributeError):
-                    logger.warning("%s is damaged or half-written: its documents are left out.", file)
-        return self._samples
+        date = self.file.stem.removeprefix("results")
+        file = self.file.with_name(f"samples_{self.task}{date}.jsonl")
+        if not file.is_file():
+            return []
+        try:
+            with open(file, encoding="utf-8") as lines:
+                samples = [_without_texts(json.loads(line)) for line in lines]
+            return sorted(samples, key=lambda sample: sample["doc_id"])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            logger.warning("%s is damaged or half-written: its documents are left out.", file)
+            return []
 
 
 def read_folder(folders: Iterable[Path]) -> tuple[list[Result], list[dict[str, Any]]]:
@@ -94,99 +93,129 @@ def read_folder(folders: Iterable[Path]) -> tuple[list[Result], list[dict[str, A
     folders = list(folders)
     found: list[Result] = []
     others: list[dict[str, Any]] = []
+    for file in _json_files(folders):
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            logger.warning("%s is damaged or half-written (it is not valid JSON): left out.", file)
+            continue
+        if not isinstance(content, dict):
+            continue
+        if not isinstance(content.get("results"), dict):
+            others.append(content | {"file": file})
+            continue
+        try:
+            found += _results(file, content)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            logger.warning("%s is not a results file as lm-eval writes it (%r): left out.", file, error)
+    if not found:
+        raise UserError(f"There are no lm-eval results in {', '.join(map(str, folders))}.")
+    return _newest(found), others
+
+
+def _json_files(folders: Iterable[Path]) -> Iterator[Path]:
+    """Those below the folders, and those that are named themselves."""
     for folder in folders:
         if not folder.exists():
             raise UserError(f"There is no {folder}.")
         for file in [folder] if folder.is_file() else sorted(folder.rglob("*.json")):
-            if any(part.startswith(".") for part in file.relative_to(folder).parts):
-                continue  # a benchmark's unfinished cell
-            try:
-                content = json.loads(file.read_text(encoding="utf-8"))
-            except (OSError, ValueError):
-                logger.warning("%s is damaged or half-written (it is not valid JSON): left out.", file)
-                continue
-            if not isinstance(content, dict):
-                continue
-            if not isinstance(content.get("results"), dict):
-                others.append(content | {"file": file})
-                continue
-            try:
-                found += _results(file, content)
-            except (KeyError, TypeError, ValueError, AttributeError) as error:
-                logger.warning("%s is not a results file as lm-eval writes it (%r): left out.", file, error)
-    if not found:
-        raise UserError(f"There are no lm-eval results in {', '.join(map(str, folders))}.")
-    newest: dict[tuple, Result] = {}
-    for result in found:
+            # What begins with a dot is a benchmark's unfinished cell.
+            if not any(part.startswith(".") for part in file.relative_to(folder).parts):
+                yield file
+
+
+def _newest(results: Sequence[Result]) -> list[Result]:
+    """One result for each method and task."""
+    newest: dict[tuple[str, ...], Result] = {}
+    for result in results:
         key = result.model, result.method, result.datastore, result.task
         if (older := newest.get(key)) is None or result.date >= older.date:
             newest[key] = result
-    if len(newest) < len(found):
-        logger.warning("%d older results for the same method and task are left out.", len(found) - len(newest))
-    return list(newest.values()), others
+    if len(newest) < len(results):
+        logger.warning("%d older results for the same method and task are left out.", len(results) - len(newest))
+    return list(newest.values())
 
 
 def _results(file: Path, content: dict[str, Any]) -> Iterator[Result]:
+    """A file's results, by what each release of lm-eval and each leaderboard calls things."""
     config = content.get("config") or {}
     knn = config.get("knn") or {}
     benchmark = config.get("benchmark") or {}
-    model_args = config.get("model_args")
-    if isinstance(model_args, str):
-        model_args = dict(part.split("=", 1) for part in model_args.split(",") if "=" in part)
-    model_args = model_args or {}
-    general = content.get("config_general") or {}  # early leaderboards'
     kind = str(config.get("model") or content.get("model_source") or "")
     store = knn.get("datastore") or {}
-    datastore = benchmark.get("datastore") or Path(store.get("path", "")).name
-    model = (
-        benchmark.get("model")
-        or model_args.get("pretrained")
-        or store.get("model")
-        or content.get("model_name")
-        or general.get("model_name")
-        or kind
-    )
-    speed = None
-    if knn.get("tokens_scored") and (seconds := sum(knn["seconds"].values())):
-        speed = knn["tokens_scored"] / seconds * knn.get("processes", 1)  # seconds are all processes' together
+    model = _model(content, config, kind)
     tokens = [content.get(f"tokenizer_{name}_token") for name in ("bos", "eos", "pad")]
     for task, values in content["results"].items():
-        metrics = {
-            _metric_name(name): float(value)
-            for name, value in values.items()
-            if isinstance(value, (int, float)) and not isinstance(value, bool) and _is_metric(name)
-        }
+        metrics = _metrics(values)
         if not metrics:
             continue
-        counts = (content.get("n-samples") or {}).get(task) or {}
-        listed = ((content.get("configs") or {}).get(task) or {}).get("metric_list") or []
-        task_name = task.split("|")[1] if task.count("|") >= 2 else task  # harness|arc:challenge|25
         yield Result(
             file=file,
-            task=task_name,
-            model=str(model),
-            method=benchmark.get("method") or _method(kind or str(model), knn),
+            task=task.split("|")[1] if task.count("|") >= 2 else task,  # harness|arc:challenge|25
+            model=model,
+            method=benchmark.get("method") or _method(kind or model, knn),
             kind=kind,
-            datastore=datastore,
+            datastore=benchmark.get("datastore") or Path(store.get("path", "")).name,
             metrics=metrics,
             higher_is_better={
                 name: better
-                for name, better in ((content.get("higher_is_better") or {}).get(task) or {}).items()
+                for name, better in (_of_task(content, "higher_is_better", task) or {}).items()
                 if isinstance(better, bool)
             },
-            aggregations={one["metric"]: str(one.get("aggregation")) for one in listed if "metric" in one},
+            aggregations=_aggregations(content, task),
             date=float(content.get("date") or 0.0),
             limit=config.get("limit"),
-            version=(content.get("versions") or {}).get(task),
-            num_fewshot=(content.get("n-shot") or {}).get(task),
-            documents=counts.get("effective"),
+            version=_of_task(content, "versions", task),
+            num_fewshot=_of_task(content, "n-shot", task),
+            documents=(_of_task(content, "n-samples", task) or {}).get("effective"),
             max_length=content.get("max_length"),
             context_len=knn.get("context_len", 1 if kind == "hf" else None),
             special_tokens=None if tokens == [None] * 3 else json.dumps(tokens),
-            tokens_per_second=speed,
+            tokens_per_second=_tokens_per_second(knn),
             saved_searches=metrics.get("saved_searches", knn.get("saved_searches")),
             retrieval_bytes=knn["index_bytes"] + 4 * store["entries"] if "index_bytes" in knn else None,
         )
+
+
+def _of_task(content: dict[str, Any], part: str, task: str) -> Any:
+    """What a part of the file says of a task; None where it says nothing."""
+    return (content.get(part) or {}).get(task)
+
+
+def _model(content: dict[str, Any], config: dict[str, Any], kind: str) -> str:
+    """The LM's name: what somebody called it comes first."""
+    model_args = config.get("model_args") or {}
+    if isinstance(model_args, str):
+        model_args = dict(part.split("=", 1) for part in model_args.split(",") if "=" in part)
+    store = (config.get("knn") or {}).get("datastore") or {}
+    names = [
+        (config.get("benchmark") or {}).get("model"),
+        model_args.get("pretrained"),
+        store.get("model"),
+        content.get("model_name"),
+        (content.get("config_general") or {}).get("model_name"),  # early leaderboards'
+    ]
+    return str(next(filter(None, names), kind))
+
+
+def _metrics(values: dict[str, Any]) -> dict[str, float]:
+    return {
+        name.removesuffix(",none"): float(value)
+        for name, value in values.items()
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and _is_metric(name)
+    }
+
+
+def _aggregations(content: dict[str, Any], task: str) -> dict[str, str]:
+    listed = (_of_task(content, "configs", task) or {}).get("metric_list") or []
+    return {metric["metric"]: str(metric.get("aggregation")) for metric in listed if "metric" in metric}
+
+
+def _tokens_per_second(knn: dict[str, Any]) -> float | None:
+    """Of the whole run; the file's seconds are those of all processes together."""
+    if not knn.get("tokens_scored") or not (seconds := sum(knn["seconds"].values())):
+        return None
+    return knn["tokens_scored"] / seconds * knn.get("processes", 1)
 
 
 def _without_texts(sample: dict[str, Any]) -> dict[str, Any]:
@@ -195,10 +224,6 @@ def _without_texts(sample: dict[str, Any]) -> dict[str, Any]:
 
 def _is_metric(name: str) -> bool:
     return "_stderr" not in name and name not in ("name", "alias", "sample_len", "sample_count", " ")
-
-
-def _metric_name(name: str) -> str:
-    return name.removesuffix(",none")
 
 
 def _method(kind: str, knn: dict[str, Any]) -> str:
