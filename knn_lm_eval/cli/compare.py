@@ -28,20 +28,12 @@ def main() -> None:
     arguments = parse_arguments()
     report_user_errors()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
-    if arguments.resamples < 1:
-        raise UserError(f"--resamples {arguments.resamples} must be at least 1.")
-    if not 0 < arguments.confidence < 1:
-        raise UserError(f"--confidence {arguments.confidence:g} must be between 0 and 1.")
-    if arguments.seed < 0:
-        raise UserError(f"--seed {arguments.seed} must be 0 or more.")
-    if arguments.output is not None and arguments.format == "terminal":
-        raise UserError(f"--output {arguments.output} needs --format markdown, csv or latex.")
+    check(arguments)
 
     from knn_lm_eval.report.comparison import compare
     from knn_lm_eval.report.comparison_tables import as_csv, tables_of
     from knn_lm_eval.report.results import read_folder
     from knn_lm_eval.report.tables import as_latex, as_markdown, print_tables
-    from knn_lm_eval.system.files import disk_errors_in, write_text
 
     results, others = read_folder(arguments.results)
     comparison = compare(
@@ -58,10 +50,7 @@ def main() -> None:
 
         grids = [file for folder in arguments.results for file in sorted(folder.rglob("*.csv"))]
         title = "Results in " + ", ".join(path.name or str(path) for path in arguments.results)
-        page = report_page(comparison, others, grids, title)
-        with disk_errors_in(arguments.report):
-            arguments.report.parent.mkdir(parents=True, exist_ok=True)
-            write_text(arguments.report, page)
+        write(arguments.report, report_page(comparison, others, grids, title))
     tables = tables_of(comparison)
     if arguments.format == "terminal":
         print_tables(tables)
@@ -74,7 +63,26 @@ def main() -> None:
     if arguments.output is None:
         print(text, end="")
     else:
-        with disk_errors_in(arguments.output):
-            arguments.output.parent.mkdir(parents=True, exist_ok=True)
-            write_text(arguments.output, text)
+        write(arguments.output, text)
         print(f"Wrote {arguments.output}.")
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """Raise UserError where an argument is out of range or does not fit another."""
+    if arguments.resamples < 1:
+        raise UserError(f"--resamples {arguments.resamples} must be at least 1.")
+    if not 0 < arguments.confidence < 1:
+        raise UserError(f"--confidence {arguments.confidence:g} must be between 0 and 1.")
+    if arguments.seed < 0:
+        raise UserError(f"--seed {arguments.seed} must be 0 or more.")
+    if arguments.output is not None and arguments.format == "terminal":
+        raise UserError(f"--output {arguments.output} needs --format markdown, csv or latex.")
+
+
+def write(path: Path, text: str) -> None:
+    """Write a file, and its folder where there is none."""
+    from knn_lm_eval.system.files import disk_errors_in, write_text
+
+    with disk_errors_in(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, text)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +14,12 @@ from knn_lm_eval.errors import UserError, report_user_errors
 from knn_lm_eval.make.text import read_text_file
 
 if TYPE_CHECKING:
+    from rich.text import Text
+
     from knn_lm_eval.report.tokens import InspectedToken
+
+NEIGHBOURS = "neighbours: weight, distance, context and value"  # the last column
+CONTEXT_SHOWN = 60  # characters of a context, on the terminal
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -69,24 +75,30 @@ def main() -> None:
             print(f"Wrote {path}.")
 
 
-def print_tokens(tokens: list[InspectedToken]) -> None:
-    """Print a table: a line per token, and one per neighbour below it."""
-    from rich.console import Console
-    from rich.table import Table
+def print_tokens(tokens: Sequence[InspectedToken]) -> None:
+    """Print a table: a line per token, and in its last column one per neighbour."""
     from rich.text import Text
 
-    table = Table(box=None, padding=(0, 1))
-    for column in ("token", "p LM", "p kNN", "mixture", "gain"):
-        table.add_column(column, justify="left" if column == "token" else "right", no_wrap=True)
-    table.add_column("neighbours: weight, distance, context and value", ratio=1)
+    from knn_lm_eval.report.tables import print_table
+
+    columns = {"token": "", "p LM": ".4f", "p kNN": ".4f", "mixture": ".4f", "gain": "+.2f", NEIGHBOURS: ""}
+    rows = []
     for token in tokens:
-        found = Text("" if token.searched else "(no search)", style="dim")
-        for neighbour in token.neighbours:
-            found.append("\n" if len(found) else "")
-            found.append(f"{neighbour.weight:.3f} {neighbour.distance:9.1f}  ", style="cyan")
-            found.append(neighbour.context.replace("\n", "⏎")[-60:], style="dim")
-            found.append(neighbour.value.replace("\n", "⏎"), style="bold")
-        figures = (f"{p:.4f}" for p in (token.p_lm, token.p_knn, token.p))
         gain = Text(f"{token.gain:+.2f}", style="green" if token.gain > 0 else "red")
-        table.add_row(Text(repr(token.text), style="bold"), *figures, gain, found)
-    Console().print(table)
+        rows.append([repr(token.text), token.p_lm, token.p_knn, token.p, gain, neighbour_lines(token)])
+    print_table("", columns, rows)
+
+
+def neighbour_lines(token: InspectedToken) -> Text:
+    """A line per neighbour: its weight, distance, the end of its context, and its value."""
+    from rich.text import Text
+
+    from knn_lm_eval.report.tables import visible
+
+    lines = Text("" if token.searched else "(no search)", style="dim")
+    for neighbour in token.neighbours:
+        lines.append("\n" if len(lines) else "")
+        lines.append(f"{neighbour.weight:.3f} {neighbour.distance:9.1f}  ", style="cyan")
+        lines.append(visible(neighbour.context)[-CONTEXT_SHOWN:], style="dim")
+        lines.append(visible(neighbour.value), style="bold")
+    return lines
