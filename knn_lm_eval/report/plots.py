@@ -6,8 +6,10 @@ has a tooltip with its figures.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,12 +48,19 @@ LONGEST_NAME = 29  # characters of a row's name
 
 @dataclass(frozen=True)
 class Line:
-    """A curve; ``labels`` are for the tooltips of its points. One with a ``level`` instead is a horizontal line."""
+    """A curve, with a label for each point's tooltip or none; one with a ``level`` instead is a horizontal line.
+
+    Raises ValueError where a figure is not finite.
+    """
 
     name: str
     points: Sequence[tuple[float, float]] = ()
-    labels: Sequence[str] = field(default_factory=tuple)
+    labels: Sequence[str] = ()
     level: float | None = None
+
+    def __post_init__(self) -> None:
+        if not all(math.isfinite(figure) for figure in (*chain(*self.points), self.level or 0.0)):
+            raise ValueError(f"{self.name}: not all figures are finite")
 
 
 @dataclass(frozen=True)

@@ -63,8 +63,8 @@ class Result:
     def samples(self) -> list[dict[str, Any]]:
         """The logged samples without their texts, in the order of the documents; none where they were not logged."""
         date = self.file.stem.removeprefix("results")
-        file = self.file.with_name(f"samples_{self.task}{date}.jsonl")
-        if not file.is_file():
+        file = self.file.parent / f"samples_{self.task}{date}.jsonl"
+        if "/" in self.task or not file.is_file():  # no file has such a name
             return []
         try:
             with open(file, encoding="utf-8") as lines:

@@ -53,7 +53,7 @@ def inline_svg(figure: Figure, title: str, tooltips: Tooltips, variables: Mappin
     for element in svg.iter():
         _restyle(element, variables)
         if "d" in element.attrib:  # a path
-            element.attrib["d"] = NUMBER.sub(lambda number: f"{float(number[0]):.2f}", element.attrib["d"]).strip()
+            element.attrib["d"] = _shortened(element.attrib["d"])
     svg.attrib = {"viewBox": svg.attrib["viewBox"], "role": "img", "aria-label": title}
     return ElementTree.tostring(svg, encoding="unicode")
 
@@ -120,3 +120,8 @@ def _restyle(element: Element, variables: Mapping[str, str]) -> None:
     styles.pop("font-family", None)
     kept = [f"{name}:{variables.get(value, value)}" for name, value in styles.items()]
     element.attrib["style"] = ";".join(kept)
+
+
+def _shortened(path: str) -> str:
+    """Hundredths of a pixel are enough."""
+    return " ".join(NUMBER.sub(lambda number: f"{float(number[0]):.2f}", path).split())
