@@ -58,20 +58,19 @@ def paired_bootstrap(
     -------
     The p-value is below 1 - ``confidence`` where the interval leaves zero out, up to the draws' granularity.
     """
-    both = np.concatenate([ours, baseline], axis=1)
+    terms = np.concatenate([ours, baseline], axis=1)  # [documents, 4]
 
-    def difference(sums: np.ndarray) -> np.ndarray:
+    def difference(sums: np.ndarray) -> np.ndarray:  # [..., 4] -> [...]
         return transform(sums[..., 0] / sums[..., 1]) - transform(sums[..., 2] / sums[..., 3])
 
     generator = np.random.default_rng(seed)
     drawn = np.empty(resamples)
-    count = len(both)
+    count = len(terms)
     step = max(1, DRAWN_AT_ONCE // count)
     for start in range(0, resamples, step):
-        documents = generator.integers(0, count, (min(step, resamples - start), count))
-        drawn[start : start + step] = difference(both[documents].sum(axis=1))
+        documents = generator.integers(0, count, (min(step, resamples - start), count))  # [resamples, documents]
+        drawn[start : start + step] = difference(terms[documents].sum(axis=1))
     low, high = np.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2])
-    beyond = min((drawn <= 0).sum(), (drawn >= 0).sum())
-    return Interval(
-        float(difference(both.sum(axis=0))), float(low), float(high), min(1.0, 2 * (1 + beyond) / (resamples + 1))
-    )
+    on_the_other_side = min((drawn <= 0).sum(), (drawn >= 0).sum())
+    p_value = min(1.0, 2 * (1 + on_the_other_side) / (resamples + 1))
+    return Interval(float(difference(terms.sum(axis=0))), float(low), float(high), p_value)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import math
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from knn_lm_eval.report.tables import visible
+from knn_lm_eval.system.files import replace_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -105,7 +105,7 @@ def save(figure: Figure, path: Path) -> None:
         final = path.with_suffix(suffix)
         temporary = final.with_name(final.name + ".tmp")
         temporary.write_bytes(file.getvalue())
-        os.replace(temporary, final)
+        replace_file(temporary, final)
 
 
 def colour(number: int) -> str:
