@@ -32,6 +32,26 @@ PROBES = (1, 2, 4, 8, 16, 32, 64, 128)
 ENOUGH_OF_ERROR, ENOUGH_OF_P_KNN = 0.05, 0.01
 
 
+def search_exactly(datastore: Datastore, queries: np.ndarray, k: int, sim_func: str) -> tuple[np.ndarray, np.ndarray]:
+    """The ``k`` nearest of all keys, on all GPUs that faiss sees, or the CPU.
+
+    Parameters
+    ----------
+    queries : float32 ``[n, dimension]``.
+    k : at most the store's entries.
+
+    Returns
+    -------
+    distances : float32 ``[n, k]``, squared L2 or negated inner products.
+    entries : int64 ``[n, k]``; none is -1.
+    """
+    chunks = key_chunks(datastore.require_keys("exact search"))
+    number = -(-len(datastore) // ADD_CHUNK)
+    bar = tqdm(chunks, total=number, desc="Exact search to compare with", unit=" chunks")
+    scores, entries = knn_ground_truth(queries, bar, k, METRICS[sim_func])
+    return (-scores if sim_func == "dot" else scores), entries
+
+
 @dataclass(frozen=True)
 class HeldOutQueries:
     """Entries of a datastore as queries, which are not to find themselves.
@@ -56,14 +76,6 @@ class HeldOutQueries:
         entries = np.sort(np.random.default_rng(seed).permutation(len(datastore))[:count])  # [n]
         keys = finite_keys(datastore.require_keys("measuring an index")[entries])  # [n, dimension]
         return cls(datastore, entries, keys, min(k, len(datastore) - 1), knn_temp)
-
-    def search_exactly(self, sim_func: str) -> tuple[np.ndarray, np.ndarray]:
-        """Distances and entries ``[n, k + 1]`` of the nearest of all keys."""
-        chunks = key_chunks(self.datastore.require_keys("measuring an index"))
-        number = -(-len(self.datastore) // ADD_CHUNK)
-        bar = tqdm(chunks, total=number, desc="Exact search to compare with", unit=" chunks")
-        scores, entries = knn_ground_truth(self.keys, bar, self.k + 1, METRICS[sim_func])
-        return (-scores if sim_func == "dot" else scores), entries
 
     def p_knn(self, distances: np.ndarray, entries: np.ndarray) -> tuple[torch.Tensor, np.ndarray]:
         """p_kNN ``[n]`` of each query's own next token, and the entries ``[n, k]`` that it rests on.
@@ -102,7 +114,7 @@ def measure_quality(
     held_out = HeldOutQueries.draw(datastore, queries, k, knn_temp, seed + 1)
     if held_out.k < 1:
         return {"probe": None, "quality": []}
-    exact_p, exact_entries = held_out.p_knn(*held_out.search_exactly(sim_func))
+    exact_p, exact_entries = held_out.p_knn(*search_exactly(datastore, held_out.keys, held_out.k + 1, sim_func))
     ivf, rows = inverted_file(index), []
     probes: list[int | None] = [p for p in PROBES if p <= ivf.nlist] if ivf is not None else [None]
     for probe in tqdm(probes, desc="Measuring the index", unit=" probe"):

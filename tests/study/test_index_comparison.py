@@ -112,7 +112,7 @@ def test_recall_and_error_against_brute_force(comparison: IndexComparison, index
 
 def test_exact_neighbours_are_kept(comparison: IndexComparison, knn: KNNHF, indexed: Datastore, monkeypatch) -> None:
     cache = comparison.cache
-    monkeypatch.setattr("knn_lm_eval.study.index_comparison.knn_ground_truth", None)  # would fail if asked again
+    monkeypatch.setattr("knn_lm_eval.study.index_comparison.search_exactly", None)  # would fail if asked again
     settings = {"lmbda": LMBDA, "knn_temp": TEMPERATURE, "sim_func": "l2", "cache": cache}
     again = IndexComparison(indexed, comparison.queries, max_k=10, **settings)
     assert again.exact(10).perplexity == comparison.exact(10).perplexity
