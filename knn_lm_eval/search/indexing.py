@@ -89,25 +89,14 @@ def build_index(
     UserError
         Where faiss does not know the factory string, the index exists, the disk is full, or a Ray task fails.
     """
-    if sim_func not in METRICS:
-        raise UserError(f"sim_func={sim_func!r} is unknown; use l2 or dot.")
     datastore.require_keys("building an index")
-    if factory == "auto":
-        factory = choose_factory(len(datastore), datastore.dimension, sim_func, budget.bytes_per_entry)
-    elif budget.bytes_per_entry is not None:
-        raise UserError(f"A budget in bytes per entry is for --factory auto to choose by; leave out {factory}, or it.")
+    factory = _checked_factory(datastore, factory, sim_func, budget)
     if budget.slowdown is not None and not quality_queries:
         raise UserError("A slowdown as budget takes a measurement: leave out --quality_queries 0.")
     if budget.slowdown is not None and lm_microseconds is None:
         raise UserError("A slowdown as budget is of the LM's own time: give lm_microseconds as well.")
     files = IndexFiles(datastore.path, name)
-    if (files.index.exists() or files.part(0).exists()) and not overwrite:
-        raise UserError(f"The index {files.index} exists already; choose another --name or give --overwrite.")
-    if ray is not None and parts is None:
-        raise UserError("Ray builds an index part by part: say in how many, with --parts.")
-    if parts is not None and not 1 <= parts <= min(MOST_PARTS, len(datastore)):
-        raise UserError(f"parts={parts} must be between 1 and {min(MOST_PARTS, len(datastore))}.")
-    checkpoint = files.folder / f"{name}.faiss.part"
+    _check_place(files, len(datastore), parts, ray, overwrite)
     settings: dict[str, Any] = {
         "factory": factory,
         "sim_func": sim_func,
@@ -117,74 +106,123 @@ def build_index(
     }
     if parts is not None:
         settings["parts"] = parts
+    unfinished = _Unfinished(files, settings)
     with disk_errors_in(datastore.path):
-        index, seconds = _resume(checkpoint, settings) if resume else (None, {})
+        index = unfinished.load() if resume else None
         if index is None:
-            _state(checkpoint).unlink(missing_ok=True)
-            index = _train(datastore, factory, sim_func, train_sample, seed, seconds)
+            unfinished.forget()
+            index = _train(datastore, factory, sim_func, train_sample, seed, unfinished.seconds)
         index_type = type(index).__name__
-        # Finished files, and what they will be called.
-        written = {checkpoint: files.index}
-        records = []
         if parts is None:
-            _add(datastore, index, checkpoint, settings, seconds)
+            _add(datastore, index, unfinished)
         else:
-            written = {_piece(files, number): files.part(number) for number in range(parts)}
-            records = _add_in_parts(datastore, index, files, checkpoint, settings, seconds, ray)
-            index = join_parts([read_index(piece) for piece in written], relative_ids=True)
+            part_records = _add_in_parts(datastore, index, unfinished, parts, ray)
+            index = join_parts([read_index(unfinished.part(number)) for number in range(parts)], relative_ids=True)
         metadata: dict[str, Any] = {
             **settings,
             "count": len(datastore),
             "type": index_type,
-            "seconds": {stage: round(value, 1) for stage, value in seconds.items()},
+            "seconds": {stage: round(value, 1) for stage, value in unfinished.seconds.items()},
             "faiss": faiss.__version__,
         }
         if quality_queries:
-            metadata |= measure_quality(
-                datastore, index, sim_func, min(k, len(datastore)), knn_temp, quality_queries, seed
-            )
-            if budget.slowdown is not None and lm_microseconds is not None:
-                limit = (budget.slowdown - 1) * lm_microseconds(datastore)
-                metadata |= {"probe": fastest_enough(metadata["quality"], limit), "slowdown": budget.slowdown}
+            neighbours = min(k, len(datastore))
+            metadata |= measure_quality(datastore, index, sim_func, neighbours, knn_temp, quality_queries, seed)
+        if budget.slowdown is not None and lm_microseconds is not None:
+            limit = (budget.slowdown - 1) * lm_microseconds(datastore)
+            metadata |= {"probe": fastest_enough(metadata["quality"], limit), "slowdown": budget.slowdown}
         if parts is None:
-            _write(index, checkpoint)
-            metadata["bytes"] = checkpoint.stat().st_size
+            _write(index, unfinished.index)
+            metadata["bytes"] = unfinished.index.stat().st_size
+            final_files = {unfinished.index: files.index}
         else:
-            metadata |= {
-                "bytes": sum(part["bytes"] for part in records),
-                "parts": records,
-                "part_ids": "relative",
-            }
-        metadata["bytes_held"] = sum(bytes_held(read_index(path)) for path in written)
-        # The metadata goes last: whoever finds both finds a finished index.
-        files.metadata.unlink(missing_ok=True)
-        for old in (files.index, *files.folder.glob(f"{name}.[0-9][0-9][0-9].faiss")):
-            old.unlink(missing_ok=True)
-        for temporary, final in written.items():
-            replace_file(temporary, final)
-        write_json(files.metadata, metadata)
-        record_derived(datastore.path, [files.metadata.name, *(final.name for final in written.values())])
-        checkpoint.unlink(missing_ok=True)  # of an index in parts: the trained one
-        _state(checkpoint).unlink(missing_ok=True)
+            size = sum(record["bytes"] for record in part_records)
+            metadata |= {"bytes": size, "parts": part_records, "part_ids": "relative"}
+            final_files = {unfinished.part(number): files.part(number) for number in range(parts)}
+        metadata["bytes_held"] = sum(bytes_held(read_index(path)) for path in final_files)
+        _install(datastore, files, final_files, metadata)
+        unfinished.remove()
     return metadata
 
 
-def _state(checkpoint: Path) -> Path:
-    return checkpoint.with_name(checkpoint.name + ".json")
+def _checked_factory(datastore: Datastore, factory: str, sim_func: str, budget: Budget) -> str:
+    """The factory string, chosen where it is ``auto``; raises UserError where arguments do not fit each other."""
+    if sim_func not in METRICS:
+        raise UserError(f"sim_func={sim_func!r} is unknown; use l2 or dot.")
+    if factory == "auto":
+        return choose_factory(len(datastore), datastore.dimension, sim_func, budget.bytes_per_entry)
+    if budget.bytes_per_entry is not None:
+        raise UserError(f"A budget in bytes per entry is for --factory auto to choose by; leave out {factory}, or it.")
+    return factory
 
 
-def _resume(checkpoint: Path, settings: dict[str, Any]) -> tuple[faiss.Index | None, dict[str, float]]:
-    if not checkpoint.exists() or not _state(checkpoint).exists():
-        return None, {}
-    state = read_json(_state(checkpoint))
-    if state["settings"] != settings:
-        raise UserError(
-            f"The unfinished index {checkpoint} was begun with {state['settings']}, now it is {settings}; "
-            f"give the same settings, or leave out --resume to start anew."
-        )
-    index = faiss.read_index(str(checkpoint))
-    logger.info("Going on with %s.", "the parts that lack" if "parts" in settings else f"{index.ntotal:,} entries")
-    return index, state["seconds"]
+def _check_place(files: IndexFiles, count: int, parts: int | None, ray: str | None, overwrite: bool) -> None:
+    """Raise UserError where the index exists, or ``count`` entries do not make so many parts."""
+    if (files.index.exists() or files.part(0).exists()) and not overwrite:
+        raise UserError(f"The index {files.index} exists already; choose another --name or give --overwrite.")
+    if ray is not None and parts is None:
+        raise UserError("Ray builds an index part by part: say in how many, with --parts.")
+    if parts is not None and not 1 <= parts <= min(MOST_PARTS, count):
+        raise UserError(f"parts={parts} must be between 1 and {min(MOST_PARTS, count)}.")
+
+
+class _Unfinished:
+    """An index under way: where it waits, beside what it was begun with.
+
+    Attributes
+    ----------
+    index : the file of the index with the entries that it has; of an index in parts, trained and empty.
+    settings : what the result depends on.
+    seconds : that each stage took so far.
+    """
+
+    def __init__(self, files: IndexFiles, settings: dict[str, Any]) -> None:
+        self.files, self.settings = files, settings
+        self.index = files.index.with_name(files.index.name + ".part")
+        self.seconds: dict[str, float] = {}
+
+    @property
+    def state(self) -> Path:
+        """The file that says with which settings the index was begun; there is nothing to go on with without it."""
+        return self.index.with_name(self.index.name + ".json")
+
+    def part(self, number: int) -> Path:
+        """Where a finished part waits for the others."""
+        part = self.files.part(number)
+        return part.with_name(part.name + ".part")
+
+    def load(self) -> faiss.Index | None:
+        """The index to go on with; None where there is none.
+
+        Raises UserError where it was begun with other settings.
+        """
+        if not self.index.exists() or not self.state.exists():
+            return None
+        state = read_json(self.state)
+        if state["settings"] != self.settings:
+            raise UserError(
+                f"The unfinished index {self.index} was begun with {state['settings']}, now it is {self.settings}; "
+                f"give the same settings, or leave out --resume to start anew."
+            )
+        self.seconds = state["seconds"]
+        index = faiss.read_index(str(self.index))
+        whole = "parts" not in self.settings
+        logger.info("Going on with %s.", f"{index.ntotal:,} entries" if whole else "the parts that lack")
+        return index
+
+    def save(self, index: faiss.Index) -> None:
+        """Keep the index as it is."""
+        _write(index, self.index)
+        write_json(self.state, {"settings": self.settings, "seconds": self.seconds})
+
+    def forget(self) -> None:
+        """Start anew: what is there is not to be gone on with."""
+        self.state.unlink(missing_ok=True)
+
+    def remove(self) -> None:
+        """Remove what is there, but for parts."""
+        self.index.unlink(missing_ok=True)  # of an index in parts: the trained one
+        self.forget()
 
 
 def _train(
@@ -235,13 +273,7 @@ def _place_lists(index: faiss.Index, ivf: faiss.IndexIVF, vectors: np.ndarray, s
     quantizer.add(two_level_kmeans(vectors, ivf.nlist, seed, ivf.cp.spherical))
 
 
-def _add(
-    datastore: Datastore,
-    index: faiss.Index,
-    checkpoint: Path,
-    settings: dict[str, Any],
-    seconds: dict[str, float],
-) -> None:
+def _add(datastore: Datastore, index: faiss.Index, unfinished: _Unfinished) -> None:
     """Add the keys that are not in the index yet, in order."""
     keys = datastore.require_keys("an index")
     start = saved = time.perf_counter()
@@ -249,10 +281,9 @@ def _add(
         for added in _add_run(index, keys, 0, len(datastore)):
             bar.update(added)
             if time.perf_counter() - saved > CHECKPOINT_SECONDS and index.ntotal < len(datastore):
-                _write(index, checkpoint)
-                write_json(_state(checkpoint), {"settings": settings, "seconds": seconds})
+                unfinished.save(index)
                 saved = time.perf_counter()
-    seconds["add"] = seconds.get("add", 0.0) + time.perf_counter() - start
+    unfinished.seconds["add"] = unfinished.seconds.get("add", 0.0) + time.perf_counter() - start
 
 
 def _add_run(index: faiss.Index, keys: np.ndarray, start: int, stop: int) -> Iterator[int]:
@@ -274,30 +305,22 @@ def _add_run(index: faiss.Index, keys: np.ndarray, start: int, stop: int) -> Ite
 
 
 def _add_in_parts(
-    datastore: Datastore,
-    trained: faiss.Index,
-    files: IndexFiles,
-    checkpoint: Path,
-    settings: dict[str, Any],
-    seconds: dict[str, float],
-    ray: str | None,
+    datastore: Datastore, trained: faiss.Index, unfinished: _Unfinished, parts: int, ray: str | None
 ) -> list[dict[str, int]]:
-    """Build the parts that are not there yet, each in its file ``_piece``; returns what the metadata says of them."""
-    parts: int = settings["parts"]
-    if not _state(checkpoint).exists():
+    """Build the parts that are not there yet, each in its file; returns what the metadata says of them."""
+    if not unfinished.state.exists():
         for number in range(MOST_PARTS):
-            _piece(files, number).unlink(missing_ok=True)
-        _write(trained, checkpoint)
-        write_json(_state(checkpoint), {"settings": settings, "seconds": seconds})
+            unfinished.part(number).unlink(missing_ok=True)
+        unfinished.save(trained)
     ends = [len(datastore) * number // parts for number in range(parts + 1)]
     records: dict[int, dict[str, int]] = {}
     jobs: dict[int, tuple[Path, Path, int, int, Path]] = {}
     for number, (start, stop) in enumerate(zip(ends, ends[1:], strict=False)):
-        piece = _piece(files, number).resolve()
-        if piece.exists():
-            records[number] = {"start": start, "stop": stop, "bytes": piece.stat().st_size}
+        part = unfinished.part(number).resolve()
+        if part.exists():
+            records[number] = {"start": start, "stop": stop, "bytes": part.stat().st_size}
         else:
-            jobs[number] = datastore.path.resolve(), checkpoint.resolve(), start, stop, piece
+            jobs[number] = datastore.path.resolve(), unfinished.index.resolve(), start, stop, part
     began = time.perf_counter()
     there = sum(record["stop"] - record["start"] for record in records.values())
     with tqdm(total=len(datastore), initial=there, desc="Building parts", unit=" keys", unit_scale=True) as bar:
@@ -308,12 +331,12 @@ def _add_in_parts(
             for number, record in run_tasks(ray, _build_part, jobs):
                 records[number] = record
                 bar.update(record["stop"] - record["start"])
-    seconds["add"] = time.perf_counter() - began
+    unfinished.seconds["add"] = time.perf_counter() - began
     return [records[number] for number in range(parts)]
 
 
 def _build_part(
-    store: Path, trained: Path, start: int, stop: int, piece: Path, bar: tqdm | None = None
+    store: Path, trained: Path, start: int, stop: int, part: Path, bar: tqdm | None = None
 ) -> dict[str, int]:
     """Write the part with the entries from ``start`` to ``stop``, numbered from 0; runs in a Ray task as well."""
     keys = Datastore.open(store).require_keys("an index")
@@ -321,14 +344,22 @@ def _build_part(
     for added in _add_run(index, keys, start, stop):
         if bar is not None:
             bar.update(added)
-    _write(index, piece)
-    return {"start": start, "stop": stop, "bytes": piece.stat().st_size}
+    _write(index, part)
+    return {"start": start, "stop": stop, "bytes": part.stat().st_size}
 
 
-def _piece(files: IndexFiles, number: int) -> Path:
-    """Where a finished part waits for the others."""
-    part = files.part(number)
-    return part.with_name(part.name + ".part")
+def _install(datastore: Datastore, files: IndexFiles, final_files: dict[Path, Path], metadata: dict[str, Any]) -> None:
+    """Give finished files their final names, in the place of an index of that name.
+
+    The metadata goes last: whoever finds both finds a finished index.
+    """
+    files.metadata.unlink(missing_ok=True)
+    for old in (files.index, *files.folder.glob(f"{files.name}.[0-9][0-9][0-9].faiss")):
+        old.unlink(missing_ok=True)
+    for finished, final in final_files.items():
+        replace_file(finished, final)
+    write_json(files.metadata, metadata)
+    record_derived(datastore.path, [files.metadata.name, *(final.name for final in final_files.values())])
 
 
 def _write(index: faiss.Index, path: Path) -> None:

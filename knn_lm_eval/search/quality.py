@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import logging
 import time
+from dataclasses import dataclass
 from typing import Any
 
 import faiss
 import numpy as np
 import torch
+from faiss.contrib.evaluation import knn_intersection_measure
 from faiss.contrib.exhaustive_search import knn_ground_truth
 from tqdm import tqdm
 
@@ -30,10 +32,78 @@ PROBES = (1, 2, 4, 8, 16, 32, 64, 128)
 ENOUGH_OF_ERROR, ENOUGH_OF_P_KNN = 0.05, 0.01
 
 
+def search_exactly(datastore: Datastore, queries: np.ndarray, k: int, sim_func: str) -> tuple[np.ndarray, np.ndarray]:
+    """The ``k`` nearest of all keys, on all GPUs that faiss sees, or the CPU.
+
+    Parameters
+    ----------
+    queries : float32 ``[n, dimension]``.
+    k : at most the store's entries.
+
+    Returns
+    -------
+    distances : float32 ``[n, k]``, squared L2 or negated inner products.
+    entries : int64 ``[n, k]``; none is -1.
+    """
+    chunks = key_chunks(datastore.require_keys("exact search"))
+    number = -(-len(datastore) // ADD_CHUNK)
+    bar = tqdm(chunks, total=number, desc="Exact search to compare with", unit=" chunks")
+    scores, entries = knn_ground_truth(queries, bar, k, METRICS[sim_func])
+    return (-scores if sim_func == "dot" else scores), entries
+
+
+@dataclass(frozen=True)
+class HeldOutQueries:
+    """Entries of a datastore as queries, which are not to find themselves.
+
+    Attributes
+    ----------
+    datastore : the store, with keys.
+    entries : int64 ``[n]``, ascending.
+    keys : float32 ``[n, dimension]``.
+    k, knn_temp : neighbours and temperature of p_kNN.
+    """
+
+    datastore: Datastore
+    entries: np.ndarray
+    keys: np.ndarray
+    k: int
+    knn_temp: float
+
+    @classmethod
+    def draw(cls, datastore: Datastore, count: int, k: int, knn_temp: float, seed: int) -> HeldOutQueries:
+        """At random; ``k`` of the other entries, or all."""
+        entries = np.sort(np.random.default_rng(seed).permutation(len(datastore))[:count])  # [n]
+        keys = finite_keys(datastore.require_keys("measuring an index")[entries])  # [n, dimension]
+        return cls(datastore, entries, keys, min(k, len(datastore) - 1), knn_temp)
+
+    def p_knn(self, distances: np.ndarray, entries: np.ndarray) -> tuple[torch.Tensor, np.ndarray]:
+        """p_kNN ``[n]`` of each query's own next token, and the entries ``[n, k]`` that it rests on.
+
+        Parameters
+        ----------
+        distances, entries : ``[n, k + 1]``, what was found, the query's own entry perhaps among it; -1 in empty slots.
+        """
+        is_itself = entries == self.entries[:, None]  # [n, k + 1]
+        order = np.argsort(is_itself, axis=1, kind="stable")[:, : self.k]  # [n, k]
+        distances, entries = np.take_along_axis(distances, order, 1), np.take_along_axis(entries, order, 1)  # [n, k]
+        distances[entries == self.entries[:, None]] = np.inf
+        values = torch.from_numpy(self.datastore.values[np.maximum(entries, 0)])  # [n, k]
+        counts = entry_counts(self.datastore.weights, entries)
+        log_weights = neighbour_log_weights(torch.from_numpy(distances), self.knn_temp, counts)  # [n, k]
+        targets = torch.from_numpy(self.datastore.values[self.entries].copy())  # [n]
+        return knn_log_prob(log_weights, values, targets).exp(), entries
+
+
 def measure_quality(
     datastore: Datastore, index: faiss.Index, sim_func: str, k: int, knn_temp: float, queries: int, seed: int
 ) -> dict[str, Any]:
     """Compare the index with exact search on held-out queries, for each probe.
+
+    Parameters
+    ----------
+    index : the largest probe stays set in it.
+    seed : of the training sample; the queries have one of their own.
 
     Returns
     -------
@@ -41,48 +111,30 @@ def measure_quality(
     ``k`` neighbours found), ``p_knn_error`` (mean absolute error of p_kNN of the query's own next token),
     ``p_knn`` (its mean by exact search) and ``microseconds`` per query. ``probe`` is None without lists.
     """
-    chosen = np.sort(np.random.default_rng(seed + 1).permutation(len(datastore))[:queries])
-    all_keys = datastore.require_keys("measuring an index")
-    keys, targets = finite_keys(all_keys[chosen]), torch.from_numpy(datastore.values[chosen].copy())
-    k = min(k, len(datastore) - 1)
-    if k < 1:
+    held_out = HeldOutQueries.draw(datastore, queries, k, knn_temp, seed + 1)
+    if held_out.k < 1:
         return {"probe": None, "quality": []}
-
-    def held_out_p_knn(distances: np.ndarray, entries: np.ndarray) -> tuple[torch.Tensor, np.ndarray]:
-        """p_kNN of each query's own next token and the entries it rests on, without the query's own entry."""
-        order = np.argsort(entries == chosen[:, None], axis=1, kind="stable")[:, :k]
-        distances, entries = np.take_along_axis(distances, order, 1), np.take_along_axis(entries, order, 1)
-        distances[entries == chosen[:, None]] = np.inf
-        values = torch.from_numpy(datastore.values[np.maximum(entries, 0)])
-        counts = entry_counts(datastore.weights, entries)
-        log_weights = neighbour_log_weights(torch.from_numpy(distances), knn_temp, counts)
-        return knn_log_prob(log_weights, values, targets).exp(), entries
-
-    bar = tqdm(
-        key_chunks(all_keys), total=-(-len(datastore) // ADD_CHUNK), desc="Exact search to compare with", unit=" chunks"
-    )
-    scores, entries = knn_ground_truth(keys, bar, k + 1, METRICS[sim_func])
-    exact_p, exact_entries = held_out_p_knn(-scores if sim_func == "dot" else scores, entries)
+    exact_p, exact_entries = held_out.p_knn(*search_exactly(datastore, held_out.keys, held_out.k + 1, sim_func))
     ivf, rows = inverted_file(index), []
     probes: list[int | None] = [p for p in PROBES if p <= ivf.nlist] if ivf is not None else [None]
     for probe in tqdm(probes, desc="Measuring the index", unit=" probe"):
         if probe is not None:
             set_probe(index, probe)
         start = time.perf_counter()
-        distances, entries = search(index, keys, k + 1)
+        distances, entries = search(index, held_out.keys, held_out.k + 1)
         seconds = time.perf_counter() - start
-        p, entries = held_out_p_knn(distances, entries)
-        found = sum(len(np.intersect1d(a, b)) for a, b in zip(exact_entries, entries, strict=True))
+        p, entries = held_out.p_knn(distances, entries)
         rows.append(
             {
                 "probe": probe,
-                "recall": round(found / exact_entries.size, 4),
+                # Exact search leaves no slot empty, so that empty ones are never taken for found.
+                "recall": round(knn_intersection_measure(exact_entries, entries), 4),
                 "p_knn_error": round(float((p - exact_p).abs().mean()), 6),
                 "p_knn": round(float(exact_p.mean()), 6),
-                "microseconds": round(1e6 * seconds / len(keys), 1),
+                "microseconds": round(1e6 * seconds / len(held_out.keys), 1),
             }
         )
-    return {"probe": good_enough(rows), "quality_k": k, "quality_knn_temp": knn_temp, "quality": rows}
+    return {"probe": good_enough(rows), "quality_k": held_out.k, "quality_knn_temp": knn_temp, "quality": rows}
 
 
 def good_enough(rows: list[dict[str, Any]]) -> int | None:

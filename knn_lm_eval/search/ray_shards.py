@@ -22,8 +22,8 @@ import torch
 
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.search.code_distances import CodeDistances
+from knn_lm_eval.search.exact_distances import exact_distances
 from knn_lm_eval.search.faiss_index import inverted_file, probe_parameters, read_index, search, vectors_compared
-from knn_lm_eval.search.retriever import exact_distances
 from knn_lm_eval.store.datastore import Datastore
 from knn_lm_eval.store.index_files import IndexPart
 from knn_lm_eval.system.ray_cluster import connect

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.search.code_distances import CodeDistances
+from knn_lm_eval.search.exact_distances import exact_distances
 from knn_lm_eval.search.faiss_index import (
     DEFAULT_PROBE,
     bytes_held,
@@ -39,9 +40,6 @@ AnyRetriever = TypeVar("AnyRetriever", bound="Retriever")
 
 # queries [n, dimension], entries int64 [n, m], counts int64 [n] -> distances float32 [n, m], undefined beyond counts.
 EntryDistances = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
-
-# Keys gathered at a time for exact distances: bounds the memory that recompute_dists takes.
-GATHER_BYTES = 2**26
 
 
 @dataclass
@@ -368,34 +366,3 @@ def entry_counts(weights: np.ndarray | None, entries: np.ndarray) -> Tensor | No
     counts = weights[np.maximum(entries, 0)]
     counts[entries < 0] = 1
     return torch.from_numpy(counts)
-
-
-def exact_distances(keys: np.ndarray, queries: np.ndarray, entries: np.ndarray, sim_func: str) -> np.ndarray:
-    """The distances of queries to given entries, from the keys themselves.
-
-    The entries of all queries are gone through in file order, so that each key is read once and a disk reads
-    forwards. Takes 24 bytes of memory per distance, and ``GATHER_BYTES`` three times.
-
-    Parameters
-    ----------
-    keys : float16 or float32 ``[count, dimension]``, may be memory-mapped.
-    queries : float32 ``[n, dimension]``.
-    entries : int64 ``[n, k]``; -1 in empty slots.
-
-    Returns
-    -------
-    float32 ``[n, k]``: squared L2 or negated inner products; infinity in empty slots.
-    """
-    distances = np.full(entries.size, np.inf, dtype=np.float32)
-    wanted, of_queries = entries.ravel(), torch.from_numpy(queries)
-    order = np.argsort(wanted, kind="stable")
-    order = order[np.searchsorted(wanted, 0, sorter=order) :]
-    block = max(1, GATHER_BYTES // (keys.shape[1] * 4))
-    for start in range(0, len(order), block):
-        slots = order[start : start + block]
-        unique, inverse = np.unique(wanted[slots], return_inverse=True)
-        vectors = torch.from_numpy(keys[unique].astype(np.float32))[torch.from_numpy(inverse)]
-        query = of_queries[torch.from_numpy(slots // entries.shape[1])]
-        result = -(query * vectors).sum(-1) if sim_func == "dot" else (query - vectors).square_().sum(-1)
-        distances[slots] = result.numpy()
-    return distances.reshape(entries.shape)

@@ -18,28 +18,29 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import faiss
 import numpy as np
 import torch
-from faiss.contrib.exhaustive_search import knn_ground_truth
+from faiss.contrib.evaluation import knn_intersection_measure
 from lm_eval.api.instance import Instance
 from torch import Tensor
 from tqdm import tqdm
 
 from knn_lm_eval.errors import UserError
+from knn_lm_eval.lm.reading import Reader, Reading
 from knn_lm_eval.methods.mixture import mix
 from knn_lm_eval.model.knn_hf import KNNHF
-from knn_lm_eval.model.scoring import NEIGHBOURS_PER_BLOCK, Passage, Score, Scorer
-from knn_lm_eval.search.faiss_index import METRICS
+from knn_lm_eval.model.scores import Score, sum_up
+from knn_lm_eval.model.scoring import NEIGHBOURS_PER_BLOCK, PassageScorer
+from knn_lm_eval.search.quality import search_exactly
 from knn_lm_eval.search.retriever import Found, Retriever, entry_counts
 from knn_lm_eval.store.datastore import Datastore
-from knn_lm_eval.study.tuning import Surface, find_best, knn_log_probs
+from knn_lm_eval.study.grid import Surface, find_best
+from knn_lm_eval.study.grid_scorer import knn_log_probs
 from knn_lm_eval.system.files import disk_errors_in, replace_file
 
 EXACT = "exact"
 KNN_TEMPS = tuple(float(f"{x:.3g}") for x in np.geomspace(0.5, 16, 11))
 LMBDAS = tuple(round(0.05 * number, 2) for number in range(1, 17))
-KEYS_AT_ONCE = 2**16
 
 
 @dataclass
@@ -106,34 +107,38 @@ class Measurement:
         }
 
 
-class QueryCollector(Scorer):
-    """Keeps the query and the LM's log-probability of every token; its scores are the LM's."""
+class QueryCollector(PassageScorer):
+    """Keeps the query and the LM's log-probability of every token; its scores are the LM's.
 
-    def __init__(self, lm: KNNHF) -> None:
-        super().__init__(lm.scorer.model, None, 0.0, 1.0, lm.softmax_dtype)
+    Attributes
+    ----------
+    parts : queries ``[tokens, dimension]``, targets and log-probabilities ``[tokens]``, batch by batch.
+    """
+
+    def __init__(self, reader: Reader) -> None:
+        super().__init__(reader)
         self.parts: list[tuple[Tensor, Tensor, Tensor]] = []
 
-    def score(self, batches: Sequence[Sequence[Passage]], want_greedy: bool) -> list[list[Score]]:
-        """Read the batches."""
+    def score_readings(self, readings: Sequence[Reading], want_greedy: bool) -> list[list[Score]]:
         scores = []
-        for batch in batches:
-            reading = self._read(batch)
-            rows, targets = reading.pairs()
-            log_probs, greedy, _ = self._score_pairs(reading.hidden, rows, targets, None, len(rows), False)
-            self.parts.append((reading.queries[rows.to(reading.queries.device)].float().cpu(), targets, log_probs))
-            scores += self._sum_up(reading, log_probs, greedy)
+        for reading in readings:
+            rows, targets = reading.pairs()  # [tokens]
+            log_probs = self.reader.target_log_probs(reading)  # [tokens]
+            queries = reading.queries[rows.to(reading.queries.device)].float().cpu()  # [tokens, dimension]
+            self.parts.append((queries, targets, log_probs))
+            self.tokens_scored += len(targets)
+            scores += sum_up(reading, log_probs)
         return scores
 
 
 def collect_queries(lm: KNNHF, texts: dict[str, str]) -> Queries:
     """Let the LM read the texts, as lm-eval's perplexity tasks do."""
-    own, collector, counts = lm.scorer, QueryCollector(lm), {}
-    lm.scorer = collector
-    for name, text in texts.items():
-        before = collector.tokens_scored
-        lm.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (text,), 0)])
-        counts[name] = collector.tokens_scored - before
-    lm.scorer = own
+    collector, counts = QueryCollector(Reader(lm.causal_lm, lm.softmax_dtype)), {}
+    with lm.scored_by(collector):
+        for name, text in texts.items():
+            before = collector.tokens_scored
+            lm.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (text,), 0)])
+            counts[name] = collector.tokens_scored - before
     queries, targets, log_probs = (torch.cat(part) for part in zip(*collector.parts, strict=True))
     return Queries(queries, targets, log_probs.double(), counts)
 
@@ -165,7 +170,7 @@ class IndexComparison:
         self.store, self.queries, self.lmbda, self.knn_temp, self.cache = store, queries, lmbda, knn_temp, cache
         if max_k > len(store):
             raise UserError(f"k={max_k} does not fit the datastore {store.path}, which has {len(store)} entries.")
-        self._exact_distances, self._exact_entries, self._exact_seconds = self._search_exactly(sim_func, max_k)
+        self._exact_distances, self._exact_entries, self._exact_seconds = self._exact_neighbours(sim_func, max_k)
 
     @property
     def base_perplexity(self) -> dict[str, float]:
@@ -210,8 +215,8 @@ class IndexComparison:
         exact = self._exact_found(result.k)
         (log_p, surface), exact_log_p = self._log_p_knn(found), self._log_p_knn(exact)[0]
         result.p_knn_error = float((log_p.exp() - exact_log_p.exp()).abs().mean())
-        pairs = zip(exact.entries.numpy(), found.entries.numpy(), strict=True)
-        result.recall = sum(len(np.intersect1d(a, b)) for a, b in pairs) / exact.entries.numel()
+        # Exact search leaves no slot empty, so that empty ones are never taken for found.
+        result.recall = knn_intersection_measure(exact.entries.numpy(), found.entries.numpy())
         mixed = mix(self.queries.lm_log_probs, log_p, self.lmbda)
         result.perplexity = perplexities(mixed, self.queries.texts)
         best = find_best([surface], len(log_p), 0.0)
@@ -220,16 +225,17 @@ class IndexComparison:
 
     def _log_p_knn(self, found: Found) -> tuple[Tensor, Surface]:
         """log p_kNN of the targets at the given temperature, and the sums over the grid."""
-        k = (found.entries.shape[1],)
-        surface = Surface({}, k, KNN_TEMPS, LMBDAS)
-        step = max(1, NEIGHBOURS_PER_BLOCK // k[0])
+        k = found.entries.shape[1]
+        surface = Surface({}, (k,), KNN_TEMPS, LMBDAS)
+        temperatures = (self.knn_temp, *KNN_TEMPS)
+        step = max(1, NEIGHBOURS_PER_BLOCK // k)
         parts = []
         for start in range(0, len(found.entries), step):
             rows = slice(start, start + step)
-            distances, values, _, counts = (None if part is None else part[rows] for part in found)
-            assert distances is not None and values is not None
-            temperatures = (self.knn_temp, *KNN_TEMPS)
-            log_p = knn_log_probs(distances, values, counts, self.queries.targets[rows], temperatures, k)
+            distances, values = found.distances[rows], found.values[rows]  # [step, k]
+            counts = None if found.counts is None else found.counts[rows]  # [step, k]
+            targets = self.queries.targets[rows]  # [step]
+            log_p = knn_log_probs(distances, values, counts, targets, temperatures, (k,))  # [step, temperatures, 1]
             parts.append(log_p[:, 0, 0])
             surface.add(self.queries.lm_log_probs[rows], log_p[:, 1:])
         return torch.cat(parts), surface
@@ -241,7 +247,8 @@ class IndexComparison:
         values = torch.from_numpy(self.store.values[np.maximum(entries.numpy(), 0)])
         return Found(distances, values, entries, entry_counts(self.store.weights, entries.numpy()))
 
-    def _search_exactly(self, sim_func: str, k: int) -> tuple[Tensor, Tensor, float]:
+    def _exact_neighbours(self, sim_func: str, k: int) -> tuple[Tensor, Tensor, float]:
+        """Distances and entries ``[tokens, k or more]``, and the CPU seconds of the search, which may be kept ones."""
         queries = self.queries.queries.numpy()
         asked = f"{self.store.keys_checksum} {sim_func} {hashlib.sha256(queries.tobytes()).hexdigest()}"
         path = self.cache / f"exact-{hashlib.sha256(asked.encode()).hexdigest()[:16]}.npz"
@@ -253,14 +260,9 @@ class IndexComparison:
                         torch.from_numpy(kept["entries"]),
                         float(kept["seconds"]),
                     )
-        keys = self.store.require_keys("exact search")
-        starts = range(0, len(keys), KEYS_AT_ONCE)
-        chunks = (keys[start : start + KEYS_AT_ONCE].astype(np.float32) for start in starts)
-        bar = tqdm(chunks, total=len(starts), desc="Exact search to compare with", unit=" chunks")
         start = time.process_time()
-        scores, entries = knn_ground_truth(queries, bar, k, METRICS[sim_func])
+        distances, entries = search_exactly(self.store, queries, k, sim_func)
         seconds = time.process_time() - start
-        distances = -scores if METRICS[sim_func] == faiss.METRIC_INNER_PRODUCT else scores
         with disk_errors_in(self.cache):
             with open(path.with_suffix(".tmp"), "wb") as file:
                 np.savez(file, distances=distances, entries=entries, seconds=seconds)

@@ -16,10 +16,11 @@ from knn_lm_eval.errors import UserError
 from knn_lm_eval.make.lm_speed import lm_microseconds
 from knn_lm_eval.search import choosing, indexing, quality
 from knn_lm_eval.search.choosing import Budget, choose_factory
+from knn_lm_eval.search.exact_distances import exact_distances
 from knn_lm_eval.search.faiss_index import open_index
 from knn_lm_eval.search.indexing import build_index
 from knn_lm_eval.search.kmeans import two_level_kmeans
-from knn_lm_eval.search.retriever import LocalRetriever, exact_distances
+from knn_lm_eval.search.retriever import LocalRetriever
 from knn_lm_eval.store import key_stream
 from knn_lm_eval.store.datastore import Datastore
 
@@ -137,7 +138,7 @@ def test_flat_index_searches_exactly(tmp_path: Path, sim_func: str) -> None:
 
 @pytest.mark.parametrize("sim_func", ["l2", "dot"])
 def test_recomputed_distances_are_exact_whatever_the_index(pristine: Datastore, sim_func: str, monkeypatch) -> None:
-    monkeypatch.setattr("knn_lm_eval.search.retriever.GATHER_BYTES", 2**13)  # several blocks
+    monkeypatch.setattr("knn_lm_eval.search.exact_distances.GATHER_BYTES", 2**13)  # several blocks
     queries = np.random.default_rng(1).standard_normal((9, pristine.dimension)).astype(np.float32)
     retriever = LocalRetriever(pristine, k=30, index="rabitq", sim_func=sim_func, recompute_dists=True)
     distances, _, entries, _ = retriever.search(torch.from_numpy(queries))
@@ -160,7 +161,7 @@ class RecordingArray:
 
 @pytest.mark.parametrize("gather_bytes", [1, 2**13, 2**26])
 def test_exact_distances_read_keys_once_and_forwards(monkeypatch, gather_bytes: int) -> None:
-    monkeypatch.setattr("knn_lm_eval.search.retriever.GATHER_BYTES", gather_bytes)
+    monkeypatch.setattr("knn_lm_eval.search.exact_distances.GATHER_BYTES", gather_bytes)
     rng = np.random.default_rng(0)
     keys = rng.standard_normal((500, 16)).astype(np.float16)
     queries, entries = rng.standard_normal((23, 16)).astype(np.float32), rng.integers(-1, 500, (23, 40))

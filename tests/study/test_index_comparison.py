@@ -63,16 +63,15 @@ def test_perplexities_are_those_of_the_evaluation(comparison: IndexComparison, k
     (flat, coarse) = comparison.measure(
         [LocalRetriever(indexed, 40), LocalRetriever(indexed, 40, index="coarse").with_settings(probe=2)], 1
     )
-    own = knn.retriever
-    for result, retriever in ((flat, own), (coarse, LocalRetriever(indexed, 40, 2, index="coarse"))):
-        knn.scorer.retriever = retriever
+    settings = {"datastore": indexed.path, "k": 40, "batch_size": 2}
+    with_coarse = KNNHF(**settings, lmbda=LMBDA, knn_temp=TEMPERATURE, index="coarse", probe=2)
+    for result, evaluated in ((flat, knn), (coarse, with_coarse)):
         for name, text in TEXTS.items():
-            assert result.perplexity[name] == pytest.approx(evaluated_perplexity(knn, [text]), rel=1e-5)
-        assert result.perplexity["all"] == pytest.approx(evaluated_perplexity(knn, list(TEXTS.values())), rel=1e-5)
-    knn.scorer.retriever = own
-    knn.scorer.lmbda, knn.scorer.knn_temp = flat.lmbda, flat.knn_temp
-    assert flat.tuned == pytest.approx(evaluated_perplexity(knn, list(TEXTS.values())), rel=1e-5)
-    knn.scorer.lmbda, knn.scorer.knn_temp = LMBDA, TEMPERATURE
+            assert result.perplexity[name] == pytest.approx(evaluated_perplexity(evaluated, [text]), rel=1e-5)
+        all_texts = evaluated_perplexity(evaluated, list(TEXTS.values()))
+        assert result.perplexity["all"] == pytest.approx(all_texts, rel=1e-5)
+    tuned = KNNHF(**settings, lmbda=flat.lmbda, knn_temp=flat.knn_temp)
+    assert flat.tuned == pytest.approx(evaluated_perplexity(tuned, list(TEXTS.values())), rel=1e-5)
     assert flat.tuned < flat.perplexity["all"]
     assert flat.recall == 1 and flat.p_knn_error < 1e-6
     assert flat.perplexity == pytest.approx(comparison.exact(40).perplexity, rel=1e-6)
@@ -112,7 +111,7 @@ def test_recall_and_error_against_brute_force(comparison: IndexComparison, index
 
 def test_exact_neighbours_are_kept(comparison: IndexComparison, knn: KNNHF, indexed: Datastore, monkeypatch) -> None:
     cache = comparison.cache
-    monkeypatch.setattr("knn_lm_eval.study.index_comparison.knn_ground_truth", None)  # would fail if asked again
+    monkeypatch.setattr("knn_lm_eval.study.index_comparison.search_exactly", None)  # would fail if asked again
     settings = {"lmbda": LMBDA, "knn_temp": TEMPERATURE, "sim_func": "l2", "cache": cache}
     again = IndexComparison(indexed, comparison.queries, max_k=10, **settings)
     assert again.exact(10).perplexity == comparison.exact(10).perplexity
