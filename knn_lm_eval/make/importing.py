@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.lm.fingerprint import check_model_sizes, take_fingerprint
-from knn_lm_eval.make.clustering import import_members
+from knn_lm_eval.make.members import import_members
 from knn_lm_eval.search.faiss_index import METRICS, inverted_file, read_index
 from knn_lm_eval.store.datastore import FORMAT, FORMAT_VERSION, MANIFEST, Datastore, file_record, record_derived
 from knn_lm_eval.store.index_files import IndexFiles

@@ -21,11 +21,11 @@ from tqdm import tqdm
 
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.lm.loading import CausalHFLM
-from knn_lm_eval.make.clustering import NeighbourSearch, find_absorbers
 from knn_lm_eval.make.confidence import lm_log_probs
+from knn_lm_eval.make.merging import NeighbourSearch, find_absorbers
 from knn_lm_eval.store.datastore import MANIFEST, Datastore, file_record
 from knn_lm_eval.store.index_files import DEFAULT_INDEX
-from knn_lm_eval.system.checkpoints import SavedStates
+from knn_lm_eval.system.checkpoints import PROGRESS, SavedStates
 from knn_lm_eval.system.files import (
     check_free_space,
     check_new_folder,
@@ -141,10 +141,10 @@ def prune_greedy_merge(
         name: value for name, value in searched.settings.items() if name != "k"
     }
     states = SavedStates(
-        output.with_name(f".{output.name}.merging"), {**how, "keys_sha256": datastore.keys_checksum}, resume
+        output.with_name(f".{output.name}.merging") / PROGRESS, {**how, "keys_sha256": datastore.keys_checksum}
     )
     with disk_errors_in(states.folder):
-        states.begin()
+        states.begin_or_resume(resume)
         absorber = find_absorbers(searched, states)
     counts = np.ones(len(datastore), dtype=np.int32) if datastore.weights is None else np.asarray(datastore.weights)
     weights = np.zeros(len(datastore), dtype=np.int32)

@@ -20,7 +20,7 @@ from lm_eval.api.instance import Instance
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.lm.loading import CausalHFLM
 from knn_lm_eval.lm.reading import Reader, Reading
-from knn_lm_eval.make import clustering, pruning
+from knn_lm_eval.make import merging, pruning
 from knn_lm_eval.make.clustering import cluster_greedy_merge, cluster_kmeans
 from knn_lm_eval.make.confidence import LOG_PROBS, lm_log_probs
 from knn_lm_eval.make.dump import dump_datastore
@@ -279,7 +279,7 @@ def test_an_interrupted_merging_is_gone_on_with(grouped: Datastore, tmp_path: Pa
             raise KeyboardInterrupt
         return search(*args)
 
-    monkeypatch.setattr(clustering, "search", interrupted)
+    monkeypatch.setattr(merging, "search", interrupted)
     with pytest.raises(KeyboardInterrupt):
         prune_greedy_merge(grouped, tmp_path / "merged", neighbours=5)
     assert not (tmp_path / "merged").exists()
