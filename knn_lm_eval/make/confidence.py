@@ -18,8 +18,8 @@ from knn_lm_eval.errors import UserError
 from knn_lm_eval.lm.fingerprint import check_store_model
 from knn_lm_eval.lm.language_model import CausalLM
 from knn_lm_eval.lm.loading import CausalHFLM
-from knn_lm_eval.lm.reading import Passage, Reader
-from knn_lm_eval.make.dump import Window, WindowSettings, batches, chunks, cut_windows
+from knn_lm_eval.lm.reading import Reader
+from knn_lm_eval.make.windows import Window, WindowSettings, batches, chunks, cut_windows, passages
 from knn_lm_eval.store.datastore import Datastore, open_array, read_manifest, record_derived
 from knn_lm_eval.system.files import (
     check_free_space,
@@ -111,14 +111,6 @@ def _write_log_probs(datastore: Datastore, load_lm: Callable[[], CausalHFLM]) ->
             os.fsync(file.fileno())
             write_json(datastore.path / PROGRESS, {"keys_sha256": datastore.keys_checksum, "entries_done": end})
     replace_file(partial, path)
-
-
-def passages(windows: list[Window], values: np.ndarray, prefix_token_id: int) -> list[Passage]:
-    """What the LM reads for each window, and as continuation the window's entries."""
-    return [
-        Passage(window.tokens(values, prefix_token_id).tolist(), [values[window.start : window.stop].tolist()])
-        for window in windows
-    ]
 
 
 def _read(reader: Reader, batch: list[Window], values: np.ndarray, prefix_token_id: int) -> list[np.ndarray]:

@@ -13,11 +13,9 @@ from __future__ import annotations
 
 import datetime
 import os
-from array import array
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +28,8 @@ from knn_lm_eval.lm.fingerprint import check_fingerprint, take_fingerprint
 from knn_lm_eval.lm.language_model import CausalLM
 from knn_lm_eval.lm.loading import CausalHFLM
 from knn_lm_eval.make.text import Piece
+from knn_lm_eval.make.tokens import VALUE_DTYPE, write_values
+from knn_lm_eval.make.windows import Window, WindowSettings, batches, chunks, cut_windows
 from knn_lm_eval.store.datastore import FORMAT, FORMAT_VERSION, MANIFEST, PROGRESS, Datastore, file_record
 from knn_lm_eval.system.files import (
     check_free_space,
@@ -41,73 +41,13 @@ from knn_lm_eval.system.files import (
 )
 from knn_lm_eval.system.processes import Processes
 
-# Batches per chunk: a chunk is what an interruption can lose, and what is sorted by length to save padding.
-BATCHES_PER_CHUNK = 4
-TOKENIZER_BATCH_CHARACTERS = 2**20
-KEY_DTYPE, VALUE_DTYPE = np.float16, np.int32
+KEY_DTYPE = np.float16
 UNFINISHED_KEYS = "keys.npy.part"
 # Who fails leaves this file, so that the others stop at their next chunk.
 FAILED = "dump.failed"
 
 # Entries [begin, end) that are done.
 Run = list[int]
-
-
-@dataclass(frozen=True)
-class WindowSettings:
-    """How text is cut for the forward passes.
-
-    Attributes
-    ----------
-    max_length : tokens per window.
-    stride : tokens that each window but a document's first adds; every token is read with at least
-        ``max_length - stride`` tokens of context where its document has them.
-    batch_size : windows of ``max_length`` tokens per batch; shorter ones are packed to as many tokens.
-    """
-
-    max_length: int
-    stride: int
-    batch_size: int
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.stride <= self.max_length:
-            raise UserError(f"stride={self.stride} must be between 1 and max_length={self.max_length}.")
-        if self.batch_size < 1:
-            raise UserError(f"batch_size={self.batch_size} must be at least 1.")
-
-
-@dataclass(frozen=True)
-class Window:
-    """Entries ``[start, stop)`` and the tokens to read for them: ``[context, stop - 1)``, after a prefix token
-    where ``context`` is None (a document's beginning)."""
-
-    context: int | None
-    start: int
-    stop: int
-
-    @property
-    def length(self) -> int:
-        return self.stop - (self.start if self.context is None else self.context + 1)
-
-    def tokens(self, values: np.ndarray, prefix_token_id: int) -> np.ndarray:
-        """What to read, int64 ``[length]``; its last positions predict the entries."""
-        begin = self.start if self.context is None else self.context
-        prefix = [prefix_token_id] if self.context is None else []
-        return np.concatenate([np.array(prefix, dtype=np.int64), values[begin : self.stop - 1]], dtype=np.int64)
-
-
-def cut_windows(document_starts: np.ndarray, count: int, settings: WindowSettings) -> Iterator[Window]:
-    """The windows over all documents, in text order; each entry is in exactly one.
-
-    As lm-eval's rolling windows: the first of a document begins with the prefix token and holds
-    ``max_length`` entries, each further one adds ``stride`` and always reads ``max_length`` tokens.
-    """
-    for begin, end in zip(document_starts.tolist(), [*document_starts[1:].tolist(), count], strict=True):
-        stop = min(begin + settings.max_length, end)
-        yield Window(None, begin, stop)
-        while stop < end:
-            start, stop = stop, min(stop + settings.stride, end)
-            yield Window(stop - settings.max_length - 1, start, stop)
 
 
 def dump_datastore(
@@ -220,7 +160,7 @@ class Dump:
         with disk_errors_in(output):
             progress = self._start(resume)
             if progress["runs_done"] is None:
-                _write_values(self.lm, pieces, output, self.max_tokens)
+                write_values(self.lm, pieces, output, self.max_tokens)
                 progress["runs_done"] = []
             count = len(np.load(output / "values.npy", mmap_mode="r"))
             runs = progress["runs_done"] = self._runs_in_place(_runs_noted(output, progress), count)
@@ -424,89 +364,6 @@ def _share_of(chunks: Iterable[list[Window]], entries: int, share: int, shares: 
         if before * shares // entries == share:
             yield chunk
         before += chunk[-1].stop - chunk[0].start
-
-
-def _write_values(lm: CausalHFLM, pieces: Iterable[Piece], output: Path, max_tokens: int | None) -> None:
-    """Tokenize the text into ``values.npy`` and ``document_starts.npy``."""
-    starts, count = array("q"), 0
-    temporary = output / "values.npy.tmp"
-    with open(temporary, "wb") as file, tqdm(unit=" tokens", unit_scale=True, desc="Tokenizing") as bar:
-        write_npy_header(file, VALUE_DTYPE, (0,))
-        header_length = file.tell()
-        for batch in _batch_pieces(pieces):
-            for begins, ids in zip((begins for begins, _ in batch), _tokenize(lm, batch), strict=True):
-                if max_tokens is not None:
-                    ids = ids[: max_tokens - count]
-                if ids:
-                    if begins:
-                        starts.append(count)
-                    file.write(np.asarray(ids, dtype=VALUE_DTYPE).tobytes())
-                    count += len(ids)
-                    bar.update(len(ids))
-            if max_tokens is not None and count >= max_tokens:
-                break
-        file.seek(0)
-        write_npy_header(file, VALUE_DTYPE, (count,))
-        assert file.tell() == header_length, "a .npy header's length changed with its shape"
-    if count == 0:
-        temporary.unlink()
-        raise UserError("The text is empty: no tokens to make a datastore of.")
-    with open(output / "document_starts.npy.tmp", "wb") as file:
-        np.save(file, np.frombuffer(starts, dtype=np.int64))
-    replace_file(output / "document_starts.npy.tmp", output / "document_starts.npy")
-    replace_file(temporary, output / "values.npy")
-
-
-def _batch_pieces(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
-    batch: list[Piece] = []
-    size = 0
-    for piece in pieces:
-        batch.append(piece)
-        size += len(piece[1])
-        if size >= TOKENIZER_BATCH_CHARACTERS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-def _tokenize(lm: CausalHFLM, pieces: list[Piece]) -> list[list[int]]:
-    """Token ids as HFLM.tok_encode gives them for scoring; special tokens only where a document begins."""
-    bos = lm.tokenizer.decode(lm.prefix_token_id)
-    at_beginning = {} if lm.add_bos_token is None else {"add_special_tokens": lm.add_bos_token}
-    encoded: list[list[int]] = [[] for _ in pieces]
-    for is_beginning, special in ((True, at_beginning), (False, {"add_special_tokens": False})):
-        chosen = [i for i, (begins, text) in enumerate(pieces) if (begins and not text.startswith(bos)) == is_beginning]
-        if chosen:
-            ids = lm.tokenizer([pieces[i][1] for i in chosen], verbose=False, **special)["input_ids"]
-            for i, piece_ids in zip(chosen, ids, strict=True):
-                encoded[i] = piece_ids
-    return encoded
-
-
-def chunks(windows: Iterable[Window], settings: WindowSettings) -> Iterator[list[Window]]:
-    """Runs of windows in text order, each of some batches."""
-    chunk: list[Window] = []
-    for window in windows:
-        chunk.append(window)
-        if chunk[-1].stop - chunk[0].start >= BATCHES_PER_CHUNK * settings.batch_size * settings.stride:
-            yield chunk
-            chunk = []
-    if chunk:
-        yield chunk
-
-
-def batches(chunk: list[Window], settings: WindowSettings) -> Iterator[list[Window]]:
-    """Batches of windows of similar length, at most ``batch_size * max_length`` tokens with padding."""
-    budget = settings.batch_size * settings.max_length
-    batch: list[Window] = []
-    for window in sorted(chunk, key=lambda window: -window.length):
-        if batch and (len(batch) + 1) * batch[0].length > budget:
-            yield batch
-            batch = []
-        batch.append(window)
-    if batch:
-        yield batch
 
 
 def _read_windows(model: CausalLM, prefix: int, values: np.ndarray, batch: list[Window]) -> Iterator[np.ndarray]:

@@ -10,8 +10,7 @@ from knn_lm_eval.errors import UserError
 from knn_lm_eval.lm.language_model import CausalLM
 from knn_lm_eval.lm.loading import CausalHFLM, recorded_arguments
 from knn_lm_eval.lm.reading import Reader
-from knn_lm_eval.make.confidence import passages
-from knn_lm_eval.make.dump import WindowSettings, batches, chunks, cut_windows
+from knn_lm_eval.make.windows import WindowSettings, batches, chunks, cut_windows, passages
 from knn_lm_eval.store.datastore import Datastore
 
 logger = logging.getLogger(__name__)

@@ -21,8 +21,9 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.lm.loading import CausalHFLM
-from knn_lm_eval.make.dump import WindowSettings, cut_windows, dump_datastore, entries_done
+from knn_lm_eval.make.dump import dump_datastore, entries_done
 from knn_lm_eval.make.text import cut_into_documents, read_dataset
+from knn_lm_eval.make.windows import WindowSettings, cut_windows
 from knn_lm_eval.store.datastore import Datastore
 
 FILES = ("keys.npy", "values.npy", "document_starts.npy")

@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.lm.loading import CausalHFLM
-from knn_lm_eval.make.dump import Dump, Window, _not_done, _share_of, dump_datastore, entries_done, finish_dump
+from knn_lm_eval.make.dump import Dump, _not_done, _share_of, dump_datastore, entries_done, finish_dump
 from knn_lm_eval.make.text import TextSource
+from knn_lm_eval.make.windows import Window
 from knn_lm_eval.store.datastore import Datastore
 
 FILES = ("keys.npy", "values.npy", "document_starts.npy")
