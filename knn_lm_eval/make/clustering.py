@@ -8,7 +8,6 @@ are taken over by ``knn_lm_eval.make.members``.
 
 from __future__ import annotations
 
-import datetime
 from typing import Any
 
 import faiss
@@ -28,9 +27,10 @@ from knn_lm_eval.store.clusters import (
     clusters_folder,
     entry_dtype,
 )
-from knn_lm_eval.store.datastore import Datastore, record_derived
+from knn_lm_eval.store.datastore import Datastore
 from knn_lm_eval.store.index_files import DEFAULT_INDEX
 from knn_lm_eval.store.key_stream import number_entries
+from knn_lm_eval.store.manifest import now, record_derived
 from knn_lm_eval.system.checkpoints import PROGRESS, SavedStates
 from knn_lm_eval.system.files import (
     check_free_space,
@@ -227,7 +227,7 @@ class UnfinishedClusters:
             "entries_in_clusters": len(members),
             "summary": summarize(Clusters(self.folder, {}, **arrays), self._datastore.values),
             "files": {f"{name}.npy": (self.folder / f"{name}.npy").stat().st_size for name in ARRAYS},
-            "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "created": now(),
             "faiss": faiss.__version__,
         }
         write_json(self.folder / METADATA, metadata)

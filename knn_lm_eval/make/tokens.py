@@ -12,6 +12,7 @@ from tqdm import tqdm
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.lm.loading import CausalHFLM
 from knn_lm_eval.make.text import Piece
+from knn_lm_eval.store.manifest import DOCUMENT_STARTS, VALUES
 from knn_lm_eval.system.files import replace_file, write_npy_header
 
 TOKENIZER_BATCH_CHARACTERS = 2**20
@@ -21,7 +22,7 @@ VALUE_DTYPE = np.int32
 def write_values(lm: CausalHFLM, pieces: Iterable[Piece], output: Path, max_tokens: int | None) -> None:
     """Tokenize the text into ``values.npy`` and ``document_starts.npy``."""
     starts, count = array("q"), 0
-    temporary = output / "values.npy.tmp"
+    temporary = output / f"{VALUES}.tmp"
     with open(temporary, "wb") as file, tqdm(unit=" tokens", unit_scale=True, desc="Tokenizing") as bar:
         write_npy_header(file, VALUE_DTYPE, (0,))
         header_length = file.tell()
@@ -43,10 +44,10 @@ def write_values(lm: CausalHFLM, pieces: Iterable[Piece], output: Path, max_toke
     if count == 0:
         temporary.unlink()
         raise UserError("The text is empty: no tokens to make a datastore of.")
-    with open(output / "document_starts.npy.tmp", "wb") as file:
+    with open(output / f"{DOCUMENT_STARTS}.tmp", "wb") as file:
         np.save(file, np.frombuffer(starts, dtype=np.int64))
-    replace_file(output / "document_starts.npy.tmp", output / "document_starts.npy")
-    replace_file(temporary, output / "values.npy")
+    replace_file(output / f"{DOCUMENT_STARTS}.tmp", output / DOCUMENT_STARTS)
+    replace_file(temporary, output / VALUES)
 
 
 def _batch_pieces(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:

@@ -12,6 +12,7 @@ import numpy as np
 
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.lm.reading import Passage
+from knn_lm_eval.store.manifest import WindowsRecord
 
 # Batches per chunk: a chunk is what an interruption can lose, and what is sorted by length to save padding.
 BATCHES_PER_CHUNK = 4
@@ -32,6 +33,11 @@ class WindowSettings:
     max_length: int
     stride: int
     batch_size: int
+
+    @classmethod
+    def of_store(cls, windows: WindowsRecord) -> WindowSettings:
+        """Those that a store's manifest says."""
+        return cls(windows["max_length"], windows["stride"], windows["batch_size"])
 
     def __post_init__(self) -> None:
         if not 1 <= self.stride <= self.max_length:

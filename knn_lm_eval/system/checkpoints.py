@@ -54,9 +54,9 @@ class SavedStates:
         return self.file.parent
 
     @classmethod
-    def found(cls, file: Path) -> SavedStates:
+    def found(cls, file: Path, **how: Any) -> SavedStates:
         """What somebody else has begun there, with the settings that it was begun with."""
-        return cls(file, read_json(file).get("settings", {}))
+        return cls(file, read_json(file).get("settings", {}), **how)
 
     def begin(self, **notes: Any) -> None:
         """Start anew: make the folder, remove what there is, and write the settings and the first notes."""

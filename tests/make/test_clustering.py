@@ -32,7 +32,8 @@ from knn_lm_eval.search.faiss_index import open_index, search
 from knn_lm_eval.search.indexing import build_index
 from knn_lm_eval.store import key_stream
 from knn_lm_eval.store.clusters import Clusters
-from knn_lm_eval.store.datastore import FORMAT, FORMAT_VERSION, Datastore
+from knn_lm_eval.store.datastore import Datastore
+from knn_lm_eval.store.manifest import FORMAT, FORMAT_VERSION
 from knn_lm_eval.system.files import sha256, write_json
 
 SCRIPT = SCRIPTS / "cluster_datastore.py"
