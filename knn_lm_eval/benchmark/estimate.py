@@ -15,8 +15,8 @@ from accelerate import init_empty_weights
 from knn_lm_eval.benchmark.matrix import Cell, Matrix
 from knn_lm_eval.benchmark.runner import finished_results, task_manager
 from knn_lm_eval.errors import UserError
-from knn_lm_eval.store.datastore import read_manifest
 from knn_lm_eval.store.index_files import DEFAULT_INDEX, IndexFiles
+from knn_lm_eval.store.manifest import Manifest
 from knn_lm_eval.system.files import read_json
 
 
@@ -134,7 +134,7 @@ def _memory(cell: Cell, size: tuple[int, int] | None) -> int | None:
         folder = Path(cell.args["datastore"])
         try:
             index = read_json(IndexFiles(folder, cell.args.get("index", DEFAULT_INDEX)).metadata)
-            total += int(index["bytes"]) + int(index.get("bytes_held", 0)) + 4 * int(read_manifest(folder)["count"])
+            total += int(index["bytes"]) + int(index.get("bytes_held", 0)) + 4 * Manifest.read(folder).count
         except (UserError, OSError, KeyError):
             return None
     return total

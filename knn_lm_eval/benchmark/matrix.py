@@ -33,8 +33,8 @@ from lm_eval.models.huggingface import HFLM
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.model.params import STORE_DEFAULT
 from knn_lm_eval.model.settings import RetrievalSettings
-from knn_lm_eval.store.datastore import read_manifest
 from knn_lm_eval.store.index_files import DEFAULT_INDEX, IndexFiles
+from knn_lm_eval.store.manifest import Manifest
 from knn_lm_eval.system.files import read_json, sha256
 
 TOP = ("output", "models", "datastores", "methods", "tasks", "metadata", "include_path", "batch_size", "device", "seed")
@@ -86,11 +86,11 @@ class Cell:
         contents: dict[str, Any] = {name: sha256(Path(name), progress=False) for name in sorted(files)}
         if "datastore" in self.args:
             try:
-                manifest = read_manifest(self.args["datastore"])
-                contents["keys"] = manifest["files"]
+                manifest = Manifest.read(self.args["datastore"])
+                contents["keys"] = manifest.files
                 of_clusters = f"clusters/{self.args.get('clusters')}/"
-                derived = manifest.get("derived", {})
-                contents["clusters"] = {name: derived[name] for name in derived if name.startswith(of_clusters)}
+                derived = manifest.derived.items()
+                contents["clusters"] = {name: record for name, record in derived if name.startswith(of_clusters)}
                 index = IndexFiles(Path(self.args["datastore"]), self.args.get("index", DEFAULT_INDEX))
                 contents["index"] = read_json(index.metadata)
                 if (default := index.folder / STORE_DEFAULT).is_file():

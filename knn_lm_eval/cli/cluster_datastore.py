@@ -53,7 +53,8 @@ def main() -> None:
         if name not in OPTIONS[method]:
             raise UserError(f"--{name} does not go with the method {method}; leave it out.")
 
-    from knn_lm_eval.make.clustering import cluster_greedy_merge, cluster_kmeans, import_members
+    from knn_lm_eval.make.clustering import cluster_greedy_merge, cluster_kmeans
+    from knn_lm_eval.make.members import import_members
     from knn_lm_eval.store.fetching import open_datastore
 
     datastore = open_datastore(settings.pop("datastore"))

@@ -56,5 +56,5 @@ def main() -> None:
     print(f"{store.path}: {len(store):,} entries of {store.dimension} numbers, with {', '.join(has)}")
     if index_names(store):
         print("How well the index retrieves was not measured: compare several probe, knn_temp and lmbda.")
-    if store.manifest["fingerprint"] is None:
+    if store.manifest.fingerprint is None:
         print("No model's fingerprint is recorded: knn-hf can compare dimension and vocabulary only.")

@@ -78,7 +78,7 @@ def main() -> None:
         model_args, device = simple_parse_args_string(settings.pop("model_args", "")), settings.pop("device", None)
 
         def load_lm() -> CausalHFLM:
-            chosen = recorded_arguments(datastore.manifest["model"]) | model_args
+            chosen = recorded_arguments(datastore.manifest.model) | model_args
             return CausalHFLM(**chosen | ({"device": device} if device else {}))
 
         pruned = prune_confidence(datastore, output, load_lm, **settings)

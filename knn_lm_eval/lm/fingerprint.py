@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import torch
 
@@ -37,7 +38,20 @@ def take_fingerprint(model: CausalLM, tokenizer: Any) -> dict[str, Any]:
     return fingerprint
 
 
-def check_store_model(manifest: dict[str, Any], model: CausalLM, tokenizer: Any, used_by: str) -> None:
+class StoreRecord(Protocol):
+    """What the manifest of a datastore says that can be compared with a model."""
+
+    @property
+    def dimension(self) -> int: ...
+    @property
+    def largest_value(self) -> int | None: ...
+    @property
+    def fingerprint(self) -> dict[str, Any] | None: ...
+    @property
+    def model(self) -> Mapping[str, Any]: ...
+
+
+def check_store_model(manifest: StoreRecord, model: CausalLM, tokenizer: Any, used_by: str) -> None:
     """Check that the datastore of this manifest was made by the model at hand, as far as that can be told.
 
     A store that was imported without its model has no fingerprint: its dimension and its largest value are
@@ -48,12 +62,13 @@ def check_store_model(manifest: dict[str, Any], model: CausalLM, tokenizer: Any,
     UserError
         Where it was made by another model.
     """
-    made_by = manifest["model"]["pretrained"] or "a model that it does not name"
+    made_by = manifest.model["pretrained"] or "a model that it does not name"
     current = take_fingerprint(model, tokenizer)
-    if manifest["fingerprint"] is not None:
-        check_fingerprint(manifest["fingerprint"], current, made_by, used_by)
+    if manifest.fingerprint is not None:
+        check_fingerprint(manifest.fingerprint, current, made_by, used_by)
         return
-    check_model_sizes(manifest, len(current["key"]), model.vocabulary_size, used_by)
+    width, vocabulary = len(current["key"]), model.vocabulary_size
+    check_model_sizes(manifest.dimension, manifest.largest_value or 0, width, vocabulary, used_by)
     logger.warning(
         "The datastore has no fingerprint of its model: only its dimension and vocabulary were compared with %s. "
         "Import it with --pretrained to record one.",
@@ -61,16 +76,17 @@ def check_store_model(manifest: dict[str, Any], model: CausalLM, tokenizer: Any,
     )
 
 
-def check_model_sizes(manifest: dict[str, Any], dimension: int, vocabulary: int, used_by: str) -> None:
-    """Raise UserError unless the store's keys and values can be those of a model of these sizes."""
-    if manifest["dimension"] != dimension:
+def check_model_sizes(dimension: int, largest_value: int, width: int, vocabulary: int, used_by: str) -> None:
+    """Raise UserError unless keys of this dimension, and values up to this one, can be those of a model that has hidden
+    states of this width and this vocabulary."""
+    if dimension != width:
         raise UserError(
-            f"The datastore's keys have {manifest['dimension']} numbers and those of {used_by} {dimension}: "
+            f"The datastore's keys have {dimension} numbers and those of {used_by} {width}: "
             f"it was made by another model."
         )
-    if manifest["largest_value"] >= vocabulary:
+    if largest_value >= vocabulary:
         raise UserError(
-            f"The datastore's values go up to {manifest['largest_value']} and {used_by} has {vocabulary} tokens: "
+            f"The datastore's values go up to {largest_value} and {used_by} has {vocabulary} tokens: "
             f"it was made by another model, or is of another layout than it was imported as."
         )
 

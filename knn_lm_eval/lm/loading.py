@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -67,7 +67,7 @@ class CausalHFLM(HFLM):
             super()._create_model(pretrained, **kwargs)
 
 
-def recorded_arguments(model: dict[str, Any]) -> dict[str, Any]:
+def recorded_arguments(model: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments with which to load a datastore's model, from what its manifest says of the model."""
     said = {"pretrained": model["pretrained"]} | model["args"]
     taken = {

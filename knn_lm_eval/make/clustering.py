@@ -1,16 +1,13 @@
-"""Clustering a datastore's entries: by k-means of their keys, by greedy merging, or as others published it.
+"""Clustering a datastore's entries: by k-means of their keys, or by greedy merging.
 
 Each way leads to one number per entry, in a plain array; a counting sort turns it into the lists of members
 (see ``knn_lm_eval.store.clusters`` for the files). Keys are streamed in text order, and the state is saved now and
-then, so that an interrupted clustering goes on from there and gives the same bytes.
+then, so that an interrupted clustering goes on from there and gives the same bytes. Clusters that others published
+are taken over by ``knn_lm_eval.make.members``.
 """
 
 from __future__ import annotations
 
-import datetime
-import logging
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import faiss
@@ -18,8 +15,8 @@ import numba
 import numpy as np
 
 from knn_lm_eval.errors import UserError
-from knn_lm_eval.make.members import SparseMatrix, load_sparse_matrix
-from knn_lm_eval.search.faiss_index import DEFAULT_PROBE, faiss_gpus, inverted_file, open_index, search, set_probe
+from knn_lm_eval.make.merging import NeighbourSearch, find_absorbers, number_clusters
+from knn_lm_eval.search.faiss_index import faiss_gpus
 from knn_lm_eval.search.kmeans import SAMPLE_PER_CLUSTER, train_kmeans
 from knn_lm_eval.store.clusters import (
     ARRAYS,
@@ -30,20 +27,18 @@ from knn_lm_eval.store.clusters import (
     clusters_folder,
     entry_dtype,
 )
-from knn_lm_eval.store.datastore import Datastore, record_derived
+from knn_lm_eval.store.datastore import Datastore
 from knn_lm_eval.store.index_files import DEFAULT_INDEX
 from knn_lm_eval.store.key_stream import number_entries
-from knn_lm_eval.system.checkpoints import SavedStates
+from knn_lm_eval.store.manifest import now, record_derived
+from knn_lm_eval.system.checkpoints import PROGRESS, SavedStates
 from knn_lm_eval.system.files import (
     check_free_space,
     disk_errors_in,
     replace_file,
-    sha256,
     write_json,
     write_npy_header,
 )
-
-logger = logging.getLogger(__name__)
 
 ENTRIES_PER_CLUSTER = 100  # on average, by default; Alon et al. 2022, figures 8 and 9
 
@@ -99,10 +94,10 @@ def cluster_kmeans(
         "iterations": iterations,
         "seed": seed,
     }
-    work = _Work(datastore, name, settings, resume, overwrite)
-    with disk_errors_in(work.folder):
-        work.begin()
-        centroids = train_kmeans(keys, num_clusters, sample, iterations, seed, work)
+    unfinished = UnfinishedClusters(datastore, name, settings, overwrite)
+    with disk_errors_in(unfinished.folder):
+        unfinished.begin(resume)
+        centroids = train_kmeans(keys, num_clusters, sample, iterations, seed, unfinished.states)
         index: faiss.Index = faiss.IndexFlatL2(datastore.dimension)
         if faiss_gpus():
             index = faiss.index_cpu_to_all_gpus(index)
@@ -111,8 +106,8 @@ def cluster_kmeans(
         def assign(clusters: np.ndarray, begin: int, chunk: np.ndarray) -> None:
             clusters[begin : begin + len(chunk)] = index.search(chunk, 1)[1][:, 0]
 
-        cluster_of_entry = number_entries(keys, work, np.int32, assign, "Assigning keys to clusters")
-        return work.finish(cluster_of_entry, num_clusters)
+        cluster_of_entry = number_entries(keys, unfinished.states, np.int32, assign, "Assigning keys to clusters")
+        return unfinished.finish(cluster_of_entry, num_clusters)
 
 
 def cluster_greedy_merge(
@@ -151,94 +146,12 @@ def cluster_greedy_merge(
     datastore.require_keys("clustering")
     datastore.require_text_order("clustering, which is for RetoMaton,")
     searched = NeighbourSearch.open(datastore, k, index, probe)
-    work = _Work(datastore, name, {"method": "greedy_merge", **searched.settings}, resume, overwrite)
-    with disk_errors_in(work.folder):
-        work.begin()
-        absorber = find_absorbers(searched, work)
+    unfinished = UnfinishedClusters(datastore, name, {"method": "greedy_merge", **searched.settings}, overwrite)
+    with disk_errors_in(unfinished.folder):
+        unfinished.begin(resume)
+        absorber = find_absorbers(searched, unfinished.states)
         cluster_of_entry = np.empty(len(datastore), dtype=np.int32)
-        return work.finish(cluster_of_entry, _number_clusters(absorber, cluster_of_entry))
-
-
-@dataclass(frozen=True)
-class NeighbourSearch:
-    """The search for the ``k`` nearest other entries of each entry, checked and opened."""
-
-    datastore: Datastore
-    k: int
-    index: faiss.Index
-    settings: dict[str, Any]
-
-    @classmethod
-    def open(cls, datastore: Datastore, k: int, index: str, probe: int | None) -> NeighbourSearch:
-        """See ``cluster_greedy_merge`` for the arguments; raises UserError where they do not fit the store."""
-        if not 1 <= k < len(datastore):
-            raise UserError(f"k={k} must be at least 1 and less than the store's {len(datastore):,} entries.")
-        if probe is not None and probe < 1:
-            raise UserError(f"probe={probe} must be at least 1.")
-        faiss_index, metadata = open_index(datastore, index)
-        probe = None if inverted_file(faiss_index) is None else probe or metadata.get("probe") or DEFAULT_PROBE
-        if probe is not None:
-            set_probe(faiss_index, probe)
-        settings = {"k": k, "index": index, "factory": metadata["factory"], "probe": probe}
-        return cls(datastore, k, faiss_index, settings)
-
-
-def find_absorbers(searched: NeighbourSearch, work: SavedStates) -> np.ndarray:
-    """Greedy merging, as ``cluster_greedy_merge`` says.
-
-    Returns
-    -------
-    int32 or int64 (see ``entry_dtype``) ``[count]``: the entry that absorbed each; itself where it absorbed
-    others; -1 where neither.
-    """
-    datastore = searched.datastore
-    values = np.asarray(datastore.values)
-
-    def merge(absorber: np.ndarray, begin: int, chunk: np.ndarray) -> None:
-        _merge(absorber, values, search(searched.index, chunk, searched.k + 1)[1], begin)
-
-    keys = datastore.require_keys("clustering")
-    return number_entries(keys, work, entry_dtype(len(datastore)), merge, "Merging near neighbours")
-
-
-def import_members(datastore: Datastore, name: str, pickle_file: str | Path, overwrite: bool = False) -> Clusters:
-    """Take over the clusters of a published ``members*.pkl``: a pickled scipy matrix ``[clusters, entries]``
-    whose elements other than 0 say which entry is in which cluster.
-
-    The rows' numbers stay the clusters' numbers. Entries without an element, or beyond the matrix's last
-    column, are in no cluster.
-
-    Parameters
-    ----------
-    name : the clustering's name.
-    pickle_file : see ``knn_lm_eval.make.members``.
-    overwrite : replace a finished clustering of that name.
-
-    Raises
-    ------
-    UserError
-        Where the pickle is not such a matrix, has more columns than the store has entries, or has an entry in
-        two clusters; where the name is taken or the disk is full.
-    """
-    pickle_file = Path(pickle_file)
-    settings = {"method": "import", "file": pickle_file.name}
-    work = _Work(datastore, name, settings, resume=False, overwrite=overwrite)
-    matrix = load_sparse_matrix(pickle_file)
-    rows, columns = matrix.shape
-    if columns > len(datastore):
-        raise UserError(
-            f"{pickle_file} clusters {columns:,} entries, the datastore {datastore.path} has "
-            f"{len(datastore):,}: it was made for another datastore."
-        )
-    cluster_of_entry = np.full(len(datastore), -1, dtype=np.int32)
-    if (entry := _place_rows(cluster_of_entry, matrix)) >= 0:
-        raise UserError(f"{pickle_file} has entry {entry} in more than one cluster; each may be in one only.")
-    if outside := int((cluster_of_entry < 0).sum()):
-        logger.warning("%d of %d entries are in no cluster of %s.", outside, len(datastore), pickle_file)
-    with disk_errors_in(work.folder):
-        work.begin()
-        work.settings["file_sha256"] = sha256(pickle_file)
-        return work.finish(cluster_of_entry, rows)
+        return unfinished.finish(cluster_of_entry, number_clusters(absorber, cluster_of_entry))
 
 
 def summarize(clusters: Clusters, values: np.ndarray) -> dict[str, float]:
@@ -269,26 +182,32 @@ def summarize(clusters: Clusters, values: np.ndarray) -> dict[str, float]:
     }
 
 
-class _Work(SavedStates):
-    """A clustering under way: its folder, and states saved in it now and then."""
+class UnfinishedClusters:
+    """A clustering under way: checked to have a place, then begun or gone on with, then finished.
 
-    def __init__(
-        self, datastore: Datastore, name: str, settings: dict[str, Any], resume: bool, overwrite: bool
-    ) -> None:
-        settings = {**settings, "keys_sha256": datastore.keys_checksum}
-        super().__init__(clusters_folder(datastore, name), settings, resume)
-        self.datastore, self.name = datastore, name
+    Attributes
+    ----------
+    states : what is saved of it now and then.
+    folder : the clustering's.
+    """
+
+    def __init__(self, datastore: Datastore, name: str, settings: dict[str, Any], overwrite: bool) -> None:
+        """Raises UserError where the name is no name, or is taken."""
+        self.folder = clusters_folder(datastore, name)
         if (self.folder / METADATA).exists() and not overwrite:
             raise UserError(f"The clusters {self.folder} exist already; choose another --name or give --overwrite.")
+        self._datastore, self._name = datastore, name
+        self._settings = {**settings, "keys_sha256": datastore.keys_checksum}
+        self.states = SavedStates(self.folder / PROGRESS, self._settings, others=["*.npy.tmp", "*.json.tmp"])
 
-    def begin(self) -> None:
-        """As the states', if there is space."""
-        super().begin()
+    def begin(self, resume: bool = False) -> None:
+        """Begin it or go on with it; raises UserError where it was begun with other settings or the disk is full."""
+        self.states.begin_or_resume(resume)
         # Cluster and place in the members' list of each entry, and a saved state of it and its successor.
-        check_free_space(self.folder, 4 * 4 * len(self.datastore), "the clusters' arrays")
+        check_free_space(self.folder, 4 * 4 * len(self._datastore), "the clusters' arrays")
 
-    def finish(self, cluster_of_entry: np.ndarray, num_clusters: int) -> Clusters:
-        """Write the arrays and, last, ``clusters.json``."""
+    def finish(self, cluster_of_entry: np.ndarray, num_clusters: int, **made_from: Any) -> Clusters:
+        """Write the arrays and, last, ``clusters.json``, which says ``made_from`` beside the settings."""
         member_starts, members = members_by_cluster(cluster_of_entry, num_clusters)
         arrays = dict(zip(ARRAYS, (cluster_of_entry, member_starts, members), strict=True))
         (self.folder / METADATA).unlink(missing_ok=True)
@@ -301,20 +220,21 @@ class _Work(SavedStates):
         metadata = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
-            **self.settings,
+            **self._settings,
+            **made_from,
             "count": len(cluster_of_entry),
             "num_clusters": num_clusters,
             "entries_in_clusters": len(members),
-            "summary": summarize(Clusters(self.folder, {}, **arrays), self.datastore.values),
+            "summary": summarize(Clusters(self.folder, {}, **arrays), self._datastore.values),
             "files": {f"{name}.npy": (self.folder / f"{name}.npy").stat().st_size for name in ARRAYS},
-            "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "created": now(),
             "faiss": faiss.__version__,
         }
         write_json(self.folder / METADATA, metadata)
         names = [METADATA, *metadata["files"]]
-        record_derived(self.datastore.path, [f"clusters/{self.name}/{name}" for name in names])
-        self.remove()
-        return Clusters.open(self.datastore, self.name)
+        record_derived(self._datastore.path, [f"clusters/{self._name}/{name}" for name in names])
+        self.states.remove()
+        return Clusters.open(self._datastore, self._name)
 
 
 def members_by_cluster(cluster_of_entry: np.ndarray, num_clusters: int) -> tuple[np.ndarray, np.ndarray]:
@@ -352,55 +272,6 @@ def _sort(cluster_of_entry: np.ndarray, free: np.ndarray, members: np.ndarray) -
         if cluster >= 0:
             members[free[cluster]] = entry
             free[cluster] += 1
-
-
-@numba.njit(cache=True)
-def _merge(absorber: np.ndarray, values: np.ndarray, neighbours: np.ndarray, begin: int) -> None:
-    """Let the entries from ``begin`` on, whose neighbours are given, absorb them where they may.
-
-    ``absorber`` has, for each entry, the one that absorbed it; itself where it absorbed others; else -1.
-    """
-    for row in range(len(neighbours)):
-        entry = begin + row
-        if absorber[entry] >= 0:
-            continue
-        for other in neighbours[row]:
-            if other >= 0 and other != entry and absorber[other] < 0 and values[other] == values[entry]:
-                absorber[other] = entry
-                absorber[entry] = entry
-
-
-@numba.njit(cache=True)
-def _number_clusters(absorber: np.ndarray, cluster_of_entry: np.ndarray) -> int:
-    """Number the entries that were not absorbed, in order; the others take their absorber's number."""
-    clusters = 0
-    for entry in range(len(absorber)):
-        if absorber[entry] < 0 or absorber[entry] == entry:
-            cluster_of_entry[entry] = clusters
-            clusters += 1
-    for entry in range(len(absorber)):
-        if absorber[entry] >= 0:
-            cluster_of_entry[entry] = cluster_of_entry[absorber[entry]]
-    return clusters
-
-
-def _place_rows(cluster_of_entry: np.ndarray, matrix: SparseMatrix) -> int:
-    """Enter the matrix's rows into ``cluster_of_entry``; an entry that is in two of them, or -1."""
-    return _place(cluster_of_entry, matrix.by_row, matrix.indptr, matrix.indices, matrix.data != 0)
-
-
-@numba.njit(cache=True)
-def _place(
-    cluster_of_entry: np.ndarray, by_row: bool, indptr: np.ndarray, indices: np.ndarray, is_member: np.ndarray
-) -> int:
-    for major in range(len(indptr) - 1):
-        for place in range(indptr[major], indptr[major + 1]):
-            cluster, entry = (major, indices[place]) if by_row else (indices[place], major)
-            if is_member[place]:
-                if cluster_of_entry[entry] >= 0:
-                    return entry
-                cluster_of_entry[entry] = cluster
-    return -1
 
 
 @numba.njit(cache=True)

@@ -18,17 +18,12 @@ from knn_lm_eval.errors import UserError
 from knn_lm_eval.lm.fingerprint import check_store_model
 from knn_lm_eval.lm.language_model import CausalLM
 from knn_lm_eval.lm.loading import CausalHFLM
-from knn_lm_eval.lm.reading import Passage, Reader
-from knn_lm_eval.make.dump import Window, WindowSettings, batches, chunks, cut_windows
-from knn_lm_eval.store.datastore import Datastore, open_array, read_manifest, record_derived
-from knn_lm_eval.system.files import (
-    check_free_space,
-    disk_errors_in,
-    read_json,
-    replace_file,
-    write_json,
-    write_npy_header,
-)
+from knn_lm_eval.lm.reading import Reader
+from knn_lm_eval.make.windows import Window, WindowSettings, batches, chunks, cut_windows, passages
+from knn_lm_eval.store.datastore import Datastore, open_array
+from knn_lm_eval.store.manifest import Manifest, WindowsRecord, record_derived
+from knn_lm_eval.system.checkpoints import SavedStates
+from knn_lm_eval.system.files import check_free_space, disk_errors_in, replace_file, write_npy_header
 
 LOG_PROBS = "lm_log_probs.npy"
 PROGRESS = "lm_log_probs.progress.json"
@@ -54,34 +49,34 @@ def lm_log_probs(datastore: Datastore, load_lm: Callable[[], CausalHFLM]) -> np.
         made it or gives NaN, or the disk is full.
     """
     path = datastore.path / LOG_PROBS
-    if LOG_PROBS not in read_manifest(datastore.path).get("derived", {}):
+    if LOG_PROBS not in Manifest.read(datastore.path).derived:
         datastore.require_text_order("the LM's confidence")
-        if "windows" not in datastore.manifest:
+        if datastore.manifest.windows is None:
             raise UserError(
                 f"The datastore {datastore.path} was imported and does not say in which windows the LM read its text, "
                 f"which the LM's confidence needs; dump the text with dump_datastore, or prune by another method."
             )
+        # The file of progress says for which keys it is, beside how far it is.
+        states = SavedStates(datastore.path / PROGRESS, {"keys_sha256": datastore.keys_checksum}, nested=False)
         with disk_errors_in(datastore.path):
-            _write_log_probs(datastore, load_lm)
+            done = states.notes()["entries_done"] if states.fits() else 0
+            if done < len(datastore) or not path.exists():
+                _write_log_probs(datastore, datastore.manifest.windows, load_lm, states, done)
             record_derived(datastore.path, [LOG_PROBS])
-            (datastore.path / PROGRESS).unlink(missing_ok=True)
+            states.remove()
     return open_array(path, np.float32, (len(datastore),))
 
 
-def _write_log_probs(datastore: Datastore, load_lm: Callable[[], CausalHFLM]) -> None:
-    """Append the log-probabilities that are not there yet; the file gets its name when all are."""
-    path, partial = datastore.path / LOG_PROBS, datastore.path / f"{LOG_PROBS}.part"
-    progress = read_json(datastore.path / PROGRESS) if (datastore.path / PROGRESS).exists() else {}
-    done = progress["entries_done"] if progress.get("keys_sha256") == datastore.keys_checksum else 0
-    count = len(datastore)
-    if done == count and path.exists():
-        return
-    manifest = datastore.manifest
-    windows = WindowSettings(*(manifest["windows"][name] for name in ("max_length", "stride", "batch_size")))
-    prefix_token_id = manifest["windows"]["prefix_token_id"]
+def _write_log_probs(
+    datastore: Datastore, read_in: WindowsRecord, load_lm: Callable[[], CausalHFLM], states: SavedStates, done: int
+) -> None:
+    """Append the log-probabilities to the first ``done`` ones; the file gets its name when all are there."""
+    partial = datastore.path / f"{LOG_PROBS}.part"
+    count, windows = len(datastore), WindowSettings.of_store(read_in)
     check_free_space(datastore.path, 4 * (count - done), f"the log-probabilities of {count:,} entries")
     lm = load_lm()
-    model = CausalLM(lm.model, manifest["key_type"], lm.mixed_precision_dtype, manifest["key_module"])
+    manifest = datastore.manifest
+    model = CausalLM(lm.model, manifest.key_type, lm.mixed_precision_dtype, manifest.key_module)
     check_store_model(manifest, model, lm.tokenizer, str(lm.pretrained))
     reader = Reader(model, lm.softmax_dtype)
     with (
@@ -93,35 +88,36 @@ def _write_log_probs(datastore: Datastore, load_lm: Callable[[], CausalHFLM]) ->
         file.truncate(file.tell() + 4 * done)
         file.seek(0, os.SEEK_END)
         for chunk in chunks(cut_windows(datastore.document_starts, count, windows), windows):
-            begin, end = chunk[0].start, chunk[-1].stop
-            if end <= done:
+            if chunk[-1].stop <= done:
                 continue
-            log_probs = np.empty(end - begin, dtype=np.float32)
-            for batch in batches(chunk, windows):
-                for window, part in zip(batch, _read(reader, batch, datastore.values, prefix_token_id), strict=True):
-                    log_probs[window.start - begin : window.stop - begin] = part
-                    bar.update(len(part))
-            if np.isnan(log_probs).any():
-                raise UserError(
-                    f"The model gives no probability (NaN) for token {begin + int(np.isnan(log_probs).argmax())}; "
-                    f"check the model's weights and dtype."
-                )
+            log_probs = _read_chunk(reader, chunk, windows, datastore.values, read_in["prefix_token_id"], bar)
             file.write(log_probs.tobytes())
             file.flush()
             os.fsync(file.fileno())
-            write_json(datastore.path / PROGRESS, {"keys_sha256": datastore.keys_checksum, "entries_done": end})
-    replace_file(partial, path)
+            states.note(entries_done=chunk[-1].stop)
+    replace_file(partial, datastore.path / LOG_PROBS)
 
 
-def passages(windows: list[Window], values: np.ndarray, prefix_token_id: int) -> list[Passage]:
-    """What the LM reads for each window, and as continuation the window's entries."""
-    return [
-        Passage(window.tokens(values, prefix_token_id).tolist(), [values[window.start : window.stop].tolist()])
-        for window in windows
-    ]
-
-
-def _read(reader: Reader, batch: list[Window], values: np.ndarray, prefix_token_id: int) -> list[np.ndarray]:
-    """log p of each window's entries."""
-    log_probs = reader.target_log_probs(reader.read(passages(batch, values, prefix_token_id))).float()
-    return [part.numpy() for part in log_probs.split([window.stop - window.start for window in batch])]
+def _read_chunk(
+    reader: Reader,
+    chunk: list[Window],
+    windows: WindowSettings,
+    values: np.ndarray,
+    prefix_token_id: int,
+    bar: tqdm,
+) -> np.ndarray:
+    """log p of each of a chunk's entries, float32 ``[entries]``; raises UserError where one is NaN."""
+    begin = chunk[0].start
+    log_probs = np.empty(chunk[-1].stop - begin, dtype=np.float32)
+    for batch in batches(chunk, windows):
+        read = reader.read(passages(batch, values, prefix_token_id))
+        parts = reader.target_log_probs(read).float().split([window.stop - window.start for window in batch])
+        for window, part in zip(batch, parts, strict=True):
+            log_probs[window.start - begin : window.stop - begin] = part.numpy()
+            bar.update(len(part))
+    if np.isnan(log_probs).any():
+        raise UserError(
+            f"The model gives no probability (NaN) for token {begin + int(np.isnan(log_probs).argmax())}; "
+            f"check the model's weights and dtype."
+        )
+    return log_probs

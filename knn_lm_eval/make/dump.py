@@ -3,111 +3,60 @@
 The token ids are written first and are the values, so that the number of entries, the disk space and the time
 left are known before the LM runs, and a resumed dump needs nothing but the folder. Keys are written chunk by chunk
 at their place in one file; a chunk is always computed from the same batches, so a dump gives the same bytes however
-often it was interrupted and however many processes shared it.
-
-While a dump is at work its folder holds ``progress.json`` (the settings, and the runs of entries that were done when
-the dump was last started) and, for each process, ``progress.N.json`` with the runs that it has done since.
+often it was interrupted and however many processes shared it. How far it is is in ``knn_lm_eval.make.dump_progress``.
 """
 
 from __future__ import annotations
 
-import datetime
 import os
-from array import array
-from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from tqdm import tqdm
 
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.lm.fingerprint import check_fingerprint, take_fingerprint
 from knn_lm_eval.lm.language_model import CausalLM
 from knn_lm_eval.lm.loading import CausalHFLM
-from knn_lm_eval.make.text import Piece
-from knn_lm_eval.store.datastore import FORMAT, FORMAT_VERSION, MANIFEST, PROGRESS, Datastore, file_record
-from knn_lm_eval.system.files import (
-    check_free_space,
-    disk_errors_in,
-    read_json,
-    replace_file,
-    write_json,
-    write_npy_header,
+from knn_lm_eval.make.dump_progress import (
+    Run,
+    count_entries,
+    dump_states,
+    entries_done,
+    joined,
+    not_done,
+    runs_written,
+    share_of,
+    share_states,
 )
+from knn_lm_eval.make.text import Piece
+from knn_lm_eval.make.tokens import VALUE_DTYPE, write_values
+from knn_lm_eval.make.windows import Window, WindowSettings, batches, chunks, cut_windows
+from knn_lm_eval.store.datastore import Datastore
+from knn_lm_eval.store.manifest import (
+    DOCUMENT_STARTS,
+    KEYS,
+    MANIFEST,
+    ORDER_OF_DUMPS,
+    VALUES,
+    Manifest,
+    file_record,
+    now,
+)
+from knn_lm_eval.system.checkpoints import SavedStates
+from knn_lm_eval.system.files import check_free_space, disk_errors_in, replace_file, write_npy_header
 from knn_lm_eval.system.processes import Processes
+from knn_lm_eval.version import __version__
 
-# Batches per chunk: a chunk is what an interruption can lose, and what is sorted by length to save padding.
-BATCHES_PER_CHUNK = 4
-TOKENIZER_BATCH_CHARACTERS = 2**20
-KEY_DTYPE, VALUE_DTYPE = np.float16, np.int32
+KEY_DTYPE = np.float16
 UNFINISHED_KEYS = "keys.npy.part"
 # Who fails leaves this file, so that the others stop at their next chunk.
 FAILED = "dump.failed"
-
-# Entries [begin, end) that are done.
-Run = list[int]
-
-
-@dataclass(frozen=True)
-class WindowSettings:
-    """How text is cut for the forward passes.
-
-    Attributes
-    ----------
-    max_length : tokens per window.
-    stride : tokens that each window but a document's first adds; every token is read with at least
-        ``max_length - stride`` tokens of context where its document has them.
-    batch_size : windows of ``max_length`` tokens per batch; shorter ones are packed to as many tokens.
-    """
-
-    max_length: int
-    stride: int
-    batch_size: int
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.stride <= self.max_length:
-            raise UserError(f"stride={self.stride} must be between 1 and max_length={self.max_length}.")
-        if self.batch_size < 1:
-            raise UserError(f"batch_size={self.batch_size} must be at least 1.")
-
-
-@dataclass(frozen=True)
-class Window:
-    """Entries ``[start, stop)`` and the tokens to read for them: ``[context, stop - 1)``, after a prefix token
-    where ``context`` is None (a document's beginning)."""
-
-    context: int | None
-    start: int
-    stop: int
-
-    @property
-    def length(self) -> int:
-        return self.stop - (self.start if self.context is None else self.context + 1)
-
-    def tokens(self, values: np.ndarray, prefix_token_id: int) -> np.ndarray:
-        """What to read, int64 ``[length]``; its last positions predict the entries."""
-        begin = self.start if self.context is None else self.context
-        prefix = [prefix_token_id] if self.context is None else []
-        return np.concatenate([np.array(prefix, dtype=np.int64), values[begin : self.stop - 1]], dtype=np.int64)
-
-
-def cut_windows(document_starts: np.ndarray, count: int, settings: WindowSettings) -> Iterator[Window]:
-    """The windows over all documents, in text order; each entry is in exactly one.
-
-    As lm-eval's rolling windows: the first of a document begins with the prefix token and holds
-    ``max_length`` entries, each further one adds ``stride`` and always reads ``max_length`` tokens.
-    """
-    for begin, end in zip(document_starts.tolist(), [*document_starts[1:].tolist(), count], strict=True):
-        stop = min(begin + settings.max_length, end)
-        yield Window(None, begin, stop)
-        while stop < end:
-            start, stop = stop, min(stop + settings.stride, end)
-            yield Window(stop - settings.max_length - 1, start, stop)
 
 
 def dump_datastore(
@@ -195,19 +144,21 @@ class Dump:
         self.windows = WindowSettings(max_length, stride or max_length, batch_size)
         self.model = CausalLM(lm.model, key_type, lm.mixed_precision_dtype, key_module)
         inner = self.model.inner
-        self.settings: dict[str, Any] = {
+        self.name = lm.pretrained if isinstance(lm.pretrained, str) else type(inner).__name__
+        settings = {
             "key_type": key_type,
             "windows": {**vars(self.windows), "prefix_token_id": lm.prefix_token_id},
             "max_tokens": max_tokens,
             "source": source or {},
             "model": {
-                "pretrained": lm.pretrained if isinstance(lm.pretrained, str) else type(inner).__name__,
+                "pretrained": self.name,
                 "args": model_args or {},
                 "class": type(inner).__name__,
                 "dtype": str(inner.dtype).removeprefix("torch."),
                 "vocabulary": self.model.vocabulary_size,
             },
         }
+        self.states = dump_states(output, settings)
         self.fingerprint = take_fingerprint(self.model, lm.tokenizer)
 
     @property
@@ -218,116 +169,110 @@ class Dump:
         """Tokenize the text unless that is done, make room for the keys, and note which of them are there."""
         output = self.output
         with disk_errors_in(output):
-            progress = self._start(resume)
-            if progress["runs_done"] is None:
-                _write_values(self.lm, pieces, output, self.max_tokens)
-                progress["runs_done"] = []
-            count = len(np.load(output / "values.npy", mmap_mode="r"))
-            runs = progress["runs_done"] = self._runs_in_place(_runs_noted(output, progress), count)
-            write_json(output / PROGRESS, progress)
+            notes = self._start(resume)
+            if notes["runs_done"] is None:
+                write_values(self.lm, pieces, output, self.max_tokens)
+            count = len(np.load(output / VALUES, mmap_mode="r"))
+            runs = self._runs_in_place(runs_written(output), count)
+            self.states.note(**notes | {"runs_done": runs})
             for noted in (*output.glob("progress.*.json"), output / FAILED):
                 noted.unlink(missing_ok=True)
-            if (left := count - _entries(runs)) == 0:
-                return
-            check_free_space(output, left * self._row_bytes, f"the keys of {count:,} tokens")
-            with open(output / UNFINISHED_KEYS, "r+b" if runs else "w+b") as file:
-                write_npy_header(file, KEY_DTYPE, (count, len(self.fingerprint["key"])))
-                # All of it at once (disks keep no room for what was never written): each writes at its own place.
-                file.truncate(file.tell() + count * self._row_bytes)
+            if left := count - count_entries(runs):
+                check_free_space(output, left * self._row_bytes, f"the keys of {count:,} tokens")
+                self._make_room(count, anew=not runs)
 
     def _start(self, resume: bool) -> dict[str, Any]:
-        """Look at what is in the folder; the progress so far, with runs_done None before the text is read."""
+        """Look at what is in the folder; what was noted so far, with ``runs_done`` None before the text is read."""
         output = self.output
         output.mkdir(parents=True, exist_ok=True)
         if (output / MANIFEST).exists():
             raise UserError(f"{output} already holds a finished datastore; choose another folder or delete it.")
-        if not (output / PROGRESS).exists():
-            if (output / "keys.npy").exists() or (output / "values.npy").exists():
+        if not self.states.file.exists():
+            if (output / KEYS).exists() or (output / VALUES).exists():
                 raise UserError(f"{output} holds arrays that this program did not make; choose another folder.")
-            progress: dict[str, Any] = {
-                "settings": self.settings,
-                "key_module": self.model.key_module_name,
-                "fingerprint": self.fingerprint,
-                "runs_done": None,
-            }
-            write_json(output / PROGRESS, progress)
-            return progress
+            notes = {"key_module": self.model.key_module_name, "fingerprint": self.fingerprint, "runs_done": None}
+            self.states.begin(**notes)
+            return notes
         if not resume:
             raise UserError(f"{output} holds an unfinished dump; add --resume to go on with it, or delete the folder.")
-        progress = read_json(output / PROGRESS)
-        if "runs_done" not in progress:
+        if "runs_done" not in self.states.notes():
             raise UserError(f"The dump in {output} was begun by another version of this program; delete the folder.")
-        for name, value in self.settings.items():
-            if progress["settings"].get(name) != value:
-                raise UserError(
-                    f"The dump in {output} was begun with {name}={progress['settings'].get(name)}, now it is "
-                    f"{value}; give the same settings to resume it, or delete the folder."
-                )
-        self._check_fingerprint(progress)
-        return progress
+        notes = self.states.begin_or_resume(resume)
+        self._check_fingerprint(notes)
+        return notes
 
-    def _check_fingerprint(self, progress: dict[str, Any]) -> None:
-        begun_with, now = progress["fingerprint"], self.fingerprint
+    def _check_fingerprint(self, notes: dict[str, Any]) -> None:
+        begun_with, now = notes["fingerprint"], self.fingerprint
         if str(begun_with) != str(now):  # as text NaN, which a model's keys may be, is the same as NaN
-            check_fingerprint(begun_with, now, "the dump's model", self.settings["model"]["pretrained"])
+            check_fingerprint(begun_with, now, "the dump's model", self.name)
 
     def _runs_in_place(self, runs: list[Run], count: int) -> list[Run]:
         """``runs``, or none where the file that should hold them is gone or was cut."""
-        if _entries(runs) == count and (self.output / "keys.npy").exists():
+        if count_entries(runs) == count and (self.output / KEYS).exists():
             return runs
         partial = self.output / UNFINISHED_KEYS
         return runs if partial.exists() and partial.stat().st_size >= count * self._row_bytes else []
+
+    def _make_room(self, count: int, anew: bool) -> None:
+        """Make the file of unfinished keys as long as it will be."""
+        with open(self.output / UNFINISHED_KEYS, "w+b" if anew else "r+b") as file:
+            write_npy_header(file, KEY_DTYPE, (count, len(self.fingerprint["key"])))
+            # All of it at once (disks keep no room for what was never written): each writes at its own place.
+            file.truncate(file.tell() + count * self._row_bytes)
 
     def write_share(self, share: int, shares: int, show_progress: bool = False) -> None:
         """Write the keys of one of ``shares`` runs of the chunks that were not done when ``prepare`` ended.
 
         Where this share was begun before, it goes on.
         """
-        output, noted = self.output, self.output / f"progress.{share}.json"
+        output = self.output
         with disk_errors_in(output):
-            progress = read_json(output / PROGRESS)
-            self._check_fingerprint(progress)
-            values = np.load(output / "values.npy", mmap_mode="r")
-            starts = np.load(output / "document_starts.npy", mmap_mode="r")
-            runs: list[Run] = read_json(noted)["runs_done"] if noted.exists() else []
-            todo = chunks(cut_windows(starts, len(values), self.windows), self.windows)
-            left = len(values) - _entries(progress["runs_done"])
+            notes = self.states.notes()
+            self._check_fingerprint(notes)
+            values, starts = (np.load(output / name, mmap_mode="r") for name in (VALUES, DOCUMENT_STARTS))
+            left = len(values) - count_entries(notes["runs_done"])
             if left == 0:
                 return
-            header = (output / UNFINISHED_KEYS).stat().st_size - len(values) * self._row_bytes
+            todo = not_done(chunks(cut_windows(starts, len(values), self.windows), self.windows), notes["runs_done"])
+            bar = tqdm(
+                total=len(values),
+                initial=entries_done(output),
+                unit=" tokens",
+                unit_scale=True,
+                desc="Dumping keys",
+                disable=not show_progress,
+            )
             try:
-                with (
-                    # For writing only: a network disk that had read a page could write it back over another's keys.
-                    open(os.open(output / UNFINISHED_KEYS, os.O_WRONLY), "wb") as file,
-                    tqdm(
-                        total=len(values),
-                        initial=entries_done(output),
-                        unit=" tokens",
-                        unit_scale=True,
-                        desc="Dumping keys",
-                        disable=not show_progress,
-                    ) as bar,
-                ):
-                    for chunk in _share_of(_not_done(todo, progress["runs_done"]), left, share, shares):
-                        begin, end = chunk[0].start, chunk[-1].stop
-                        if runs and end <= runs[-1][1]:
-                            continue
-                        if (output / FAILED).exists():
-                            return
-                        keys = self._keys_of(chunk, values, bar)
-                        file.seek(header + begin * self._row_bytes)
-                        file.write(keys.tobytes())
-                        file.flush()
-                        os.fsync(file.fileno())
-                        runs = _joined([*runs, [begin, end]])
-                        write_json(noted, {"runs_done": runs})
-                        if show_progress:  # with what the others have done
-                            bar.n = entries_done(output)
-                            bar.refresh()
+                with bar:
+                    self._write_chunks(share_of(todo, left, share, shares), values, share_states(output, share), bar)
             except Exception:
                 with suppress(OSError):
                     (output / FAILED).touch()
                 raise
+
+    def _write_chunks(self, todo: Iterable[list[Window]], values: np.ndarray, noted: SavedStates, bar: tqdm) -> None:
+        """Write the keys of the chunks that ``noted`` does not say are done, each at its place, until one fails."""
+        runs: list[Run] = noted.notes().get("runs_done", [])
+        path = self.output / UNFINISHED_KEYS
+        header = path.stat().st_size - len(values) * self._row_bytes
+        # For writing only: a network disk that had read a page could write it back over another's keys.
+        with open(os.open(path, os.O_WRONLY), "wb") as file:
+            for chunk in todo:
+                begin, end = chunk[0].start, chunk[-1].stop
+                if runs and end <= runs[-1][1]:
+                    continue
+                if (self.output / FAILED).exists():
+                    return
+                keys = self._keys_of(chunk, values, bar)
+                file.seek(header + begin * self._row_bytes)
+                file.write(keys.tobytes())
+                file.flush()
+                os.fsync(file.fileno())
+                runs = joined([*runs, [begin, end]])
+                noted.note(runs_done=runs)
+                if not bar.disable:  # with what the others have done
+                    bar.n = entries_done(self.output)
+                    bar.refresh()
 
     def _keys_of(self, chunk: list[Window], values: np.ndarray, bar: tqdm) -> np.ndarray:
         """The keys of a chunk's entries, float16 ``[entries, dimension]``."""
@@ -350,163 +295,32 @@ class Dump:
 def finish_dump(output: Path) -> None:
     """Make a datastore of a folder in which all shares' keys are written."""
     with disk_errors_in(output):
-        progress = read_json(output / PROGRESS)
-        values = np.load(output / "values.npy", mmap_mode="r")
-        starts = np.load(output / "document_starts.npy", mmap_mode="r")
-        assert _entries(_runs_noted(output, progress)) == len(values), "a share of the keys is missing"
+        states = dump_states(output)
+        settings, notes = states.settings, states.notes()
+        values, starts = (np.load(output / name, mmap_mode="r") for name in (VALUES, DOCUMENT_STARTS))
+        assert entries_done(output) == len(values), "a share of the keys is missing"
         if (output / UNFINISHED_KEYS).exists():
-            replace_file(output / UNFINISHED_KEYS, output / "keys.npy")
-        manifest = {
-            "format": FORMAT,
-            "format_version": FORMAT_VERSION,
-            "count": len(values),
-            "dimension": len(progress["fingerprint"]["key"]),
-            "documents": len(starts),
-            "key_dtype": np.dtype(KEY_DTYPE).name,
-            "value_dtype": np.dtype(VALUE_DTYPE).name,
-            **progress["settings"],
-            "key_module": progress["key_module"],
-            "fingerprint": progress["fingerprint"],
-            "files": {name: file_record(output / name) for name in ("keys.npy", "values.npy", "document_starts.npy")},
-            "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            "versions": _versions(),
-        }
-        write_json(output / MANIFEST, manifest)
-        for noted in output.glob("progress.*"):
-            noted.unlink()
-
-
-def entries_in_all(output: Path) -> int | None:
-    """How many entries the unfinished dump in ``output`` will have; None before the text is tokenized."""
-    if not (output / PROGRESS).exists() or read_json(output / PROGRESS)["runs_done"] is None:
-        return None
-    return len(np.load(output / "values.npy", mmap_mode="r"))
-
-
-def entries_done(output: Path) -> int:
-    """How many keys the unfinished dump in ``output`` has written; 0 before the text is tokenized."""
-    return _entries(_runs_noted(output, read_json(output / PROGRESS)))
-
-
-def _runs_noted(output: Path, progress: dict[str, Any]) -> list[Run]:
-    """All that is done, by ``progress`` and by the shares' own files."""
-    shares = [read_json(noted)["runs_done"] for noted in output.glob("progress.*.json")]
-    return _joined([*(progress["runs_done"] or []), *(run for runs in shares for run in runs)])
-
-
-def _joined(runs: list[Run]) -> list[Run]:
-    """The same entries in as few runs as can be, in order."""
-    joined: list[Run] = []
-    for begin, end in sorted(runs):
-        if joined and begin <= joined[-1][1]:
-            joined[-1][1] = max(end, joined[-1][1])
-        else:
-            joined.append([begin, end])
-    return joined
-
-
-def _entries(runs: list[Run]) -> int:
-    return sum(end - begin for begin, end in runs)
-
-
-def _not_done(chunks: Iterable[list[Window]], runs: list[Run]) -> Iterator[list[Window]]:
-    begins = [begin for begin, _ in runs]
-    for chunk in chunks:
-        run = bisect_right(begins, chunk[0].start) - 1
-        if run < 0 or runs[run][1] < chunk[-1].stop:
-            yield chunk
-
-
-def _share_of(chunks: Iterable[list[Window]], entries: int, share: int, shares: int) -> Iterator[list[Window]]:
-    """Share number ``share`` of ``chunks``, which hold so many entries: neighbours in the text, about as many each."""
-    before = 0
-    for chunk in chunks:
-        if before * shares // entries == share:
-            yield chunk
-        before += chunk[-1].stop - chunk[0].start
-
-
-def _write_values(lm: CausalHFLM, pieces: Iterable[Piece], output: Path, max_tokens: int | None) -> None:
-    """Tokenize the text into ``values.npy`` and ``document_starts.npy``."""
-    starts, count = array("q"), 0
-    temporary = output / "values.npy.tmp"
-    with open(temporary, "wb") as file, tqdm(unit=" tokens", unit_scale=True, desc="Tokenizing") as bar:
-        write_npy_header(file, VALUE_DTYPE, (0,))
-        header_length = file.tell()
-        for batch in _batch_pieces(pieces):
-            for begins, ids in zip((begins for begins, _ in batch), _tokenize(lm, batch), strict=True):
-                if max_tokens is not None:
-                    ids = ids[: max_tokens - count]
-                if ids:
-                    if begins:
-                        starts.append(count)
-                    file.write(np.asarray(ids, dtype=VALUE_DTYPE).tobytes())
-                    count += len(ids)
-                    bar.update(len(ids))
-            if max_tokens is not None and count >= max_tokens:
-                break
-        file.seek(0)
-        write_npy_header(file, VALUE_DTYPE, (count,))
-        assert file.tell() == header_length, "a .npy header's length changed with its shape"
-    if count == 0:
-        temporary.unlink()
-        raise UserError("The text is empty: no tokens to make a datastore of.")
-    with open(output / "document_starts.npy.tmp", "wb") as file:
-        np.save(file, np.frombuffer(starts, dtype=np.int64))
-    replace_file(output / "document_starts.npy.tmp", output / "document_starts.npy")
-    replace_file(temporary, output / "values.npy")
-
-
-def _batch_pieces(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
-    batch: list[Piece] = []
-    size = 0
-    for piece in pieces:
-        batch.append(piece)
-        size += len(piece[1])
-        if size >= TOKENIZER_BATCH_CHARACTERS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-def _tokenize(lm: CausalHFLM, pieces: list[Piece]) -> list[list[int]]:
-    """Token ids as HFLM.tok_encode gives them for scoring; special tokens only where a document begins."""
-    bos = lm.tokenizer.decode(lm.prefix_token_id)
-    at_beginning = {} if lm.add_bos_token is None else {"add_special_tokens": lm.add_bos_token}
-    encoded: list[list[int]] = [[] for _ in pieces]
-    for is_beginning, special in ((True, at_beginning), (False, {"add_special_tokens": False})):
-        chosen = [i for i, (begins, text) in enumerate(pieces) if (begins and not text.startswith(bos)) == is_beginning]
-        if chosen:
-            ids = lm.tokenizer([pieces[i][1] for i in chosen], verbose=False, **special)["input_ids"]
-            for i, piece_ids in zip(chosen, ids, strict=True):
-                encoded[i] = piece_ids
-    return encoded
-
-
-def chunks(windows: Iterable[Window], settings: WindowSettings) -> Iterator[list[Window]]:
-    """Runs of windows in text order, each of some batches."""
-    chunk: list[Window] = []
-    for window in windows:
-        chunk.append(window)
-        if chunk[-1].stop - chunk[0].start >= BATCHES_PER_CHUNK * settings.batch_size * settings.stride:
-            yield chunk
-            chunk = []
-    if chunk:
-        yield chunk
-
-
-def batches(chunk: list[Window], settings: WindowSettings) -> Iterator[list[Window]]:
-    """Batches of windows of similar length, at most ``batch_size * max_length`` tokens with padding."""
-    budget = settings.batch_size * settings.max_length
-    batch: list[Window] = []
-    for window in sorted(chunk, key=lambda window: -window.length):
-        if batch and (len(batch) + 1) * batch[0].length > budget:
-            yield batch
-            batch = []
-        batch.append(window)
-    if batch:
-        yield batch
+            replace_file(output / UNFINISHED_KEYS, output / KEYS)
+        manifest = Manifest(
+            count=len(values),
+            dimension=len(notes["fingerprint"]["key"]),
+            documents=len(starts),
+            key_dtype=np.dtype(KEY_DTYPE).name,
+            value_dtype=np.dtype(VALUE_DTYPE).name,
+            key_type=settings["key_type"],
+            windows=settings["windows"],
+            max_tokens=settings["max_tokens"],
+            source=settings["source"],
+            model=settings["model"],
+            key_module=notes["key_module"],
+            fingerprint=notes["fingerprint"],
+            files={name: file_record(output / name) for name in (KEYS, VALUES, DOCUMENT_STARTS)},
+            created=now(),
+            versions=_versions(),
+            order=ORDER_OF_DUMPS,
+        )
+        manifest.write(output)
+        states.remove()
 
 
 def _read_windows(model: CausalLM, prefix: int, values: np.ndarray, batch: list[Window]) -> Iterator[np.ndarray]:
@@ -520,8 +334,4 @@ def _read_windows(model: CausalLM, prefix: int, values: np.ndarray, batch: list[
 
 
 def _versions() -> dict[str, str]:
-    import transformers
-
-    from knn_lm_eval.version import __version__
-
     return {"knn_lm_eval": __version__, "torch": torch.__version__, "transformers": transformers.__version__}

@@ -9,17 +9,18 @@ such contexts differ, and changes nothing about what follows them.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from knn_lm_eval.errors import UserError
-from knn_lm_eval.store.datastore import MANIFEST, Datastore, file_record
-from knn_lm_eval.system.files import check_free_space, check_new_folder, disk_errors_in, finished_folder, write_json
+from knn_lm_eval.store.datastore import Datastore
+from knn_lm_eval.store.manifest import DOCUMENT_STARTS, KEYS, NPY_KEYS, VALUES, file_record
+from knn_lm_eval.system.files import check_free_space, check_new_folder, disk_errors_in, finished_folder
 
 ROWS_AT_ONCE = 2**14
-FILES = ("keys.npy", "values.npy", "document_starts.npy")
 
 
 def grow_datastore(
@@ -40,7 +41,7 @@ def grow_datastore(
     UserError
         Where the sources are of several LMs, the folder is taken, or the disk is too small.
     """
-    models = {source.path: source.manifest.get("fingerprint") for source in sources}
+    models = {source.path: source.manifest.fingerprint for source in sources}
     if len({repr(fingerprint) for fingerprint in models.values()}) > 1:
         raise UserError(f"The datastores {', '.join(map(str, models))} were made by different models.")
     for source in sources:
@@ -50,23 +51,24 @@ def grow_datastore(
     with disk_errors_in(output), finished_folder(output) as folder:
         check_free_space(folder, entries * (2 * sources[0].dimension + 4), f"{entries:,} entries")
         starts = _write_entries(sources, folder, entries, noise, seed)
-        manifest = {name: value for name, value in sources[0].manifest.items() if name != "derived"}
-        manifest |= {
-            "count": entries,
-            "documents": len(starts),
-            "key_dtype": "float16",
-            "source": {"grown_from": [str(source.path) for source in sources], "noise": noise, "seed": seed},
-            "files": {name: file_record(folder / name) for name in FILES},
-        }
-        manifest.pop("keys", None)  # an imported source's raw array; here it is keys.npy
-        write_json(folder / MANIFEST, manifest)
+        manifest = replace(
+            sources[0].manifest,
+            count=entries,
+            documents=len(starts),
+            key_dtype="float16",
+            keys=NPY_KEYS,  # an imported source has a raw array
+            source={"grown_from": [str(source.path) for source in sources], "noise": noise, "seed": seed},
+            files={name: file_record(folder / name) for name in (KEYS, VALUES, DOCUMENT_STARTS)},
+            derived={},
+        )
+        manifest.write(folder)
     return Datastore.open(output)
 
 
 def _write_entries(sources: Sequence[Datastore], folder: Path, entries: int, noise: float, seed: int) -> np.ndarray:
     """Write keys, values and document starts; returns the latter."""
-    keys = np.lib.format.open_memmap(folder / "keys.npy", "w+", np.float16, (entries, sources[0].dimension))
-    values = np.lib.format.open_memmap(folder / "values.npy", "w+", np.int32, (entries,))
+    keys = np.lib.format.open_memmap(folder / KEYS, "w+", np.float16, (entries, sources[0].dimension))
+    values = np.lib.format.open_memmap(folder / VALUES, "w+", np.int32, (entries,))
     rng, kin = np.random.default_rng(seed), [_Kin(source) for source in sources]
     starts, count, copy = [], 0, 0
     with tqdm(total=entries, unit=" entries", unit_scale=True, desc="Growing") as bar:
@@ -87,7 +89,7 @@ def _write_entries(sources: Sequence[Datastore], folder: Path, entries: int, noi
     keys.flush()
     values.flush()
     document_starts = np.concatenate(starts)
-    np.save(folder / "document_starts.npy", document_starts)
+    np.save(folder / DOCUMENT_STARTS, document_starts)
     return document_starts
 
 

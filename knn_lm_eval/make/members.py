@@ -1,4 +1,4 @@
-"""Reading a scipy sparse matrix out of a pickle without running anything that the pickle asks for.
+"""Taking over published clusters: a scipy sparse matrix, read out of a pickle without running what the pickle asks for.
 
 A pickle is a program: it names functions and calls them. Here the few names that a pickled CSR or CSC matrix
 needs stand for small classes of this file, which keep plain integers and bytes; every other name is refused.
@@ -7,14 +7,61 @@ Neither numpy's nor scipy's own unpickling is reached, so scipy need not be inst
 
 from __future__ import annotations
 
+import logging
 import pickle
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numba
 import numpy as np
 
 from knn_lm_eval.errors import UserError
+from knn_lm_eval.make.clustering import UnfinishedClusters
+from knn_lm_eval.store.clusters import Clusters
+from knn_lm_eval.store.datastore import Datastore
+from knn_lm_eval.system.files import disk_errors_in, sha256
+
+logger = logging.getLogger(__name__)
+
+
+def import_members(datastore: Datastore, name: str, pickle_file: str | Path, overwrite: bool = False) -> Clusters:
+    """Take over the clusters of a published ``members*.pkl``: a pickled scipy matrix ``[clusters, entries]``
+    whose elements other than 0 say which entry is in which cluster.
+
+    The rows' numbers stay the clusters' numbers. Entries without an element, or beyond the matrix's last
+    column, are in no cluster.
+
+    Parameters
+    ----------
+    name : the clustering's name.
+    pickle_file : see ``load_sparse_matrix``.
+    overwrite : replace a finished clustering of that name.
+
+    Raises
+    ------
+    UserError
+        Where the pickle is not such a matrix, has more columns than the store has entries, or has an entry in
+        two clusters; where the name is taken or the disk is full.
+    """
+    pickle_file = Path(pickle_file)
+    settings = {"method": "import", "file": pickle_file.name}
+    unfinished = UnfinishedClusters(datastore, name, settings, overwrite)
+    matrix = load_sparse_matrix(pickle_file)
+    rows, columns = matrix.shape
+    if columns > len(datastore):
+        raise UserError(
+            f"{pickle_file} clusters {columns:,} entries, the datastore {datastore.path} has "
+            f"{len(datastore):,}: it was made for another datastore."
+        )
+    cluster_of_entry = np.full(len(datastore), -1, dtype=np.int32)
+    if (entry := _place_rows(cluster_of_entry, matrix)) >= 0:
+        raise UserError(f"{pickle_file} has entry {entry} in more than one cluster; each may be in one only.")
+    if outside := int((cluster_of_entry < 0).sum()):
+        logger.warning("%d of %d entries are in no cluster of %s.", outside, len(datastore), pickle_file)
+    with disk_errors_in(unfinished.folder):
+        unfinished.begin()
+        return unfinished.finish(cluster_of_entry, rows, file_sha256=sha256(pickle_file))
 
 
 @dataclass(frozen=True)
@@ -215,3 +262,22 @@ def _checked(path: Path, matrix: _Sparse) -> SparseMatrix:
     if used and not 0 <= indices.min() <= indices.max() < minor:
         raise UserError(f"{path} is damaged: an index lies outside its shape {list(shape)}.")
     return SparseMatrix(matrix.by_row, (shape[0], shape[1]), indptr, indices, data[:used])
+
+
+def _place_rows(cluster_of_entry: np.ndarray, matrix: SparseMatrix) -> int:
+    """Enter the matrix's rows into ``cluster_of_entry``; an entry that is in two of them, or -1."""
+    return _place(cluster_of_entry, matrix.by_row, matrix.indptr, matrix.indices, matrix.data != 0)
+
+
+@numba.njit(cache=True)
+def _place(
+    cluster_of_entry: np.ndarray, by_row: bool, indptr: np.ndarray, indices: np.ndarray, is_member: np.ndarray
+) -> int:
+    for major in range(len(indptr) - 1):
+        for place in range(indptr[major], indptr[major + 1]):
+            cluster, entry = (major, indices[place]) if by_row else (indices[place], major)
+            if is_member[place]:
+                if cluster_of_entry[entry] >= 0:
+                    return entry
+                cluster_of_entry[entry] = cluster
+    return -1

@@ -7,11 +7,11 @@ takes an index of its own, built as usual.
 
 from __future__ import annotations
 
-import datetime
 import math
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +21,17 @@ from tqdm import tqdm
 
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.lm.loading import CausalHFLM
-from knn_lm_eval.make.clustering import NeighbourSearch, find_absorbers
 from knn_lm_eval.make.confidence import lm_log_probs
-from knn_lm_eval.store.datastore import MANIFEST, Datastore, file_record
+from knn_lm_eval.make.merging import NeighbourSearch, find_absorbers
+from knn_lm_eval.store.datastore import Datastore
 from knn_lm_eval.store.index_files import DEFAULT_INDEX
-from knn_lm_eval.system.checkpoints import SavedStates
+from knn_lm_eval.store.manifest import DOCUMENT_STARTS, NPY_KEYS, VALUES, WEIGHTS, file_record, now
+from knn_lm_eval.system.checkpoints import PROGRESS, SavedStates
 from knn_lm_eval.system.files import (
     check_free_space,
     check_new_folder,
     disk_errors_in,
     finished_folder,
-    write_json,
     write_npy_header,
 )
 from knn_lm_eval.version import __version__
@@ -141,10 +141,10 @@ def prune_greedy_merge(
         name: value for name, value in searched.settings.items() if name != "k"
     }
     states = SavedStates(
-        output.with_name(f".{output.name}.merging"), {**how, "keys_sha256": datastore.keys_checksum}, resume
+        output.with_name(f".{output.name}.merging") / PROGRESS, {**how, "keys_sha256": datastore.keys_checksum}
     )
     with disk_errors_in(states.folder):
-        states.begin()
+        states.begin_or_resume(resume)
         absorber = find_absorbers(searched, states)
     counts = np.ones(len(datastore), dtype=np.int32) if datastore.weights is None else np.asarray(datastore.weights)
     weights = np.zeros(len(datastore), dtype=np.int32)
@@ -190,28 +190,36 @@ def _write(
     keys, count = datastore.require_keys("pruning"), int(kept.sum())
     if count == 0:
         raise UserError(f"Nothing would stay of the datastore {datastore.path} ({how}); keep more.")
-    raw = datastore.manifest.get("keys")
-    arrays = {raw["file"] if raw else "keys.npy": keys, "values.npy": datastore.values}
+    keys_file = datastore.manifest.keys or NPY_KEYS
+    arrays = {keys_file.file: keys, VALUES: datastore.values}
     if (weights := datastore.weights if weights is None else weights) is not None:
-        arrays["weights.npy"] = weights
+        arrays[WEIGHTS] = weights
     with disk_errors_in(output), finished_folder(output) as folder:
         row_bytes = sum(array.dtype.itemsize * math.prod(array.shape[1:]) for array in arrays.values())
         check_free_space(folder, count * row_bytes, f"{count:,} entries")
         for name, array in arrays.items():
             _copy_rows(array, kept, count, folder / name)
-        np.save(folder / "document_starts.npy", np.zeros(1, dtype=np.int64))
-        made_from = {name: datastore.manifest.get(name) for name in ("count", "files", "pruned_from")}
-        pruned_from: dict[str, Any] = {**how, "path": str(datastore.path.resolve()), **made_from}
-        manifest = {name: value for name, value in datastore.manifest.items() if name != "derived"} | {
-            "count": count,
-            "documents": 1,
-            "text_order": False,
-            "pruned_from": pruned_from,
-            "files": {name: file_record(folder / name) for name in (*arrays, "document_starts.npy")},
-            "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            "versions": {"knn_lm_eval": __version__},
+        np.save(folder / DOCUMENT_STARTS, np.zeros(1, dtype=np.int64))
+        said = datastore.manifest
+        pruned_from = {
+            **how,
+            "path": str(datastore.path.resolve()),
+            "count": said.count,
+            "files": said.files,
+            "pruned_from": said.pruned_from,
         }
-        write_json(folder / MANIFEST, manifest)
+        manifest = replace(
+            said,
+            count=count,
+            documents=1,
+            text_order=False,
+            pruned_from=pruned_from,
+            files={name: file_record(folder / name) for name in (*arrays, DOCUMENT_STARTS)},
+            created=now(),
+            versions={"knn_lm_eval": __version__},
+            derived={},
+        )
+        manifest.write(folder)
     return Datastore.open(output)
 
 

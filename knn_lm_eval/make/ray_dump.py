@@ -11,12 +11,12 @@ from typing import Any
 
 from tqdm import tqdm
 
-from knn_lm_eval.errors import UserError
 from knn_lm_eval.lm.loading import CausalHFLM
-from knn_lm_eval.make.dump import Dump, entries_done, entries_in_all, finish_dump
+from knn_lm_eval.make.dump import Dump, finish_dump
+from knn_lm_eval.make.dump_progress import entries_done, entries_in_all
 from knn_lm_eval.make.text import TextSource
 from knn_lm_eval.store.datastore import Datastore
-from knn_lm_eval.system.ray_cluster import connect
+from knn_lm_eval.system.ray_cluster import connect, finished_tasks
 
 RETRIES = 3  # of a share whose process or node died
 LOOK_EVERY_SECONDS = 1.0
@@ -83,20 +83,9 @@ def _write_share(plan: DumpPlan, share: int, shares: int) -> None:
 
 
 def _wait_for(ray: Any, tasks: list[Any], doing: str, output: Path) -> None:
+    then = "what is written is kept: go on with --resume"
     with tqdm(unit=" tokens", unit_scale=True, desc=doing) as bar:
-        while tasks:
-            done, tasks = ray.wait(tasks, timeout=LOOK_EVERY_SECONDS)
+        for _ in finished_tasks(ray, tasks, LOOK_EVERY_SECONDS, then):
             if (total := entries_in_all(output)) is not None:
                 bar.total, bar.n = total, entries_done(output)
                 bar.refresh()
-            try:
-                ray.get(done)
-            except ray.exceptions.RayTaskError as error:
-                if isinstance(error.cause, UserError):
-                    raise UserError(str(error.cause)) from error
-                raise
-            except ray.exceptions.RayError as error:
-                raise UserError(
-                    f"A Ray task of this dump died ({str(error).strip().splitlines()[0]}); what is written is kept: go "
-                    f"on with --resume."
-                ) from error

@@ -60,7 +60,7 @@ class KNNHF(ScoringLM):
         opened = open_augmentation(given)
         if pretrained is None:
             store = opened.retriever.datastore
-            of_lm = recorded_arguments(store.manifest["model"]) | of_lm
+            of_lm = recorded_arguments(store.manifest.model) | of_lm
             pretrained = of_lm.pop("pretrained")
             if pretrained is None:
                 raise UserError(f"The datastore {store.path} does not know its model; give pretrained=MODEL.")
@@ -141,7 +141,7 @@ class KNNHF(ScoringLM):
         store = self.retriever.datastore
         return {
             **self.settings,
-            "fingerprint": store.manifest["fingerprint"],
+            "fingerprint": store.manifest.fingerprint,
             "pretrained": str(self.pretrained) if isinstance(self.pretrained, str) else self.config.to_json_string(),
             "revision": str(self.revision),
             "peft": str(self.peft),

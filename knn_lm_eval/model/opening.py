@@ -94,7 +94,7 @@ def open_augmentation(given: RetrievalSettings) -> Augmentation:
         automaton=automaton,
         mixture=Mixture(weight, settings.knn_temp),
         key_type=key_type,
-        key_module=settings.key_module or store.manifest.get("key_module"),
+        key_module=settings.key_module or store.manifest.key_module,
         settings=settings,
         record=record,
         sources=in_force.sources,
@@ -160,7 +160,7 @@ def _warn_of_untuned_defaults(given: RetrievalSettings, in_force: SettingsInForc
 
 
 def _check_key_type(settings: RetrievalSettings, store: Datastore) -> str:
-    key_type = store.manifest["key_type"]
+    key_type = store.manifest.key_type
     if settings.knn_keytype not in (None, key_type):
         raise UserError(
             f"knn_keytype={settings.knn_keytype}, but the keys of the datastore {store.path} are {key_type}; "

@@ -87,7 +87,7 @@ class Params:
             if name != "lmbda" and (isinstance(value, bool) or not isinstance(value, (int, float))):
                 raise UserError(f"{path} is damaged: {name}={value!r} is not a number; tune again.")
         if tuned_for.get("keys_sha256") != store.keys_checksum:
-            model = store.manifest["model"]["pretrained"]
+            model = store.manifest.model["pretrained"]
             raise UserError(
                 f"{path} was tuned for another datastore ({tuned_for.get('datastore')}, of the model "
                 f"{tuned_for.get('model')}) than {store.path} (of {model}); tune again for this one."

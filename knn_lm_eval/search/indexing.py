@@ -30,9 +30,10 @@ from knn_lm_eval.search.faiss_index import (
 )
 from knn_lm_eval.search.kmeans import two_level_kmeans
 from knn_lm_eval.search.quality import fastest_enough, measure_quality
-from knn_lm_eval.store.datastore import Datastore, record_derived
+from knn_lm_eval.store.datastore import Datastore
 from knn_lm_eval.store.index_files import DEFAULT_INDEX, IndexFiles
 from knn_lm_eval.store.key_stream import key_chunks, keys_of
+from knn_lm_eval.store.manifest import record_derived
 from knn_lm_eval.system.files import check_free_space, disk_errors_in, read_json, replace_file, write_json
 from knn_lm_eval.system.ray_cluster import run_tasks
 

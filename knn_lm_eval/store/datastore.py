@@ -32,13 +32,7 @@ from typing import Any
 import numpy as np
 
 from knn_lm_eval.errors import UserError
-from knn_lm_eval.system.files import read_json, sha256, write_json
-
-FORMAT = "knn_lm_eval datastore"
-FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
-PROGRESS = "progress.json"
-RAW_DTYPES = {"float16": np.float16, "float32": np.float32}
+from knn_lm_eval.store.manifest import DOCUMENT_STARTS, VALUES, WEIGHTS, FileRecord, Manifest
 
 
 @dataclass(frozen=True)
@@ -57,7 +51,7 @@ class Datastore:
     """
 
     path: Path
-    manifest: dict[str, Any]
+    manifest: Manifest
     keys: np.ndarray | None
     values: np.ndarray
     document_starts: np.ndarray
@@ -74,37 +68,19 @@ class Datastore:
             manifest says.
         """
         path = Path(path)
-        manifest = read_manifest(path)
-        try:
-            count, dimension, files = int(manifest["count"]), int(manifest["dimension"]), manifest["files"]
-            sizes = {name: int(files[name]["bytes"]) for name in files}
-            raw = manifest.get("keys", {})
-            raw_file = (str(raw["file"]), np.dtype(RAW_DTYPES[raw["dtype"]])) if raw else None
-            if raw_file and raw_file[0] not in files:
-                raise KeyError(raw_file[0])
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{path / MANIFEST} is damaged: {error!r} is missing or malformed.") from error
-        for name, size in sizes.items():
-            if not (path / name).is_file():
-                gone = f" (it is a link to {(path / name).readlink()})" if (path / name).is_symlink() else ""
-                raise UserError(f"The datastore {path} is incomplete: {name}{gone} is missing.")
-            if (actual := (path / name).stat().st_size) != size:
-                raise UserError(
-                    f"The datastore {path} is damaged: {name} has {actual} bytes, the manifest says {size}; "
-                    f"copy or dump it again."
-                )
-        keys: np.ndarray | None = None
-        if raw_file is not None:
-            keys = _open_raw(path / raw_file[0], raw_file[1], (count, dimension))
-        elif raw is not None:
-            keys = open_array(path / "keys.npy", np.float16, (count, dimension))
+        manifest = Manifest.read(path)
+        _check_files(path, manifest.files)
+        count, keys = manifest.count, None
+        if manifest.keys is not None:
+            opened = _open_raw if manifest.keys.is_raw else open_array
+            keys = opened(path / manifest.keys.file, np.dtype(manifest.keys.dtype), (count, manifest.dimension))
         return cls(
             path=path,
             manifest=manifest,
             keys=keys,
-            values=open_array(path / "values.npy", np.int32, (count,)),
-            document_starts=open_array(path / "document_starts.npy", np.int64, None),
-            weights=open_array(path / "weights.npy", np.int32, (count,)) if "weights.npy" in files else None,
+            values=open_array(path / VALUES, np.int32, (count,)),
+            document_starts=open_array(path / DOCUMENT_STARTS, np.int64, None),
+            weights=open_array(path / WEIGHTS, np.int32, (count,)) if WEIGHTS in manifest.files else None,
         )
 
     def __len__(self) -> int:
@@ -114,20 +90,17 @@ class Datastore:
     @property
     def dimension(self) -> int:
         """The width of a key."""
-        return int(self.manifest["dimension"])
+        return self.manifest.dimension
 
     @property
     def keys_checksum(self) -> str:
-        """The SHA-256 of the keys' file, which names the keys for indexes built from them; where the store has
-        no keys, that of the values stands for it."""
-        raw = self.manifest.get("keys", {})
-        name = "values.npy" if raw is None else raw.get("file", "keys.npy")
-        return self.manifest["files"][name]["sha256"]
+        """What names the keys for indexes built from them; see ``Manifest.keys_checksum``."""
+        return self.manifest.keys_checksum
 
     @property
     def in_text_order(self) -> bool:
         """Whether the values are the text: none was merged or left out."""
-        return self.weights is None and self.manifest.get("text_order", True)
+        return self.weights is None and self.manifest.text_order
 
     def require_keys(self, purpose: str) -> np.ndarray:
         """The keys; raises UserError where the store has none, which ``purpose`` needs."""
@@ -144,44 +117,17 @@ class Datastore:
             )
 
 
-def file_record(path: Path) -> dict[str, Any]:
-    """What a manifest says of a file: its size and checksum."""
-    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
-
-
-def record_derived(path: Path, names: list[str]) -> None:
-    """Enter files that were made from the store (indexes, clusterings) under ``derived`` in its manifest.
-
-    They are what a copy of the store should have besides its own files; they may be missing.
-
-    Parameters
-    ----------
-    path : the store's folder.
-    names : the files' paths in it, with forward slashes.
-    """
-    manifest = read_json(path / MANIFEST)
-    manifest["derived"] = manifest.get("derived", {}) | {name: file_record(path / name) for name in names}
-    write_json(path / MANIFEST, manifest)
-
-
-def read_manifest(path: str | Path) -> dict[str, Any]:
-    """Read the manifest of the datastore in the folder ``path``; raises UserError where it has none."""
-    path = Path(path)
-    if not path.is_dir():
-        raise UserError(f"There is no datastore at {path}: no such folder; make one with dump_datastore.")
-    if not (path / MANIFEST).is_file():
-        if (path / PROGRESS).is_file():
-            raise UserError(f"The datastore {path} is not finished; go on with dump_datastore --resume.")
-        raise UserError(f"{path} is not a datastore: it has no {MANIFEST}; make one with dump_datastore.")
-    manifest = read_json(path / MANIFEST)
-    if manifest.get("format") != FORMAT:
-        raise UserError(f"{path / MANIFEST} is not the manifest of a {FORMAT}.")
-    if manifest.get("format_version") != FORMAT_VERSION:
-        raise UserError(
-            f"The datastore {path} has format version {manifest.get('format_version')}, this program reads "
-            f"version {FORMAT_VERSION}; use the program's version that made it, or dump it again."
-        )
-    return manifest
+def _check_files(path: Path, files: dict[str, FileRecord]) -> None:
+    """Raise UserError where one of the store's files is missing or of another size than its manifest says."""
+    for name, record in files.items():
+        if not (path / name).is_file():
+            gone = f" (it is a link to {(path / name).readlink()})" if (path / name).is_symlink() else ""
+            raise UserError(f"The datastore {path} is incomplete: {name}{gone} is missing.")
+        if (actual := (path / name).stat().st_size) != int(record["bytes"]):
+            raise UserError(
+                f"The datastore {path} is damaged: {name} has {actual} bytes, the manifest says {record['bytes']}; "
+                f"copy or dump it again."
+            )
 
 
 def open_array(path: Path, dtype: Any, shape: tuple[int, ...] | None) -> np.ndarray:

@@ -1,61 +1,35 @@
 """Fetching datastores from the network: a folder behind an https address, or in a data set of the Hugging Face hub.
 
 An address is ``https://host/path/of/folder`` or ``hf://datasets/user/name[@revision][/folder]``. The folder's
-manifest lists its files with sizes and checksums, so nothing else needs to be listed. Files come in pieces by HTTP
-range requests, into ``*.part`` files that a later run goes on with; the hub is read in the same way, since its own
-library begins a file anew when it was interrupted. A file gets its name when its checksum is right, and the
-manifest comes last, so a folder with a manifest is complete and is used without asking the network again.
+manifest lists its files with sizes and checksums, so nothing else needs to be listed. The manifest comes last, so a
+folder with a manifest is complete and is used without asking the network again. How a file comes is in
+``knn_lm_eval.store.download``.
 """
 
 from __future__ import annotations
 
 import hashlib
-import http.client
-import logging
 import os
 import re
-import ssl
-import string
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
-from urllib.parse import quote, unquote, urlsplit, urlunsplit
+from typing import Any
+from urllib.parse import unquote, urlsplit
 
 from filelock import FileLock
-from tqdm import tqdm
 
 from knn_lm_eval.errors import UserError
-from knn_lm_eval.store.datastore import FORMAT, MANIFEST, Datastore
+from knn_lm_eval.store.datastore import Datastore
+from knn_lm_eval.store.download import download, hub_checksum, locate
+from knn_lm_eval.store.manifest import FORMAT, MALFORMED, MANIFEST, FileRecord, Manifest
 from knn_lm_eval.system.files import check_free_space, disk_errors_in, read_json, replace_file, sha256, write_json
-from knn_lm_eval.version import __version__
-
-logger = logging.getLogger(__name__)
-
-CACHE_VARIABLE = "KNN_LM_EVAL_CACHE"
-ORIGIN = "fetched.json"
-HUB_ADDRESS = re.compile(r"hf://datasets/(?P<repo>[^/@]+/[^/@]+)(?:@(?P<revision>[^/]+))?(?P<path>/.*)?")
-PLAIN_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")
-PUBLISHED_SUFFIXES = (".npy", ".index", ".indexed", ".pkl")
-ATTEMPTS = 6  # in a row without a byte; the waits between them double
-FIRST_WAIT = 1.0  # seconds
-TIMEOUT = 60.0  # seconds without an answer
-RANGE = 2**32  # bytes per request: content delivery networks refuse to send more than some tens of GiB at once
-BLOCK = 2**20
-PASSING_ERRORS = (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError)
-PASSING_CODES = (408, 425, 429, 500, 502, 503, 504)
-
 
 DATASTORE_VARIABLE = "KNN_LM_EVAL_DATASTORE"
-
-
-class Remote(NamedTuple):
-    """A file's URL and what to send with the request."""
-
-    url: str
-    headers: dict[str, str]
+CACHE_VARIABLE = "KNN_LM_EVAL_CACHE"
+ORIGIN = "fetched.json"
+PLAIN_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")
+PUBLISHED_SUFFIXES = (".npy", ".index", ".indexed", ".pkl")
 
 
 def is_address(datastore: str | os.PathLike) -> bool:
@@ -97,38 +71,42 @@ def fetch_datastore(address: str, output: str | Path | None = None) -> Path:
         file is not what the manifest says, or the disk is too small. What came stays, and the next run goes on.
     """
     folder = cache_folder(address) if output is None else Path(output)
-    with disk_errors_in(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / ".lock"):  # other processes of the same evaluation wait here
-            _claim(folder, [address])
-            if (folder / MANIFEST).is_file():
-                return folder
+    with _claimed(folder, [address]):
+        if not (folder / MANIFEST).is_file():
             pending = folder / f"{MANIFEST}.new"
-            for name in (
-                pending.name,
-                f"{pending.name}.part",
-            ):  # of a run that was interrupted: there may be a newer one
-                (folder / name).unlink(missing_ok=True)
-            try:
-                _download(locate(address, MANIFEST), pending)
-            except FileNotFoundError as error:
-                raise UserError(
-                    f"There is no datastore at {address}: it has no {MANIFEST}; for the files of other programs give "
-                    f"fetch_datastore the address of each file."
-                ) from error
-            files = _list_files(read_json(pending), address)
-            missing = {name: record for name, record in files.items() if not _is_there(folder / name, *record)}
-            parts = (folder / f"{name}.part" for name in missing)
-            have = sum(part.stat().st_size for part in parts if part.is_file())
-            check_free_space(folder, sum(size for size, _ in missing.values()) - have, f"the files of {address}")
-            for name, (size, checksum) in missing.items():
-                (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                try:
-                    _download(locate(address, name), folder / name, size, checksum)
-                except FileNotFoundError as error:
-                    raise UserError(f"The datastore at {address} is incomplete: {name} is missing there.") from error
+            files = _list_files(_fetch_manifest(address, pending), address)
+            _fetch_missing(address, folder, files)
             replace_file(pending, folder / MANIFEST)
     return folder
+
+
+def _fetch_manifest(address: str, pending: Path) -> dict[str, Any]:
+    """Put the manifest there is now at ``pending``; returns its content."""
+    for name in (pending.name, f"{pending.name}.part"):  # of a run that was interrupted: there may be a newer one
+        pending.with_name(name).unlink(missing_ok=True)
+    try:
+        download(locate(address, MANIFEST), pending)
+    except FileNotFoundError as error:
+        raise UserError(
+            f"There is no datastore at {address}: it has no {MANIFEST}; for the files of other programs give "
+            f"fetch_datastore the address of each file."
+        ) from error
+    return read_json(pending)
+
+
+def _fetch_missing(address: str, folder: Path, files: dict[str, FileRecord]) -> None:
+    """Download the files that are not there, or not as they should be."""
+    missing = {name: record for name, record in files.items() if not _is_there(folder / name, record)}
+    parts = (folder / f"{name}.part" for name in missing)
+    have = sum(part.stat().st_size for part in parts if part.is_file())
+    needed = sum(record["bytes"] for record in missing.values())
+    check_free_space(folder, needed - have, f"the files of {address}")
+    for name, record in missing.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            download(locate(address, name), folder / name, record["bytes"], record["sha256"])
+        except FileNotFoundError as error:
+            raise UserError(f"The datastore at {address} is incomplete: {name} is missing there.") from error
 
 
 def fetch_files(addresses: Sequence[str], output: str | Path | None = None) -> Path:
@@ -148,17 +126,14 @@ def fetch_files(addresses: Sequence[str], output: str | Path | None = None) -> P
     for name in names:
         if not PLAIN_NAME.fullmatch(name) or names.count(name) > 1:
             raise UserError(f"{name!r} cannot name a file of its own in {folder}; leave it out.")
-    with disk_errors_in(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / ".lock"):
-            _claim(folder, list(addresses))
-            for address, name in zip(addresses, names, strict=True):
-                if not (folder / name).is_file():
-                    remote = locate(address)
-                    try:
-                        _download(remote, folder / name, None, _hub_checksum(address, remote))
-                    except FileNotFoundError as error:
-                        raise UserError(f"There is no file at {address}.") from error
+    with _claimed(folder, list(addresses)):
+        for address, name in zip(addresses, names, strict=True):
+            if not (folder / name).is_file():
+                remote = locate(address)
+                try:
+                    download(remote, folder / name, None, hub_checksum(address, remote))
+                except FileNotFoundError as error:
+                    raise UserError(f"There is no file at {address}.") from error
     return folder
 
 
@@ -169,45 +144,37 @@ def cache_folder(address: str) -> Path:
     return cache / "datastores" / f"{readable}-{hashlib.sha256(address.encode()).hexdigest()[:12]}"
 
 
-def locate(address: str, name: str | None = None) -> Remote:
-    """The URL of ``address``, or of the file ``name`` in the folder that it is."""
-    if not address.startswith("hf://"):
-        parts = urlsplit(address)
-        path = parts.path if name is None else f"{parts.path.rstrip('/')}/{name}"
-        path = quote(path, safe=string.punctuation)  # what is quoted already stays so
-        return Remote(urlunsplit(parts._replace(path=path)), {})
-    from huggingface_hub import constants, hf_hub_url
-    from huggingface_hub.utils import build_hf_headers
+@contextmanager
+def _claimed(folder: Path, addresses: list[str]) -> Iterator[None]:
+    """Hold the folder for what comes from there; other processes of the same evaluation wait.
 
-    if not (hub := HUB_ADDRESS.fullmatch(address)):
-        raise UserError(f"{address} is no address on the hub; it should be hf://datasets/user/name or a folder below.")
-    if constants.HF_HUB_OFFLINE:
-        raise UserError(f"Cannot fetch {address}: HF_HUB_OFFLINE is set; unset it, or give a folder.")
-    path = "/".join(filter(None, [(hub["path"] or "").strip("/"), name]))
-    revision = hub["revision"] and unquote(hub["revision"])
-    url = hf_hub_url(hub["repo"], path, repo_type="dataset", revision=revision)
-    return Remote(url, {key: value for key, value in build_hf_headers().items() if key.lower() == "authorization"})
-
-
-def _claim(folder: Path, addresses: list[str]) -> None:
-    """Make sure that the folder is empty or was begun for the same addresses."""
-    if (folder / ORIGIN).is_file():
-        if (others := read_json(folder / ORIGIN).get("addresses")) != addresses:
-            raise UserError(f"{folder} holds what was fetched from {others}; choose another --output.")
-    elif any(path.name != ".lock" for path in folder.iterdir()):
-        raise UserError(f"{folder} holds files that were not fetched; choose another --output.")
-    else:
-        write_json(folder / ORIGIN, {"addresses": addresses})
+    Raises UserError where something else lies in it. What it says of itself stays when all has come, so it is no
+    unfinished state as in ``knn_lm_eval.system.checkpoints``.
+    """
+    with disk_errors_in(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / ".lock"):
+            if (folder / ORIGIN).is_file():
+                if (others := read_json(folder / ORIGIN).get("addresses")) != addresses:
+                    raise UserError(f"{folder} holds what was fetched from {others}; choose another --output.")
+            elif any(path.name != ".lock" for path in folder.iterdir()):
+                raise UserError(f"{folder} holds files that were not fetched; choose another --output.")
+            else:
+                write_json(folder / ORIGIN, {"addresses": addresses})
+            yield
 
 
-def _list_files(manifest: dict[str, Any], address: str) -> dict[str, tuple[int, str]]:
-    """The size and checksum of each file of the datastore, by its path in the folder."""
-    if manifest.get("format") != FORMAT:
+def _list_files(content: dict[str, Any], address: str) -> dict[str, FileRecord]:
+    """What the manifest says of each file of the datastore, by its path in the folder."""
+    if content.get("format") != FORMAT:
         raise UserError(f"The {MANIFEST} at {address} is not that of a {FORMAT}.")
     try:
-        records = manifest["files"] | manifest.get("derived", {})
-        files = {str(name): (int(record["bytes"]), str(record["sha256"])) for name, record in records.items()}
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        manifest = Manifest.of_json(content)
+        files: dict[str, FileRecord] = {
+            str(name): {"bytes": int(record["bytes"]), "sha256": str(record["sha256"])}
+            for name, record in (manifest.files | manifest.derived).items()
+        }
+    except MALFORMED as error:
         raise UserError(f"The {MANIFEST} at {address} is damaged: {error!r} is missing or malformed.") from error
     for name in files:
         if not all(PLAIN_NAME.fullmatch(part) for part in name.split("/")) or name in (MANIFEST, ORIGIN):
@@ -217,159 +184,5 @@ def _list_files(manifest: dict[str, Any], address: str) -> dict[str, tuple[int, 
     return files
 
 
-def _is_there(path: Path, size: int, checksum: str) -> bool:
-    return path.is_file() and path.stat().st_size == size and sha256(path) == checksum
-
-
-def _hub_checksum(address: str, remote: Remote) -> str | None:
-    """The SHA-256 of a large file on the hub; None elsewhere."""
-    if not address.startswith("hf://"):
-        return None
-    from huggingface_hub import get_hf_file_metadata
-
-    try:
-        etag = get_hf_file_metadata(remote.url).etag or ""
-    except Exception as error:  # network errors are those of another library in each of the hub's releases
-        if getattr(getattr(error, "response", None), "status_code", None) == 404:
-            raise FileNotFoundError(remote.url) from error
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"Cannot fetch {address}: {reason}") from error
-    return etag if re.fullmatch(r"[0-9a-f]{64}", etag) else None
-
-
-class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Follows redirects, but shows the hub's token to no other host, and to none in plain text."""
-
-    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
-        request = super().redirect_request(req, fp, code, msg, headers, newurl)
-        if request is not None and urlsplit(newurl)[:2] != urlsplit(req.full_url)[:2]:  # scheme and host
-            request.remove_header("Authorization")
-        return request
-
-
-def _download(remote: Remote, target: Path, size: int | None = None, checksum: str | None = None) -> None:
-    """Download a file, going on where an earlier attempt stopped; it appears when it is complete and right.
-
-    Parameters
-    ----------
-    size, checksum : what it should have; None takes the server's word for the size and checks no checksum.
-
-    Raises
-    ------
-    FileNotFoundError
-        Where the server has no such file.
-    UserError
-        Where the server refuses it or keeps failing, or the file is not what it should be.
-    """
-    transfer = _Transfer(remote, target, size, checksum)
-    failures, furthest = 0, transfer.offset
-    with transfer.bar:
-        while not transfer.is_complete():
-            reason = transfer.go_on()
-            failures = 0 if transfer.offset > furthest else failures + 1
-            furthest = max(furthest, transfer.offset)
-            if failures >= ATTEMPTS:
-                raise UserError(
-                    f"Cannot fetch {remote.url}: {reason}, {ATTEMPTS} times in a row; what came is kept, the same "
-                    f"command goes on from there."
-                )
-            if failures:
-                logger.warning("Fetching %s: %s; trying again.", remote.url, reason)
-                time.sleep(FIRST_WAIT * 2 ** (failures - 1))
-    transfer.finish()
-
-
-class _Transfer:
-    """A download under way: the part file, and how far it is.
-
-    Beside the part lies the version (ETag or date) that the server gave it: where there is no checksum, a part is
-    gone on with only while the server still has that version.
-    """
-
-    def __init__(self, remote: Remote, target: Path, size: int | None, checksum: str | None) -> None:
-        self.remote, self.target, self.size, self.checksum = remote, target, size, checksum
-        self.part = target.with_name(target.name + ".part")
-        self.version_file = target.with_name(target.name + ".part.version")
-        self.version = self.version_file.read_text() if self.version_file.is_file() else None
-        known = self.part.is_file() and (checksum is not None or self.version is not None)
-        self.offset = self.part.stat().st_size if known else 0
-        if size is not None and self.offset > size:
-            self.offset = 0
-        self.bar = tqdm(
-            total=size, initial=self.offset, desc=f"Fetching {target.name}", unit="B", unit_scale=True, delay=1.0
-        )
-
-    def is_complete(self) -> bool:
-        return self.size is not None and self.offset == self.size
-
-    def go_on(self) -> str:
-        """Ask for the next range and store what comes of it; the reason why nothing more came."""
-        headers = {"Range": f"bytes={self.offset}-{self.offset + RANGE - 1}", "Accept-Encoding": "identity"}
-        headers |= {"User-Agent": f"knn_lm_eval/{__version__}"} | self.remote.headers
-        if self.checksum is None and self.version and self.offset:
-            headers["If-Range"] = self.version
-        request = urllib.request.Request(self.remote.url, headers=headers)
-        opener = urllib.request.build_opener(_Redirects)
-        try:
-            with opener.open(request, timeout=TIMEOUT) as response:
-                self._store(response)
-            return "the connection ended early"
-        except urllib.error.HTTPError as error:
-            if error.code in (404, 410):
-                raise FileNotFoundError(self.remote.url) from error
-            if error.code == 416:  # the part is not a beginning of what is there now
-                self._restart()
-            elif error.code not in PASSING_CODES:
-                raise UserError(
-                    f"Cannot fetch {self.remote.url}: the server says {error.code} {error.reason}."
-                ) from error
-            return f"the server says {error.code} {error.reason}"
-        except PASSING_ERRORS as error:
-            return str(getattr(error, "reason", None) or error or type(error).__name__)
-
-    def _store(self, response: Any) -> None:
-        content_range = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", response.headers.get("Content-Range") or "")
-        if response.status == 206:
-            if not content_range or int(content_range[1]) != self.offset:
-                raise http.client.HTTPException("the server sent another range than it was asked for")
-            total: int | None = int(content_range[2])
-        else:  # the server sends it all, from the beginning
-            self._restart()
-            length = response.headers.get("Content-Length")
-            total = None if length is None else int(length)
-        if self.size is not None and total not in (None, self.size):
-            raise UserError(
-                f"{self.remote.url} has {total:,} bytes there, and should have {self.size:,}: it was cut or altered."
-            )
-        if self.size is None and total is not None:
-            self.size = self.bar.total = total
-            check_free_space(self.target.parent, total - self.offset, self.target.name)
-        etag = response.headers.get("ETag") or ""
-        version = etag if etag and not etag.startswith("W/") else response.headers.get("Last-Modified")
-        if version and version != self.version:
-            self.version = version
-            self.version_file.write_text(version)
-        with open(self.part, "r+b" if self.offset else "wb") as file:
-            file.seek(self.offset)
-            file.truncate()
-            while block := response.read(BLOCK):
-                file.write(block)
-                self.offset += len(block)
-                self.bar.update(len(block))
-        if total is None and self.size is None:  # no length was promised: the end is the end
-            self.size = self.offset
-
-    def _restart(self) -> None:
-        self.bar.update(-self.offset)
-        self.offset = 0
-
-    def finish(self) -> None:
-        """Check the part and give it its name."""
-        if self.checksum is not None and sha256(self.part) != self.checksum:
-            self.part.unlink()
-            raise UserError(
-                f"{self.remote.url} is not what its checksum says: it was altered there or on the way. It was deleted "
-                f"here; fetch it again, or ask whoever published it."
-            )
-        replace_file(self.part, self.target)
-        self.version_file.unlink(missing_ok=True)
+def _is_there(path: Path, record: FileRecord) -> bool:
+    return path.is_file() and path.stat().st_size == record["bytes"] and sha256(path) == record["sha256"]

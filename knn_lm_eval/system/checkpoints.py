@@ -1,9 +1,15 @@
-"""The states of a long computation, saved in a folder now and then, so that an interrupted one goes on from there."""
+"""One way to go on with a long computation that was interrupted.
+
+While it is unfinished, a JSON file says with which settings it was begun and how far it is (its notes), and beside it
+may lie named states, arrays that were saved now and then. It is gone on with where the settings are the same; when it
+is finished, these files go.
+"""
 
 from __future__ import annotations
 
 import time
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,35 +23,81 @@ CHECKPOINT_SECONDS = 60.0
 
 
 class SavedStates:
-    """Arrays by name, in a folder.
+    """What an unfinished computation leaves in a folder.
 
     Parameters
     ----------
-    folder : where they are, or will be.
-    settings : what they depend on, ready for JSON.
-    resume : whether to go on with those that are there.
+    file : the JSON file; all else lies beside it.
+    settings : what the result depends on, ready for JSON.
+    what : what is computed, for the sentence that other settings get.
+    instead : what the user does to start anew, for the same sentence.
+    others : patterns (as for ``glob``) of further files in the folder that are of no use without these.
+    nested : whether the JSON file has the settings under ``settings``, or beside the notes.
     """
 
-    def __init__(self, folder: Path, settings: dict[str, Any], resume: bool) -> None:
-        self.folder, self.settings, self.resume = folder, settings, resume
+    def __init__(
+        self,
+        file: Path,
+        settings: dict[str, Any],
+        *,
+        what: str = "",
+        instead: str = "leave out --resume to start anew",
+        others: Sequence[str] = (),
+        nested: bool = True,
+    ) -> None:
+        self.file, self.settings, self.nested = file, settings, nested
+        self.what, self.instead, self.others = what or f"What is unfinished in {file.parent}", instead, others
         self.saved = time.monotonic()
 
-    def begin(self) -> None:
-        """Make the folder ready; saved states stay only where they are to be resumed.
+    @property
+    def folder(self) -> Path:
+        return self.file.parent
 
-        Raises UserError where they were begun with other settings.
-        """
+    @classmethod
+    def found(cls, file: Path, **how: Any) -> SavedStates:
+        """What somebody else has begun there, with the settings that it was begun with."""
+        return cls(file, read_json(file).get("settings", {}), **how)
+
+    def begin(self, **notes: Any) -> None:
+        """Start anew: make the folder, remove what there is, and write the settings and the first notes."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        progress = self.folder / PROGRESS
-        if self.resume and progress.exists():
-            if (begun := read_json(progress).get("settings")) != self.settings:
-                raise UserError(
-                    f"What is unfinished in {self.folder} was begun with {begun}, now it is {self.settings}; "
-                    f"give the same settings, or leave out --resume to start anew."
-                )
-        else:
-            self.remove()
-            write_json(progress, {"settings": self.settings})
+        self.remove()
+        self.note(**notes)
+
+    def begin_or_resume(self, resume: bool, **notes: Any) -> dict[str, Any]:
+        """Go on with what was begun, where ``resume`` and there is something, else start anew; returns the notes."""
+        begun = self.resumed() if resume else None
+        if begun is None:
+            self.begin(**notes)
+        return notes if begun is None else begun
+
+    def resumed(self) -> dict[str, Any] | None:
+        """The notes of what was begun; None where nothing was.
+
+        Raises UserError where it was begun with other settings.
+        """
+        if not self.file.exists():
+            return None
+        begun, notes = self._read()
+        if others := [name for name in {**self.settings, **begun} if begun.get(name) != self.settings.get(name)]:
+            was, now = (", ".join(f"{name}={of.get(name)!r}" for name in others) for of in (begun, self.settings))
+            raise UserError(
+                f"{self.what} was begun with {was}, now it is {now}; give the same settings, or {self.instead}."
+            )
+        return notes
+
+    def fits(self) -> bool:
+        """Whether something was begun, with these settings."""
+        return self.file.exists() and self._read()[0] == self.settings
+
+    def notes(self) -> dict[str, Any]:
+        """The notes, with whatever settings it was begun; none where nothing was."""
+        return self._read()[1] if self.file.exists() else {}
+
+    def note(self, **notes: Any) -> None:
+        """Write how far it is, in the place of what was noted before."""
+        write_json(self.file, ({"settings": self.settings} if self.nested else self.settings) | notes)
+        self.saved = time.monotonic()
 
     def load(self, state: str) -> dict[str, np.ndarray]:
         """The arrays saved last under that name; none where nothing was."""
@@ -56,7 +108,7 @@ class SavedStates:
             with np.load(path, allow_pickle=False) as arrays:
                 return dict(arrays)
         except (ValueError, EOFError, zipfile.BadZipFile) as error:
-            raise UserError(f"{path} is damaged ({error}); leave out --resume to start anew.") from error
+            raise UserError(f"{path} is damaged ({error}); {self.instead}.") from error
 
     def save(self, state: str, **arrays: Any) -> None:
         """Keep the arrays under that name, all at once."""
@@ -67,11 +119,21 @@ class SavedStates:
         replace_file(temporary, path)
         self.saved = time.monotonic()
 
-    def is_due(self) -> bool:
-        """Whether the last state was saved some time ago."""
-        return time.monotonic() - self.saved >= CHECKPOINT_SECONDS
+    def is_due(self, seconds: float | None = None) -> bool:
+        """Whether the last state or note was written so long ago (None: ``CHECKPOINT_SECONDS``)."""
+        return time.monotonic() - self.saved >= (CHECKPOINT_SECONDS if seconds is None else seconds)
 
     def remove(self) -> None:
-        """Remove all states."""
-        for path in (self.folder / PROGRESS, *self.folder.glob("*.npz.part"), *self.folder.glob("*.tmp")):
+        """Remove all of it."""
+        patterns = ("*.npz.part", "*.npz.part.tmp", *self.others)
+        found = [path for pattern in patterns for path in self.folder.glob(pattern)]
+        for path in (*found, self.file.with_name(self.file.name + ".tmp"), self.file):
             path.unlink(missing_ok=True)
+
+    def _read(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The settings and the notes in the file."""
+        content = read_json(self.file)
+        if self.nested:
+            settings = content.pop("settings", None)
+            return settings if isinstance(settings, dict) else {}, content
+        return {name: content.pop(name, None) for name in self.settings}, content

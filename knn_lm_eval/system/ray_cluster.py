@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from knn_lm_eval.errors import UserError
@@ -81,20 +81,53 @@ def run_tasks(
     ray = connect(address)
     cpus = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
     task = ray.remote(function).options(num_cpus=min((n for n in cpus if n), default=1), scheduling_strategy="SPREAD")
-    waiting = {task.remote(*arguments): number for number, arguments in jobs.items()}
+    numbers = {task.remote(*arguments): number for number, arguments in jobs.items()}
+    for finished in finished_tasks(ray, list(numbers)):
+        if finished is not None:
+            yield numbers[finished[0]], finished[1]
+
+
+def finished_tasks(
+    ray: Any,
+    tasks: Sequence[Any],
+    look_every: float | None = None,
+    then: str = "so did those that were started in its place",
+) -> Iterator[tuple[Any, Any] | None]:
+    """Wait for tasks; those that are left when something fails are cancelled.
+
+    Parameters
+    ----------
+    ray : the module, connected.
+    tasks : what ``remote`` gave.
+    look_every : seconds after which to yield None where no task is done; None waits.
+    then : the rest of the sentence where a task died.
+
+    Yields
+    ------
+    Each of the tasks, when it is done, and what it returned.
+
+    Raises
+    ------
+    UserError
+        Where a task raises one, or dies again and again.
+    """
+    waiting = list(tasks)
     try:
         while waiting:
-            (done,), _ = ray.wait(list(waiting), num_returns=1)
-            number = waiting[done]
-            yield number, ray.get(done)
-            del waiting[done]
+            done, _ = ray.wait(waiting, num_returns=1, timeout=look_every)
+            if done:
+                result = ray.get(done[0])
+                waiting.remove(done[0])
+                yield done[0], result
+            else:
+                yield None
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, UserError):
             raise UserError(f"On a Ray node: {error.cause}") from error
         raise
     except ray.exceptions.RayError as error:
         first_line = str(error).strip().splitlines()[0]
-        raise UserError(f"A Ray task died, and so did those that were started in its place: {first_line}") from error
+        raise UserError(f"A Ray task died ({first_line}); {then}.") from error
     finally:
-        for reference in waiting:
-            ray.cancel(reference)
+        for task in waiting:
+            ray.cancel(task)

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from knn_lm_eval.store.datastore import FORMAT, FORMAT_VERSION, Datastore
+from knn_lm_eval.store.datastore import Datastore
+from knn_lm_eval.store.manifest import FORMAT, FORMAT_VERSION
 from knn_lm_eval.system.files import sha256, write_json
 
 

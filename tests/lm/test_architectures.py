@@ -144,7 +144,7 @@ def test_scores_equal_hf_and_the_dense_oracle(model_type: str, tokenizer: Any, t
     documents = cut_into_documents(TRAIN_TEXT[:600].splitlines(keepends=True), "line")
     store = dump_datastore(CausalHFLM(model, **arguments), documents, tmp_path / "store", max_length=32)
     build_index(store, "Flat")
-    assert store.manifest["key_module"] == architectures.KEY_MODULES[model_type]
+    assert store.manifest.key_module == architectures.KEY_MODULES[model_type]
     requests = [
         Instance("loglikelihood", {}, pair, 0)
         for pair in [("The operator module", " also defines"), ("", "A module"), (EVAL_TEXT[:90], " and then")]
@@ -336,7 +336,7 @@ def test_the_datastore_remembers_a_module_named_by_hand(tokenizer: Any, tmp_path
     documents = cut_into_documents([TRAIN_TEXT[:300]], "line")
     store = dump_datastore(CausalHFLM(model, tokenizer=tokenizer), documents, tmp_path / "store", key_module=name)
     build_index(store, "Flat")
-    assert store.manifest["key_module"] == name
+    assert store.manifest.key_module == name
     lm = KNNHF(model, tokenizer=tokenizer, datastore=store.path, k=5)
     assert lm.causal_lm.key_module_name == lm.settings["key_module"] == name
     with pytest.raises(UserError, match="keys are .* away"):

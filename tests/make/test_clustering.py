@@ -25,13 +25,15 @@ from scipy.spatial.distance import cdist
 
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.make import clustering
-from knn_lm_eval.make.clustering import cluster_greedy_merge, cluster_kmeans, import_members, members_by_cluster
-from knn_lm_eval.make.members import load_sparse_matrix
+from knn_lm_eval.make.clustering import cluster_greedy_merge, cluster_kmeans, members_by_cluster
+from knn_lm_eval.make.members import import_members, load_sparse_matrix
+from knn_lm_eval.make.merging import merge_neighbours, number_clusters
 from knn_lm_eval.search.faiss_index import open_index, search
 from knn_lm_eval.search.indexing import build_index
 from knn_lm_eval.store import key_stream
 from knn_lm_eval.store.clusters import Clusters
-from knn_lm_eval.store.datastore import FORMAT, FORMAT_VERSION, Datastore
+from knn_lm_eval.store.datastore import Datastore
+from knn_lm_eval.store.manifest import FORMAT, FORMAT_VERSION
 from knn_lm_eval.system.files import sha256, write_json
 
 SCRIPT = SCRIPTS / "cluster_datastore.py"
@@ -117,9 +119,9 @@ def test_greedy_merge_equals_the_sequential_loop(case: tuple[list[int], list[lis
     absorber = np.full(len(values), -1, dtype=np.int32)
     for begin in range(0, len(values), chunk):
         rows = np.array(neighbours[begin : begin + chunk], dtype=np.int64)
-        clustering._merge(absorber, np.array(values, dtype=np.int32), rows, begin)
+        merge_neighbours(absorber, np.array(values, dtype=np.int32), rows, begin)
     cluster_of_entry = np.empty(len(values), dtype=np.int32)
-    num_clusters = clustering._number_clusters(absorber, cluster_of_entry)
+    num_clusters = number_clusters(absorber, cluster_of_entry)
     assert cluster_of_entry.tolist() == greedy_merge(values, neighbours)
     assert num_clusters == cluster_of_entry.max() + 1
 

@@ -21,8 +21,10 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.lm.loading import CausalHFLM
-from knn_lm_eval.make.dump import WindowSettings, cut_windows, dump_datastore, entries_done
+from knn_lm_eval.make.dump import dump_datastore
+from knn_lm_eval.make.dump_progress import entries_done
 from knn_lm_eval.make.text import cut_into_documents, read_dataset
+from knn_lm_eval.make.windows import WindowSettings, cut_windows
 from knn_lm_eval.store.datastore import Datastore
 
 FILES = ("keys.npy", "values.npy", "document_starts.npy")
@@ -91,16 +93,16 @@ def test_keys_and_values_are_those_of_the_model(tmp_path: Path, lm: CausalHFLM, 
 
 def test_manifest_says_how_the_store_was_made(store: Datastore, model_folder: Path) -> None:
     manifest = store.manifest
-    assert manifest["model"]["args"] == {"pretrained": str(model_folder)}
-    assert manifest["key_type"] == "last_ffn_input" and manifest["key_module"] == "model.layers.1.mlp"
-    assert manifest["windows"] == {
+    assert manifest.model["args"] == {"pretrained": str(model_folder)}
+    assert manifest.key_type == "last_ffn_input" and manifest.key_module == "model.layers.1.mlp"
+    assert manifest.windows == {
         "max_length": MAX_LENGTH,
         "stride": MAX_LENGTH,
         "batch_size": 4,
         "prefix_token_id": 0,
     }
-    assert len(manifest["fingerprint"]["key"]) == manifest["dimension"] == 32
-    assert set(manifest["files"]) == set(FILES)
+    assert len(manifest.fingerprint["key"]) == manifest.dimension == 32
+    assert set(manifest.files) == set(FILES)
 
 
 def test_max_tokens_cuts_the_text(tmp_path: Path, lm: CausalHFLM, store: Datastore) -> None:

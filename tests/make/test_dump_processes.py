@@ -19,8 +19,10 @@ from hypothesis import strategies as st
 
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.lm.loading import CausalHFLM
-from knn_lm_eval.make.dump import Dump, Window, _not_done, _share_of, dump_datastore, entries_done, finish_dump
+from knn_lm_eval.make.dump import Dump, dump_datastore, finish_dump
+from knn_lm_eval.make.dump_progress import entries_done, not_done, share_of
 from knn_lm_eval.make.text import TextSource
+from knn_lm_eval.make.windows import Window
 from knn_lm_eval.store.datastore import Datastore
 
 FILES = ("keys.npy", "values.npy", "document_starts.npy")
@@ -53,7 +55,7 @@ def assert_same_files(store: Path, expected: Datastore) -> None:
     assert sorted(path.name for path in store.iterdir()) == sorted([*FILES, "manifest.json"])
     for name in FILES:
         assert (store / name).read_bytes() == (expected.path / name).read_bytes(), name
-    assert Datastore.open(store).manifest["files"] == expected.manifest["files"]
+    assert Datastore.open(store).manifest.files == expected.manifest.files
 
 
 def command(processes: int, model: Path, text: Path, output: Path, *more: str) -> list[str]:
@@ -72,12 +74,12 @@ chunks_of_a_text = st.lists(st.integers(1, 9), min_size=1, max_size=30).map(
 
 
 @given(chunks_of_a_text, st.sets(st.integers(0, 29)), st.integers(1, 8))
-def test_shares_are_neighbouring_chunks_and_all_that_is_not_done(chunks, done: set[int], shares: int) -> None:
+def test_shares_are_neighbouring_chunks_and_all_that_isnot_done(chunks, done: set[int], shares: int) -> None:
     runs = [[chunk[0].start, chunk[0].stop] for number, chunk in enumerate(chunks) if number in done]
     expected = [chunk for number, chunk in enumerate(chunks) if number not in done]
-    assert list(_not_done(chunks, runs)) == expected
+    assert list(not_done(chunks, runs)) == expected
     entries = sum(chunk[0].stop - chunk[0].start for chunk in expected)
-    parts = [list(_share_of(expected, entries, share, shares)) for share in range(shares)]
+    parts = [list(share_of(expected, entries, share, shares)) for share in range(shares)]
     assert [chunk for part in parts for chunk in part] == expected
     for part in parts:  # a chunk too much at most
         length = sum(chunk[0].stop - chunk[0].start for chunk in part)

@@ -153,7 +153,7 @@ def test_an_imported_store_scores_as_our_own(
     else:
         write_fairseq(tmp_path / "theirs", keys, values, key_dtype=np.float32 if "32" in layout else np.float16)
     imported = import_datastore([tmp_path / "theirs"], tmp_path / "ours", pretrained=str(model_folder))
-    assert imported.manifest["source"]["imported"] == layout.split()[0]
+    assert imported.manifest.source["imported"] == layout.split()[0]
     assert (imported.values == values).all() and (imported.keys == keys).all()
     assert imported.keys.dtype == (np.float32 if "32" in layout else np.float16)
     assert (tmp_path / "ours" / "keys.raw").is_symlink()
@@ -205,7 +205,7 @@ def test_members_files_become_clusters(tmp_path: Path, arrays: tuple, model_fold
     imported = import_datastore([tmp_path / "theirs"], tmp_path / "ours")
     assert (Clusters.open(imported, "members").cluster_of_entry == cluster).all()
     assert all(math.isfinite(x) for x in score(imported, model_folder, retomaton=True, clusters="members"))
-    assert {"clusters/members/clusters.json", "index.faiss", "index.json"} <= set(imported.manifest["derived"])
+    assert {"clusters/members/clusters.json", "index.faiss", "index.json"} <= set(imported.manifest.derived)
 
 
 def test_an_unnamed_fairseq_store_takes_its_sizes_from_the_index(tmp_path: Path, arrays: tuple) -> None:
@@ -290,7 +290,7 @@ def test_an_entry_of_weight_w_counts_as_w_copies(tmp_path: Path, arrays: tuple, 
     stem = "dstore_merge9_size300_embed32_fp16"
     write_fairseq(tmp_path / "theirs", keys, values, weights, stem=stem, factory="Flat")
     imported = import_datastore([tmp_path / "theirs"], tmp_path / "ours")
-    assert imported.manifest["source"]["imported"] == "efficient-knnlm"
+    assert imported.manifest.source["imported"] == "efficient-knnlm"
     assert (imported.weights == weights).all()
     lm = KNNHF(str(model_folder), datastore=imported.path, k=300, knn_temp=7.0, lmbda=0.6)
     context, continuation = lm._encode_pair("The operator module", " also defines functions")
@@ -416,7 +416,7 @@ def test_the_import_refuses_a_model_of_other_sizes(tmp_path: Path, arrays: tuple
     # A configuration without weights: sizes are checked, no fingerprint is recorded.
     make_llama().config.save_pretrained(tmp_path / "model")
     imported = import_datastore([tmp_path / "theirs"], tmp_path / "ours", pretrained=str(tmp_path / "model"))
-    assert imported.manifest["fingerprint"] is None and "No fingerprint is recorded" in caplog.text
+    assert imported.manifest.fingerprint is None and "No fingerprint is recorded" in caplog.text
 
 
 # ------------------------------------------------------------------------------------------------ bad files

@@ -7,6 +7,7 @@ import runpy
 import shutil
 import sys
 from collections import namedtuple
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from lm_eval.api.instance import Instance
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.lm.loading import CausalHFLM
 from knn_lm_eval.lm.reading import Reader, Reading
-from knn_lm_eval.make import clustering, pruning
+from knn_lm_eval.make import merging, pruning
 from knn_lm_eval.make.clustering import cluster_greedy_merge, cluster_kmeans
 from knn_lm_eval.make.confidence import LOG_PROBS, lm_log_probs
 from knn_lm_eval.make.dump import dump_datastore
@@ -30,7 +31,8 @@ from knn_lm_eval.model.knn_hf import KNNHF
 from knn_lm_eval.search.faiss_index import open_index, search
 from knn_lm_eval.search.indexing import build_index
 from knn_lm_eval.store import key_stream
-from knn_lm_eval.store.datastore import FORMAT, FORMAT_VERSION, Datastore, file_record
+from knn_lm_eval.store.datastore import Datastore
+from knn_lm_eval.store.manifest import FORMAT, FORMAT_VERSION, file_record
 from knn_lm_eval.study.inspection import inspect_text
 from knn_lm_eval.system import checkpoints as states
 from knn_lm_eval.system.files import write_json
@@ -117,7 +119,7 @@ def test_the_confidence_is_that_of_the_windows_that_made_the_keys(store: Datasto
     log_probs = lm_log_probs(store, lambda: lm)
     assert log_probs.dtype == np.float32
     assert np.allclose(log_probs, expected, atol=2e-4)
-    assert LOG_PROBS in Datastore.open(store.path).manifest["derived"]
+    assert LOG_PROBS in Datastore.open(store.path).manifest.derived
     assert (lm_log_probs(store, no_lm) == log_probs).all()  # it is read once
 
 
@@ -201,14 +203,15 @@ def test_a_random_store_is_about_its_share_and_inside_a_larger_one(
 def test_the_manifest_says_what_a_store_was_pruned_from(store: Datastore, tmp_path: Path) -> None:
     once = prune_random(store, tmp_path / "once", 0.5, seed=1)
     twice = prune_random(once, tmp_path / "twice", 0.5, seed=2)
-    assert once.manifest["fingerprint"] == store.manifest["fingerprint"]
-    assert once.manifest["model"] == store.manifest["model"] and once.manifest["text_order"] is False
-    assert "derived" in Datastore.open(store.path).manifest and "derived" not in once.manifest
-    said = twice.manifest["pruned_from"]
+    assert once.manifest.fingerprint == store.manifest.fingerprint
+    assert once.manifest.model == store.manifest.model and once.manifest.text_order is False
+    assert Datastore.open(store.path).manifest.derived and "derived" not in once.manifest.to_json()
+    said = twice.manifest.pruned_from
+    assert said is not None
     assert (said["method"], said["keep"], said["seed"], said["count"]) == ("random", 0.5, 2, len(once))
-    assert said["files"] == once.manifest["files"] and said["path"] == str(tmp_path / "once")
-    assert said["pruned_from"]["files"] == store.manifest["files"]
-    assert {path.name for path in twice.path.iterdir()} == {"manifest.json", *twice.manifest["files"]}
+    assert said["files"] == once.manifest.files and said["path"] == str(tmp_path / "once")
+    assert said["pruned_from"]["files"] == store.manifest.files
+    assert {path.name for path in twice.path.iterdir()} == {"manifest.json", *twice.manifest.files}
 
 
 def test_keys_of_an_imported_store_keep_their_dtype(tmp_path: Path) -> None:
@@ -279,7 +282,7 @@ def test_an_interrupted_merging_is_gone_on_with(grouped: Datastore, tmp_path: Pa
             raise KeyboardInterrupt
         return search(*args)
 
-    monkeypatch.setattr(clustering, "search", interrupted)
+    monkeypatch.setattr(merging, "search", interrupted)
     with pytest.raises(KeyboardInterrupt):
         prune_greedy_merge(grouped, tmp_path / "merged", neighbours=5)
     assert not (tmp_path / "merged").exists()
@@ -377,9 +380,8 @@ def test_failed_and_killed_prunings_leave_no_store_and_can_be_repeated(
 
 
 def test_a_store_without_keys_is_refused(grouped: Datastore, tmp_path: Path) -> None:
-    manifest = grouped.manifest | {"keys": None}
-    manifest["files"] = {name: record for name, record in manifest["files"].items() if name != "keys.npy"}
-    write_json(grouped.path / "manifest.json", manifest)
+    files = {name: record for name, record in grouped.manifest.files.items() if name != "keys.npy"}
+    replace(grouped.manifest, keys=None, files=files).write(grouped.path)
     with pytest.raises(UserError, match="has no keys, which pruning needs"):
         prune_random(Datastore.open(grouped.path), tmp_path / "pruned", 0.5)
 
@@ -396,7 +398,7 @@ def test_the_script_prunes_by_each_method(store: Datastore, tmp_path: Path, monk
     out = run(*start, tmp_path / "merged", "--method", "greedy_merge", "--neighbours", 20)
     assert "of weight" in out and len(Datastore.open(tmp_path / "merged")) < len(store)
     run(*start, tmp_path / "random", "--method", "random", "--keep", "0.5", "--seed", 3)
-    assert Datastore.open(tmp_path / "random").manifest["pruned_from"]["seed"] == 3
+    assert Datastore.open(tmp_path / "random").manifest.pruned_from["seed"] == 3
     for arguments, message in (
         (("--method", "random", "--max_p", "0.5"), "--max_p does not go with the method random"),
         (("--method", "random"), "needs --keep"),

@@ -21,7 +21,7 @@ from knn_lm_eval.make.text import cut_into_documents
 from knn_lm_eval.search.code_distances import ARRAYS as CODE_ARRAYS
 from knn_lm_eval.search.indexing import build_index
 from knn_lm_eval.store.clusters import FORMAT as CLUSTERS_FORMAT
-from knn_lm_eval.store.datastore import FORMAT, FORMAT_VERSION
+from knn_lm_eval.store.manifest import FORMAT, FORMAT_VERSION
 from knn_lm_eval.system.files import write_json
 
 VOCABULARY, MAX_LENGTH, BATCH_SIZE, K, ENTRIES = 256_000, 4096, 4, 1024, 4000

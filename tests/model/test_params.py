@@ -27,7 +27,7 @@ def tuned_for(store: Datastore, **conditions: object) -> dict:
     return {
         "keys_sha256": store.keys_checksum,
         "datastore": store.path.name,
-        "model": store.manifest["model"]["pretrained"],
+        "model": store.manifest.model["pretrained"],
         "conditions": {"index": "index", "knn_sim_func": "l2", "recompute_dists": False} | conditions,
     }
 

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,8 +25,8 @@ from knn_lm_eval.search.indexing import build_index
 from knn_lm_eval.search.ray_retriever import RayRetriever
 from knn_lm_eval.search.ray_shards import Shard
 from knn_lm_eval.search.retriever import LocalRetriever, Retriever
-from knn_lm_eval.store.datastore import Datastore, file_record
-from knn_lm_eval.system.files import write_json
+from knn_lm_eval.store.datastore import Datastore
+from knn_lm_eval.store.manifest import file_record
 from knn_lm_eval.system.ray_cluster import ENVIRONMENT, connect
 
 ray = pytest.importorskip("ray", reason="needs Ray")
@@ -56,8 +57,8 @@ def in_parts(tmp_path_factory: pytest.TempPathFactory) -> Datastore:
     """A store with weights and indexes in two parts."""
     store = make_store(tmp_path_factory.mktemp("ray") / "store")
     np.save(store.path / "weights.npy", np.arange(1, len(store) + 1, dtype=np.int32))
-    files = store.manifest["files"] | {"weights.npy": file_record(store.path / "weights.npy")}
-    write_json(store.path / "manifest.json", store.manifest | {"files": files})
+    files = store.manifest.files | {"weights.npy": file_record(store.path / "weights.npy")}
+    replace(store.manifest, files=files).write(store.path)
     store = Datastore.open(store.path)
     for name, factory in {"rabitq": "IVF16,RaBitQfs", "pq": "IVF16,PQ8"}.items():
         build_index(store, factory, name=name, parts=2, quality_queries=0)

@@ -24,7 +24,7 @@ from helpers.places import SCRIPTS
 from knn_lm_eval import KNNHF, Datastore, UserError
 from knn_lm_eval.make.clustering import cluster_kmeans
 from knn_lm_eval.search.faiss_index import open_index
-from knn_lm_eval.store import fetching
+from knn_lm_eval.store import download
 from knn_lm_eval.store.clusters import Clusters
 from knn_lm_eval.store.fetching import cache_folder, fetch_datastore, fetch_files, open_datastore
 
@@ -128,7 +128,7 @@ def serve() -> Iterator:
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("KNN_LM_EVAL_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(fetching, "FIRST_WAIT", 0.001)
+    monkeypatch.setattr(download, "FIRST_WAIT", 0.001)
     return tmp_path / "cache"
 
 
@@ -186,7 +186,7 @@ def test_dropped_connections_are_gone_on_with(serve, published: Datastore, range
 
 
 def test_large_files_come_in_ranges(serve, published: Datastore, monkeypatch) -> None:
-    monkeypatch.setattr(fetching, "RANGE", 50_000)
+    monkeypatch.setattr(download, "RANGE", 50_000)
     server = serve(published.path.parent)
     assert_same(fetch_datastore(f"{server.url}/store"), published)
     assert sum(path.endswith("keys.npy") for path, _, _ in server.requests) > 2
@@ -194,7 +194,7 @@ def test_large_files_come_in_ranges(serve, published: Datastore, monkeypatch) ->
 
 def test_a_later_run_goes_on_with_what_came(serve, published: Datastore, tmp_path: Path) -> None:
     server = serve(published.path.parent, drop_after=100_000, drops=1)
-    opened = fetching._Transfer.go_on
+    opened = download._Transfer.go_on
 
     def killed(self: object) -> str:
         reason = opened(self)
@@ -203,7 +203,7 @@ def test_a_later_run_goes_on_with_what_came(serve, published: Datastore, tmp_pat
         return reason
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(fetching._Transfer, "go_on", killed)
+        patch.setattr(download._Transfer, "go_on", killed)
         fetch_datastore(f"{server.url}/store")
     folder = cache_folder(f"{server.url}/store")
     assert (folder / "keys.npy.part").stat().st_size == 100_000
@@ -357,7 +357,7 @@ def test_an_address_may_have_any_letters(serve, tmp_path: Path) -> None:
 @pytest.mark.parametrize("target, kept", [("https://hub/b", True), ("http://hub/b", False), ("https://other/b", False)])
 def test_a_redirect_keeps_the_token_on_the_same_host_and_encrypted(target: str, kept: bool) -> None:
     request = urllib.request.Request("https://hub/a", headers={"Authorization": "Bearer secret"})
-    followed = fetching._Redirects().redirect_request(request, None, 302, "Found", {}, target)
+    followed = download._Redirects().redirect_request(request, None, 302, "Found", {}, target)
     assert followed.has_header("Authorization") == kept
 
 

@@ -56,8 +56,8 @@ def test_numbers_of_entries_go_on_where_they_were_saved(tmp_path: Path, monkeypa
         numbers[begin : begin + len(chunk)] = np.abs(chunk).sum(axis=1) * 10 + numbers[max(begin - 1, 0)]
 
     def run(resume: bool) -> np.ndarray:
-        states = SavedStates(tmp_path, {"what": "a sum"}, resume)
-        states.begin()
+        states = SavedStates(tmp_path / "progress.json", {"what": "a sum"})
+        states.begin_or_resume(resume)
         return number_entries(KEYS, states, np.int64, sum_up, "Summing")
 
     with pytest.raises(KeyboardInterrupt):

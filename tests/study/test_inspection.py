@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +21,8 @@ from lm_eval.api.instance import Instance
 from knn_lm_eval import KNNHF, Datastore
 from knn_lm_eval.report.token_page import token_page
 from knn_lm_eval.report.tokens import InspectedToken
-from knn_lm_eval.store.datastore import MANIFEST, file_record
+from knn_lm_eval.store.manifest import file_record
 from knn_lm_eval.study.inspection import inspect_text
-from knn_lm_eval.system.files import write_json
 
 TEXT = EVAL_TEXT[:200] + TRAIN_TEXT[300:500]
 
@@ -68,8 +68,8 @@ def test_neighbours_are_the_heaviest_and_decoded_with_their_context(store: Datas
 def test_merged_entries_have_no_context(store: Datastore, tmp_path: Path) -> None:
     shutil.copytree(store.path, tmp_path / "store")
     np.save(tmp_path / "store" / "weights.npy", np.full(len(store), 2, dtype=np.int32))
-    files = store.manifest["files"] | {"weights.npy": file_record(tmp_path / "store" / "weights.npy")}
-    write_json(tmp_path / "store" / MANIFEST, store.manifest | {"files": files})
+    files = store.manifest.files | {"weights.npy": file_record(tmp_path / "store" / "weights.npy")}
+    replace(store.manifest, files=files).write(tmp_path / "store")
     tokens = inspect_text(KNNHF(datastore=tmp_path / "store", k=5, lmbda=0.4, knn_temp=2.0), TEXT[:40])
     assert {neighbour.context for token in tokens for neighbour in token.neighbours} == {""}
 

@@ -1,0 +1,89 @@
+"""How far a dump is: the runs of entries whose keys are written.
+
+While a dump is at work its folder holds ``progress.json`` (the settings, and the runs of entries that were done when
+the dump was last started) and, for each process that shares it, ``progress.N.json`` with the runs that it has done
+since.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from knn_lm_eval.make.windows import Window
+from knn_lm_eval.store.manifest import VALUES
+from knn_lm_eval.system.checkpoints import PROGRESS, SavedStates
+
+# Entries [begin, end) that are done.
+Run = list[int]
+
+
+def dump_states(output: Path, settings: dict[str, Any] | None = None) -> SavedStates:
+    """What the unfinished dump in ``output`` has noted; ``settings`` None are those that it was begun with."""
+    file, others = output / PROGRESS, ["progress.*"]
+    if settings is None:
+        return SavedStates.found(file, others=others)
+    return SavedStates(file, settings, what=f"The dump in {output}", instead="delete the folder", others=others)
+
+
+def share_states(output: Path, share: int) -> SavedStates:
+    """What the process with that number has noted."""
+    return SavedStates(output / f"progress.{share}.json", {}, nested=False)
+
+
+def entries_in_all(output: Path) -> int | None:
+    """How many entries the unfinished dump in ``output`` will have; None before the text is tokenized."""
+    if dump_states(output, {}).notes().get("runs_done") is None:
+        return None
+    return len(np.load(output / VALUES, mmap_mode="r"))
+
+
+def entries_done(output: Path) -> int:
+    """How many keys the unfinished dump in ``output`` has written; 0 before the text is tokenized."""
+    return count_entries(runs_written(output))
+
+
+def runs_written(output: Path) -> list[Run]:
+    """All that is done, by ``progress.json`` and by the shares' own files."""
+    runs: list[Run] = list(dump_states(output, {}).notes().get("runs_done") or [])
+    for file in output.glob("progress.*.json"):
+        runs += SavedStates(file, {}, nested=False).notes().get("runs_done", [])  # the file may just have gone
+    return joined(runs)
+
+
+def joined(runs: Iterable[Run]) -> list[Run]:
+    """The same entries in as few runs as can be, in order."""
+    result: list[Run] = []
+    for begin, end in sorted(runs):
+        if result and begin <= result[-1][1]:
+            result[-1][1] = max(end, result[-1][1])
+        else:
+            result.append([begin, end])
+    return result
+
+
+def count_entries(runs: Iterable[Run]) -> int:
+    """How many entries are in the runs."""
+    return sum(end - begin for begin, end in runs)
+
+
+def not_done(chunks: Iterable[list[Window]], runs: list[Run]) -> Iterator[list[Window]]:
+    """The chunks that are in none of the runs (which are in order)."""
+    begins = [begin for begin, _ in runs]
+    for chunk in chunks:
+        run = bisect_right(begins, chunk[0].start) - 1
+        if run < 0 or runs[run][1] < chunk[-1].stop:
+            yield chunk
+
+
+def share_of(chunks: Iterable[list[Window]], entries: int, share: int, shares: int) -> Iterator[list[Window]]:
+    """Share number ``share`` of ``chunks``, which hold so many entries: neighbours in the text, about as many each."""
+    before = 0
+    for chunk in chunks:
+        if before * shares // entries == share:
+            yield chunk
+        before += chunk[-1].stop - chunk[0].start

@@ -1,0 +1,92 @@
+"""Greedy merging (He et al. 2021): which entries take in which of their near neighbours that have the same value.
+
+Both a clustering and a pruned store come of it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import faiss
+import numba
+import numpy as np
+
+from knn_lm_eval.errors import UserError
+from knn_lm_eval.search.faiss_index import DEFAULT_PROBE, inverted_file, open_index, search, set_probe
+from knn_lm_eval.store.clusters import entry_dtype
+from knn_lm_eval.store.datastore import Datastore
+from knn_lm_eval.store.key_stream import number_entries
+from knn_lm_eval.system.checkpoints import SavedStates
+
+
+@dataclass(frozen=True)
+class NeighbourSearch:
+    """The search for the ``k`` nearest other entries of each entry, checked and opened."""
+
+    datastore: Datastore
+    k: int
+    index: faiss.Index
+    settings: dict[str, Any]
+
+    @classmethod
+    def open(cls, datastore: Datastore, k: int, index: str, probe: int | None) -> NeighbourSearch:
+        """See ``cluster_greedy_merge`` for the arguments; raises UserError where they do not fit the store."""
+        if not 1 <= k < len(datastore):
+            raise UserError(f"k={k} must be at least 1 and less than the store's {len(datastore):,} entries.")
+        if probe is not None and probe < 1:
+            raise UserError(f"probe={probe} must be at least 1.")
+        faiss_index, metadata = open_index(datastore, index)
+        probe = None if inverted_file(faiss_index) is None else probe or metadata.get("probe") or DEFAULT_PROBE
+        if probe is not None:
+            set_probe(faiss_index, probe)
+        settings = {"k": k, "index": index, "factory": metadata["factory"], "probe": probe}
+        return cls(datastore, k, faiss_index, settings)
+
+
+def find_absorbers(searched: NeighbourSearch, states: SavedStates) -> np.ndarray:
+    """Greedy merging, as ``cluster_greedy_merge`` says.
+
+    Returns
+    -------
+    int32 or int64 (see ``entry_dtype``) ``[count]``: the entry that absorbed each; itself where it absorbed
+    others; -1 where neither.
+    """
+    datastore = searched.datastore
+    values = np.asarray(datastore.values)
+
+    def merge(absorber: np.ndarray, begin: int, chunk: np.ndarray) -> None:
+        merge_neighbours(absorber, values, search(searched.index, chunk, searched.k + 1)[1], begin)
+
+    keys = datastore.require_keys("clustering")
+    return number_entries(keys, states, entry_dtype(len(datastore)), merge, "Merging near neighbours")
+
+
+@numba.njit(cache=True)
+def number_clusters(absorber: np.ndarray, cluster_of_entry: np.ndarray) -> int:
+    """Number the entries that were not absorbed, in order; the others take their absorber's number."""
+    clusters = 0
+    for entry in range(len(absorber)):
+        if absorber[entry] < 0 or absorber[entry] == entry:
+            cluster_of_entry[entry] = clusters
+            clusters += 1
+    for entry in range(len(absorber)):
+        if absorber[entry] >= 0:
+            cluster_of_entry[entry] = cluster_of_entry[absorber[entry]]
+    return clusters
+
+
+@numba.njit(cache=True)
+def merge_neighbours(absorber: np.ndarray, values: np.ndarray, neighbours: np.ndarray, begin: int) -> None:
+    """Let the entries from ``begin`` on, whose neighbours are given, absorb them where they may.
+
+    ``absorber`` has, for each entry, the one that absorbed it; itself where it absorbed others; else -1.
+    """
+    for row in range(len(neighbours)):
+        entry = begin + row
+        if absorber[entry] >= 0:
+            continue
+        for other in neighbours[row]:
+            if other >= 0 and other != entry and absorber[other] < 0 and values[other] == values[entry]:
+                absorber[other] = entry
+                absorber[entry] = entry

@@ -1,0 +1,230 @@
+"""What a datastore says of itself, ``manifest.json``: read, written, and its JSON's names known, here alone.
+
+The JSON's order of names is kept, and so are names that this version does not know: a later version may have
+written them. ``files`` and what else is nested are plain dictionaries, as they stand in the JSON.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Iterable
+from dataclasses import MISSING, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, NamedTuple, TypedDict
+
+import numpy as np
+
+from knn_lm_eval.errors import UserError
+from knn_lm_eval.system.checkpoints import PROGRESS
+from knn_lm_eval.system.files import read_json, sha256, write_json
+
+FORMAT = "knn_lm_eval datastore"
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+KEYS, VALUES, DOCUMENT_STARTS, WEIGHTS = "keys.npy", "values.npy", "document_starts.npy", "weights.npy"
+RAW_DTYPES = {"float16": np.float16, "float32": np.float32}
+# What a malformed JSON object may raise.
+MALFORMED = (KeyError, TypeError, ValueError, AttributeError)
+# The JSON's names in the order in which a dump and an import write them.
+_HEAD = ("format", "format_version", "count", "dimension", "documents")
+_TAIL = ("fingerprint", "files", "created", "versions")
+ORDER_OF_DUMPS = (
+    *_HEAD,
+    *("key_dtype", "value_dtype", "key_type", "windows", "max_tokens", "source", "model", "key_module"),
+    *_TAIL,
+)
+ORDER_OF_IMPORTS = (
+    *_HEAD,
+    *("largest_value", "value_dtype", "keys", "key_type", "key_module", "source", "model"),
+    *_TAIL,
+)
+
+
+class FileRecord(TypedDict):
+    """A file's size and checksum."""
+
+    bytes: int
+    sha256: str
+
+
+class WindowsRecord(TypedDict):
+    """In which windows the LM read the text; see ``WindowSettings``."""
+
+    max_length: int
+    stride: int
+    batch_size: int
+    prefix_token_id: int
+
+
+# The LM that made the keys. An import may not know its name and vocabulary (None), and tells no class and dtype.
+ModelRecord = TypedDict(
+    "ModelRecord",
+    {"pretrained": str | None, "args": dict[str, Any], "class": str, "dtype": str, "vocabulary": int | None},
+    total=False,
+)
+
+
+class KeysFile(NamedTuple):
+    """Where the keys are: a .npy file, or one without a header, and their dtype."""
+
+    file: str
+    dtype: str
+
+    @property
+    def is_raw(self) -> bool:
+        """Whether the file is without a header."""
+        return self.file != KEYS
+
+
+NPY_KEYS = KeysFile(KEYS, "float16")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The content of ``manifest.json``.
+
+    Attributes
+    ----------
+    count, dimension : entries, and numbers per key.
+    documents : how many documents the text has.
+    key_dtype, value_dtype : of ``keys.npy`` and ``values.npy``.
+    key_type, key_module : what the keys are; see ``CausalLM``.
+    windows, max_tokens : how a dump read the text; None where another program did.
+    source : what the text was.
+    model : the LM that made the keys.
+    fingerprint : the LM's; None where it was not there.
+    largest_value : of an imported store.
+    keys : where the keys are; None where there are none.
+    text_order : whether the values are the text.
+    pruned_from : how a pruned store was made, and of what.
+    files : the store's own files.
+    created, versions : when, and by which programs.
+    derived : files that were made from the store (indexes, clusterings), which may be missing.
+    unknown : what else stands in the JSON.
+    order : the JSON's names, in order; fields that were not in it come last, where they say something.
+    """
+
+    count: int
+    dimension: int
+    files: dict[str, FileRecord]
+    documents: int | None = None
+    largest_value: int | None = None
+    key_dtype: str | None = None
+    value_dtype: str | None = None
+    keys: KeysFile | None = NPY_KEYS
+    key_type: str = "last_ffn_input"
+    key_module: str | None = None
+    windows: WindowsRecord | None = None
+    max_tokens: int | None = None
+    source: dict[str, Any] = field(default_factory=dict)
+    model: ModelRecord = field(default_factory=lambda: ModelRecord())
+    fingerprint: dict[str, Any] | None = None
+    text_order: bool = True
+    pruned_from: dict[str, Any] | None = None
+    created: str | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+    derived: dict[str, FileRecord] = field(default_factory=dict)
+    unknown: dict[str, Any] = field(default_factory=dict)
+    order: tuple[str, ...] = ("format", "format_version")
+
+    @classmethod
+    def read(cls, folder: str | Path) -> Manifest:
+        """Read the manifest of the datastore in ``folder``.
+
+        Raises
+        ------
+        UserError
+            Where there is no datastore, a dump was not finished, or the manifest is damaged or another version's.
+        """
+        folder = Path(folder)
+        path = folder / MANIFEST
+        if not folder.is_dir():
+            raise UserError(f"There is no datastore at {folder}: no such folder; make one with dump_datastore.")
+        if not path.is_file():
+            if (folder / PROGRESS).is_file():
+                raise UserError(f"The datastore {folder} is not finished; go on with dump_datastore --resume.")
+            raise UserError(f"{folder} is not a datastore: it has no {MANIFEST}; make one with dump_datastore.")
+        content = read_json(path)
+        if content.get("format") != FORMAT:
+            raise UserError(f"{path} is not the manifest of a {FORMAT}.")
+        if content.get("format_version") != FORMAT_VERSION:
+            raise UserError(
+                f"The datastore {folder} has format version {content.get('format_version')}, this program reads "
+                f"version {FORMAT_VERSION}; use the program's version that made it, or dump it again."
+            )
+        try:
+            return cls.of_json(content)
+        except MALFORMED as error:
+            raise UserError(f"{path} is damaged: {error!r} is missing or malformed.") from error
+
+    @classmethod
+    def of_json(cls, content: dict[str, Any]) -> Manifest:
+        """Take it from a JSON object; raises one of ``MALFORMED`` where that lacks what every store has."""
+        known = {name: content[name] for name in _field_names() if name in content}
+        files, raw = content["files"], content.get("keys", {})
+        for record in files.values():
+            int(record["bytes"])
+        if raw:
+            known["keys"] = KeysFile(str(raw["file"]), RAW_DTYPES[raw["dtype"]].__name__)
+            files[raw["file"]]
+        else:
+            known["keys"] = None if raw is None else NPY_KEYS
+        return cls(
+            **known | {"count": int(content["count"]), "dimension": int(content["dimension"])},
+            unknown={name: value for name, value in content.items() if name not in {*known, *_HEAD}},
+            order=tuple(content),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """What the file holds."""
+        content = {name: getattr(self, name) for name in _field_names()}
+        added = [name for name in content if name not in self.order and not _is_default(name, content[name])]
+        dropped = [name for name in ("keys", "derived") if _is_default(name, content[name])]
+        content |= {"format": FORMAT, "format_version": FORMAT_VERSION, **self.unknown}
+        content["keys"] = self.keys and self.keys._asdict()
+        return {name: content[name] for name in (*self.order, *added) if name not in dropped}
+
+    def write(self, folder: Path) -> None:
+        """Make the folder a datastore."""
+        write_json(folder / MANIFEST, self.to_json())
+
+    @property
+    def keys_checksum(self) -> str:
+        """The SHA-256 of the keys' file, which names the keys for indexes built from them; where the store has
+        no keys, that of the values stands for it."""
+        return self.files[self.keys.file if self.keys else VALUES]["sha256"]
+
+
+def file_record(path: Path) -> FileRecord:
+    """What a manifest says of a file: its size and checksum."""
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
+
+
+def record_derived(folder: Path, names: Iterable[str]) -> None:
+    """Enter files that were made from the store (indexes, clusterings) under ``derived`` in its manifest.
+
+    They are what a copy of the store should have besides its own files; they may be missing.
+
+    Parameters
+    ----------
+    folder : the store's.
+    names : the files' paths in it, with forward slashes.
+    """
+    manifest = Manifest.read(folder)
+    replace(manifest, derived=manifest.derived | {name: file_record(folder / name) for name in names}).write(folder)
+
+
+def now() -> str:
+    """The time for ``created``."""
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+
+
+def _field_names() -> list[str]:
+    """The JSON's names that are fields."""
+    return [each.name for each in fields(Manifest) if each.name not in ("unknown", "order")]
+
+
+def _is_default(name: str, value: Any) -> bool:
+    """Whether a field says no more than the JSON does without it."""
+    of = next(each for each in fields(Manifest) if each.name == name)
+    return value == (of.default if of.default_factory is MISSING else of.default_factory())
