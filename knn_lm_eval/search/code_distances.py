@@ -30,8 +30,41 @@ from knn_lm_eval.store.index_files import IndexFiles, find_parts
 from knn_lm_eval.system.files import check_free_space, disk_errors_in, read_json, replace_file, write_json
 
 CHUNK = 2**16
-Tables = tuple[np.ndarray, np.ndarray, bool]
 ARRAYS = {"lists": np.int32, "offsets": np.float32, "scales": np.float32, "codes": np.uint8}
+
+
+@dataclass(frozen=True)
+class CodeTables:
+    """What the codes of an index mean.
+
+    Attributes
+    ----------
+    centroids : float32 ``[lists, dimension]``, of the coarse quantizer.
+    codebooks : float32 ``[code bytes, 256, dimension / code bytes]``: what each code byte stands for.
+    is_rabitq : whether that is signs, by RaBitQ, and not parts of vectors, by a product quantizer.
+    """
+
+    centroids: np.ndarray
+    codebooks: np.ndarray
+    is_rabitq: bool
+
+    @classmethod
+    def of(cls, index: faiss.Index) -> CodeTables | None:
+        """Those of an index, or of a part; None for types whose codes cannot be looked up so."""
+        ivf = _below_transform(index)
+        if index.metric_type != faiss.METRIC_L2:
+            return None
+        if isinstance(ivf, faiss.IndexIVFPQ) and ivf.pq.nbits == 8 and ivf.by_residual:
+            is_rabitq = False
+            codebooks = faiss.vector_to_array(ivf.pq.centroids).reshape(ivf.pq.M, 256, ivf.pq.dsub)
+        elif _is_rabitq_of_one_bit(ivf) and ivf.d % 8 == 0:
+            is_rabitq = True
+            signs = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little") * 2.0 - 1
+            codebooks = np.broadcast_to(signs.astype(np.float32), (ivf.d // 8, 256, 8)).copy()
+        else:
+            return None
+        # A tensor in a process that has imported faiss.contrib.torch_utils.
+        return cls(np.asarray(ivf.quantizer.reconstruct_n(0, ivf.nlist)), codebooks, is_rabitq)
 
 
 @dataclass(frozen=True)
@@ -64,8 +97,8 @@ class CodeDistances:
         RaBitQ of 1 bit, by L2, or parts that were not trained together): its pointers need exact distances.
         """
         parts = split_parts(index)
-        tables = _tables(parts[0][0])
-        if tables is None or not all(_same(parts[0][0], part) for part, _ in parts[1:]):
+        tables = CodeTables.of(parts[0][0])
+        if tables is None or not all(_mean_the_same(parts[0][0], part) for part, _ in parts[1:]):
             return None
         folder = IndexFiles(datastore.path, name).index.with_suffix(".codes")
         identity = {
@@ -74,21 +107,22 @@ class CodeDistances:
         }
         if not (folder / "codes.json").exists() or read_json(folder / "codes.json") != identity:
             with disk_errors_in(folder):
-                _write(folder, datastore, parts, *tables)
+                _write(folder, datastore, parts, tables)
                 write_json(folder / "codes.json", identity)
         return cls.read(datastore, parts[0][0], name)
 
     @classmethod
     def read(cls, datastore: Datastore, part: faiss.Index, name: str) -> CodeDistances:
         """Map the code files that ``open`` made; any part of the index gives the tables, and serves all entries."""
-        tables = _tables(part)
+        tables = CodeTables.of(part)
         assert tables is not None
-        centroids, codebooks, is_rabitq = tables
         folder = IndexFiles(datastore.path, name).index.with_suffix(".codes")
         arrays = {array: np.load(folder / f"{array}.npy", mmap_mode="r") for array in ARRAYS}
-        by_component = np.ascontiguousarray(codebooks.transpose(0, 2, 1))
-        base_offsets = (centroids**2).sum(1) if is_rabitq else np.zeros(len(centroids), dtype=np.float32)
-        return cls(part, centroids, base_offsets, by_component, **{array: np.asarray(a) for array, a in arrays.items()})
+        by_component = np.ascontiguousarray(tables.codebooks.transpose(0, 2, 1))  # [code bytes, width, 256]
+        squared_norms = (tables.centroids**2).sum(1)  # [lists]
+        base_offsets = squared_norms if tables.is_rabitq else np.zeros_like(squared_norms)
+        mapped = {name: np.asarray(array) for name, array in arrays.items()}
+        return cls(part, tables.centroids, base_offsets, by_component, **mapped)
 
     def __call__(self, queries: np.ndarray, entries: np.ndarray, counts: np.ndarray) -> np.ndarray:
         """Approximate squared L2 distances.
@@ -126,8 +160,8 @@ def _look_up(  # type: ignore[no-untyped-def]
     queries, centroids, base_offsets, codebooks, entries, counts, lists, offsets, scales, codes, distances
 ):
     code_bytes, width, _ = codebooks.shape
-    table = np.empty((code_bytes, 256), dtype=np.float32)
-    base = np.empty(len(centroids), dtype=np.float32)
+    table = np.empty((code_bytes, 256), dtype=np.float32)  # <query, what a code byte stands for>
+    base = np.empty(len(centroids), dtype=np.float32)  # [lists], where known
     for i in range(len(queries)):
         query = queries[i]
         for m in range(code_bytes):
@@ -156,24 +190,6 @@ def _look_up(  # type: ignore[no-untyped-def]
             distances[i, j] = base[number] + offsets[entry] + scales[entry] * total
 
 
-def _tables(index: faiss.Index) -> Tables | None:
-    """The coarse centroids, what each code byte stands for, and whether that is by RaBitQ; None for other types."""
-    ivf = _below_transform(index)
-    if index.metric_type != faiss.METRIC_L2:
-        return None
-    if isinstance(ivf, faiss.IndexIVFPQ) and ivf.pq.nbits == 8 and ivf.by_residual:
-        is_rabitq = False
-        codebooks = faiss.vector_to_array(ivf.pq.centroids).reshape(ivf.pq.M, 256, ivf.pq.dsub)
-    elif _is_rabitq_of_one_bit(ivf) and ivf.d % 8 == 0:
-        is_rabitq = True
-        signs = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little") * 2.0 - 1
-        codebooks = np.broadcast_to(signs.astype(np.float32), (ivf.d // 8, 256, 8)).copy()
-    else:
-        return None
-    # A tensor in a process that has imported faiss.contrib.torch_utils.
-    return np.asarray(ivf.quantizer.reconstruct_n(0, ivf.nlist)), codebooks, is_rabitq
-
-
 def _is_rabitq_of_one_bit(ivf: Any) -> bool:
     is_rabitq = isinstance(ivf, (faiss.IndexIVFRaBitQ, faiss.IndexIVFRaBitQFastScan))
     return is_rabitq and ivf.rabitq.nb_bits == 1
@@ -193,30 +209,24 @@ def _transformed(index: faiss.Index, vectors: np.ndarray) -> np.ndarray:
     return vectors
 
 
-def _same(part: faiss.Index, other: faiss.Index) -> bool:
+def _mean_the_same(part: faiss.Index, other: faiss.Index) -> bool:
     """Whether the codes of both parts mean the same."""
-    tables, others = _tables(part), _tables(other)
+    tables, other_tables = CodeTables.of(part), CodeTables.of(other)
     axes = np.eye(part.d, dtype=np.float32)
     return (
         tables is not None
-        and others is not None
-        and tables[2] == others[2]
-        and np.array_equal(tables[0], others[0])
-        and np.array_equal(tables[1], others[1])
+        and other_tables is not None
+        and tables.is_rabitq == other_tables.is_rabitq
+        and np.array_equal(tables.centroids, other_tables.centroids)
+        and np.array_equal(tables.codebooks, other_tables.codebooks)
         and np.array_equal(_transformed(part, axes), _transformed(other, axes))
     )
 
 
-def _write(
-    folder: Path,
-    datastore: Datastore,
-    parts: list[tuple[faiss.Index, int]],
-    centroids: np.ndarray,
-    codebooks: np.ndarray,
-    is_rabitq: bool,
-) -> None:
-    count, code_bytes = len(datastore), codebooks.shape[0]
-    keys = datastore.require_keys("RetoMaton with a RaBitQ index") if is_rabitq else None
+def _write(folder: Path, datastore: Datastore, parts: list[tuple[faiss.Index, int]], tables: CodeTables) -> None:
+    """Lay out the codes, lists, offsets and scales of all entries in text order."""
+    count, code_bytes = len(datastore), len(tables.codebooks)
+    keys = datastore.require_keys("RetoMaton with a RaBitQ index") if tables.is_rabitq else None
     folder.mkdir(exist_ok=True)
     check_free_space(folder, count * (12 + code_bytes), "the codes in text order")
     shapes = {"codes": (count, code_bytes)}
@@ -225,32 +235,48 @@ def _write(
         for name, dtype in ARRAYS.items()
     }
     for index, first_id in parts:
-        ivf = _below_transform(index)
-        inverted: Any = ivf.invlists
-        for number in range(ivf.nlist):
-            size = inverted.list_size(number)
-            if size:
-                ids = faiss.rev_swig_ptr(inverted.get_ids(number), size) + first_id
-                arrays["lists"][ids] = number
-                if not is_rabitq:
-                    codes = faiss.rev_swig_ptr(inverted.get_codes(number), size * ivf.code_size)
-                    arrays["codes"][ids] = codes.reshape(size, -1)
+        _copy_lists(index, first_id, arrays["lists"], None if tables.is_rabitq else arrays["codes"])
     for start in tqdm(range(0, count, CHUNK), desc="Laying out codes in text order", unit=" chunks"):
         rows = slice(start, start + CHUNK)
-        centroid = centroids[arrays["lists"][rows]]
+        centroids = tables.centroids[arrays["lists"][rows]]  # [chunk, dimension]
         if keys is not None:
-            residual = _transformed(parts[0][0], keys[rows].astype(np.float32)) - centroid
-            positive = residual > 0
-            arrays["codes"][rows] = np.packbits(positive, axis=1, bitorder="little")
-            squared, absolute = (residual**2).sum(1), np.abs(residual).sum(1)
-            multiplier = squared / np.maximum(absolute, np.finfo(np.float32).tiny)
-            arrays["scales"][rows] = -2 * multiplier
-            arrays["offsets"][rows] = squared + 2 * multiplier * np.where(positive, centroid, -centroid).sum(1)
+            residuals = _transformed(parts[0][0], keys[rows].astype(np.float32)) - centroids  # [chunk, dimension]
+            arrays["codes"][rows] = np.packbits(residuals > 0, axis=1, bitorder="little")
+            arrays["scales"][rows], arrays["offsets"][rows] = _rabitq_factors(residuals, centroids)
         else:
-            codes = arrays["codes"][rows]
-            decoded = codebooks[np.arange(code_bytes), codes].reshape(len(codes), -1) + centroid
+            codes = arrays["codes"][rows]  # [chunk, code bytes]
+            decoded = tables.codebooks[np.arange(code_bytes), codes].reshape(len(codes), -1)  # [chunk, dimension]
             arrays["scales"][rows] = -2
-            arrays["offsets"][rows] = (decoded**2).sum(1)
+            arrays["offsets"][rows] = ((decoded + centroids) ** 2).sum(1)
     for name, array in arrays.items():
         array.flush()
         replace_file(folder / f"{name}.npy.tmp", folder / f"{name}.npy")
+
+
+def _copy_lists(index: faiss.Index, first_id: int, lists: np.ndarray, codes: np.ndarray | None) -> None:
+    """Enter, for each entry of an index or a part, the number of its list, and its code unless ``codes`` is None.
+
+    Parameters
+    ----------
+    first_id : the entry that the part calls 0.
+    lists, codes : int32 ``[count]`` and uint8 ``[count, code bytes]``, of all entries.
+    """
+    ivf = _below_transform(index)
+    inverted: Any = ivf.invlists
+    for number in range(ivf.nlist):
+        size = inverted.list_size(number)
+        if not size:
+            continue
+        entries = faiss.rev_swig_ptr(inverted.get_ids(number), size) + first_id  # [size]
+        lists[entries] = number
+        if codes is not None:
+            of_list = faiss.rev_swig_ptr(inverted.get_codes(number), size * ivf.code_size)
+            codes[entries] = of_list.reshape(size, -1)
+
+
+def _rabitq_factors(residuals: np.ndarray, centroids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The scales and offsets ``[n]`` of entries x by RaBitQ, from x - c and c, float32 ``[n, dimension]``."""
+    squared, absolute = (residuals**2).sum(1), np.abs(residuals).sum(1)  # [n]
+    multiplier = squared / np.maximum(absolute, np.finfo(np.float32).tiny)  # [n]
+    signed_centroids = np.where(residuals > 0, centroids, -centroids)  # [n, dimension]
+    return -2 * multiplier, squared + 2 * multiplier * signed_centroids.sum(1)

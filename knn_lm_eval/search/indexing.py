@@ -92,10 +92,7 @@ def build_index(
     """
     datastore.require_keys("building an index")
     factory = _checked_factory(datastore, factory, sim_func, budget)
-    if budget.slowdown is not None and not quality_queries:
-        raise UserError("A slowdown as budget takes a measurement: leave out --quality_queries 0.")
-    if budget.slowdown is not None and lm_microseconds is None:
-        raise UserError("A slowdown as budget is of the LM's own time: give lm_microseconds as well.")
+    _check_budget(budget, quality_queries, lm_microseconds)
     files = IndexFiles(datastore.path, name)
     _check_place(files, len(datastore), parts, ray, overwrite)
     settings: dict[str, Any] = {
@@ -104,9 +101,8 @@ def build_index(
         "seed": seed,
         "train_sample": train_sample,
         "keys_sha256": datastore.keys_checksum,
+        **({} if parts is None else {"parts": parts}),
     }
-    if parts is not None:
-        settings["parts"] = parts
     unfinished = _Unfinished(files, settings)
     with disk_errors_in(datastore.path):
         index = unfinished.load() if resume else None
@@ -114,11 +110,12 @@ def build_index(
             unfinished.forget()
             index = _train(datastore, factory, sim_func, train_sample, seed, unfinished.seconds)
         index_type = type(index).__name__
+        layout: dict[str, Any] = {}
         if parts is None:
             _add(datastore, index, unfinished)
         else:
-            part_records = _add_in_parts(datastore, index, unfinished, parts, ray)
-            index = join_parts([read_index(unfinished.part(number)) for number in range(parts)], relative_ids=True)
+            layout = {"parts": _add_in_parts(datastore, index, unfinished, parts, ray), "part_ids": "relative"}
+            index = join_parts([read_index(path) for path in unfinished.finished_files()], relative_ids=True)
         metadata: dict[str, Any] = {
             **settings,
             "count": len(datastore),
@@ -134,14 +131,10 @@ def build_index(
             metadata |= {"probe": fastest_enough(metadata["quality"], limit), "slowdown": budget.slowdown}
         if parts is None:
             _write(index, unfinished.index)
-            metadata["bytes"] = unfinished.index.stat().st_size
-            final_files = {unfinished.index: files.index}
-        else:
-            size = sum(record["bytes"] for record in part_records)
-            metadata |= {"bytes": size, "parts": part_records, "part_ids": "relative"}
-            final_files = {unfinished.part(number): files.part(number) for number in range(parts)}
-        metadata["bytes_held"] = sum(bytes_held(read_index(path)) for path in final_files)
-        _install(datastore, files, final_files, metadata)
+        written = unfinished.finished_files()
+        metadata |= {"bytes": sum(path.stat().st_size for path in written), **layout}
+        metadata["bytes_held"] = sum(bytes_held(read_index(path)) for path in written)
+        _install(datastore, files, written, metadata)
         unfinished.remove()
     return metadata
 
@@ -155,6 +148,14 @@ def _checked_factory(datastore: Datastore, factory: str, sim_func: str, budget: 
     if budget.bytes_per_entry is not None:
         raise UserError(f"A budget in bytes per entry is for --factory auto to choose by; leave out {factory}, or it.")
     return factory
+
+
+def _check_budget(budget: Budget, quality_queries: int, lm_microseconds: Callable[[Datastore], float] | None) -> None:
+    """Raise UserError where a slowdown is asked for that cannot be measured."""
+    if budget.slowdown is not None and not quality_queries:
+        raise UserError("A slowdown as budget takes a measurement: leave out --quality_queries 0.")
+    if budget.slowdown is not None and lm_microseconds is None:
+        raise UserError("A slowdown as budget is of the LM's own time: give lm_microseconds as well.")
 
 
 def _check_place(files: IndexFiles, count: int, parts: int | None, ray: str | None, overwrite: bool) -> None:
@@ -191,6 +192,12 @@ class _Unfinished:
         """Where a finished part waits for the others."""
         part = self.files.part(number)
         return part.with_name(part.name + ".part")
+
+    def finished_files(self) -> dict[Path, Path]:
+        """The files of the index when it is finished, in order, and what each will be called."""
+        if (parts := self.settings.get("parts")) is None:
+            return {self.index: self.files.index}
+        return {self.part(number): self.files.part(number) for number in range(parts)}
 
     def load(self) -> faiss.Index | None:
         """The index to go on with; None where there is none.
@@ -349,7 +356,7 @@ def _build_part(
     return {"start": start, "stop": stop, "bytes": part.stat().st_size}
 
 
-def _install(datastore: Datastore, files: IndexFiles, final_files: dict[Path, Path], metadata: dict[str, Any]) -> None:
+def _install(datastore: Datastore, files: IndexFiles, written: dict[Path, Path], metadata: dict[str, Any]) -> None:
     """Give finished files their final names, in the place of an index of that name.
 
     The metadata goes last: whoever finds both finds a finished index.
@@ -357,10 +364,10 @@ def _install(datastore: Datastore, files: IndexFiles, final_files: dict[Path, Pa
     files.metadata.unlink(missing_ok=True)
     for old in (files.index, *files.folder.glob(f"{files.name}.[0-9][0-9][0-9].faiss")):
         old.unlink(missing_ok=True)
-    for finished, final in final_files.items():
+    for finished, final in written.items():
         replace_file(finished, final)
     write_json(files.metadata, metadata)
-    record_derived(datastore.path, [files.metadata.name, *(final.name for final in final_files.values())])
+    record_derived(datastore.path, [files.metadata.name, *(final.name for final in written.values())])
 
 
 def _write(index: faiss.Index, path: Path) -> None:

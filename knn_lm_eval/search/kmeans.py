@@ -53,7 +53,7 @@ def train_kmeans(
     with tqdm(total=iterations, initial=done, desc=description, unit=" iterations") as bar:
         chosen = np.random.default_rng(seed).choice(len(keys), sample, replace=False, shuffle=False)
         chosen.sort()
-        vectors = keys_of(keys, chosen)
+        vectors = keys_of(keys, chosen)  # [sample, dimension]
         while done < iterations:
             kmeans.train(vectors, init_centroids=centroids)
             centroids, done = kmeans.centroids, done + 1
@@ -66,15 +66,15 @@ def train_kmeans(
 
 def _check_memory(dimension: int, num_clusters: int, sample: int) -> None:
     """Raise UserError where k-means would take more memory than the machine has."""
-    row = 4 * dimension
-    have = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    row = 4 * dimension  # bytes
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     held = 3 * num_clusters * row  # the centroids, their index, and their successors
-    if held + sample * row > MEMORY_SHARE * have:
-        fits = int(MEMORY_SHARE * have - held) // row
+    if held + sample * row > MEMORY_SHARE * memory:
+        fits = int(MEMORY_SHARE * memory - held) // row
         advice = f"--sample {fits} or less" if fits >= num_clusters else "fewer --num_clusters"
         raise UserError(
             f"k-means of {sample:,} keys into {num_clusters:,} clusters takes "
-            f"{(held + sample * row) / 2**30:.1f} GiB of memory, this machine has {have / 2**30:.1f} GiB; "
+            f"{(held + sample * row) / 2**30:.1f} GiB of memory, this machine has {memory / 2**30:.1f} GiB; "
             f"choose {advice}."
         )
 
@@ -95,10 +95,10 @@ def two_level_kmeans(vectors: np.ndarray, count: int, seed: int, spherical: bool
     settings = {"seed": seed, "spherical": spherical, "min_points_per_centroid": 1}
     coarse = faiss.Kmeans(vectors.shape[1], round(math.sqrt(count)), max_points_per_centroid=1024, **settings)
     coarse.train(vectors)
-    cluster = coarse.assign(vectors)[1]
-    sizes = np.bincount(cluster, minlength=coarse.k)
+    cluster = coarse.assign(vectors)[1]  # [n]
+    sizes = np.bincount(cluster, minlength=coarse.k)  # [coarse clusters]
     # Each gets the floor of its share, at least one if it has members; what that leaves or owes, the largest bear.
-    shares = np.maximum(sizes * count // len(vectors), sizes > 0)
+    shares = np.maximum(sizes * count // len(vectors), sizes > 0)  # [coarse clusters]
     while (left := count - shares.sum()) != 0:
         room = sizes - shares if left > 0 else shares - 1
         largest = np.argsort(-sizes, kind="stable")

@@ -62,25 +62,25 @@ def find_parts(datastore: Datastore, name: str = DEFAULT_INDEX) -> tuple[dict[st
     files = IndexFiles(datastore.path, name)
     if not files.metadata.is_file() or not (files.index.is_file() or files.part(0).is_file()):
         built = index_names(datastore)
-        have = f"it has {', '.join(built)}" if built else "build one with build_index"
-        raise UserError(f"The datastore {datastore.path} has no index called {name!r}: {have}.")
+        others = f"it has {', '.join(built)}" if built else "build one with build_index"
+        raise UserError(f"The datastore {datastore.path} has no index called {name!r}: {others}.")
     metadata = read_json(files.metadata)
     if metadata.get("keys_sha256") != datastore.keys_checksum:
         raise UserError(
             f"The index {files.index} was built for other keys than those in {datastore.path}; build it again."
         )
-    said = metadata.get("parts") or [{"start": 0, "stop": len(datastore), "bytes": metadata.get("bytes")}]
-    paths = [files.part(number) for number in range(len(said))] if "parts" in metadata else [files.index]
+    runs = metadata.get("parts") or [{"start": 0, "stop": len(datastore), "bytes": metadata.get("bytes")}]
+    paths = [files.part(number) for number in range(len(runs))] if "parts" in metadata else [files.index]
     relative, parts = metadata.get("part_ids") == "relative", []
-    for path, part in zip(paths, said, strict=True):
+    for path, run in zip(paths, runs, strict=True):
         if not path.is_file():
             raise UserError(f"The index {files.index} is incomplete: {path.name} is missing; build or import it again.")
-        if (actual := path.stat().st_size) != part["bytes"]:
+        if (actual := path.stat().st_size) != run["bytes"]:
             raise UserError(
                 f"The index {path} is damaged: it has {actual} bytes, {files.metadata.name} says "
-                f"{part['bytes']}; build it again."
+                f"{run['bytes']}; build it again."
             )
-        parts.append(IndexPart(path, part["start"], part["stop"], part["start"] if relative else 0))
+        parts.append(IndexPart(path, run["start"], run["stop"], run["start"] if relative else 0))
     return metadata, parts
 
 

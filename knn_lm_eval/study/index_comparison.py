@@ -250,8 +250,8 @@ class IndexComparison:
     def _exact_neighbours(self, sim_func: str, k: int) -> tuple[Tensor, Tensor, float]:
         """Distances and entries ``[tokens, k or more]``, and the CPU seconds of the search, which may be kept ones."""
         queries = self.queries.queries.numpy()
-        asked = f"{self.store.keys_checksum} {sim_func} {hashlib.sha256(queries.tobytes()).hexdigest()}"
-        path = self.cache / f"exact-{hashlib.sha256(asked.encode()).hexdigest()[:16]}.npz"
+        search = f"{self.store.keys_checksum} {sim_func} {hashlib.sha256(queries.tobytes()).hexdigest()}"
+        path = self.cache / f"exact-{hashlib.sha256(search.encode()).hexdigest()[:16]}.npz"
         if path.is_file():
             with np.load(path, allow_pickle=False) as kept:
                 if kept["distances"].shape[1] >= k:

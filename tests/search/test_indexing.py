@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 
 import faiss
@@ -99,8 +102,21 @@ def test_a_slowdown_limits_the_probe(own_store: Datastore, monkeypatch, caplog) 
         assert metadata["probe"] in allowed and metadata["slowdown"] == 1.5
     fastest = min(metadata["quality"], key=lambda row: row["microseconds"])
     assert metadata["probe"] == fastest["probe"]
+    with pytest.raises(UserError, match="is of the LM's own time: give lm_microseconds"):
+        build_index(own_store, budget=Budget(slowdown=1.5), overwrite=True)
     with pytest.raises(UserError, match="takes a measurement"):
         build_index(own_store, budget=Budget(slowdown=1.5), quality_queries=0, overwrite=True)
+
+
+def test_building_an_index_reaches_no_lm() -> None:
+    source = """
+        import sys
+        import knn_lm_eval.search.indexing
+        upstairs = ("knn_lm_eval.make", "knn_lm_eval.model", "knn_lm_eval.lm", "transformers", "lm_eval")
+        print([name for name in sys.modules if name.startswith(upstairs)])
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(source)], capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stderr
 
 
 def test_the_lms_time_is_measured_on_the_stores_own_text(store: Datastore, own_store: Datastore) -> None:
