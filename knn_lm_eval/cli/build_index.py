@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+from typing import Any
 
 from knn_lm_eval.errors import report_user_errors
 
@@ -70,16 +71,30 @@ def main() -> None:
         f"{metadata['factory']}: {metadata['count']:,} entries, {metadata['bytes'] / metadata['count']:.0f} bytes each"
     )
     if metadata.get("quality"):
-        print(f"against exact search, k = {metadata['quality_k']}, temperature {metadata['quality_knn_temp']}:")
-        print("  probe  recall  error of p_kNN  (mean p_kNN)  us/query")
-        for row in metadata["quality"]:
-            mark = "*" if row["probe"] == metadata["probe"] else " "
-            print(
-                f"{mark} {row['probe'] or '-':>5}  {row['recall']:6.3f}  {row['p_knn_error']:14.5f}"
-                f"  {row['p_knn']:12.5f}  {row['microseconds']:8.0f}"
-            )
-        if metadata["probe"]:
-            why = "more probes bring p_kNN hardly nearer to exact search"
-            if "slowdown" in metadata:
-                why += f", or more than {metadata['slowdown']:g} times the LM's own time"
-            print(f"* used by default (probe={metadata['probe']}): {why}")
+        print_quality(metadata)
+
+
+def print_quality(metadata: dict[str, Any]) -> None:
+    """Print how the index compares with exact search, probe by probe, and which probe is used by default."""
+    from knn_lm_eval.report.tables import print_table
+
+    columns = {"": "", "probe": ">", "recall": ".3f", "error of p_kNN": ".5f", "mean p_kNN": ".5f", "us/query": ".0f"}
+    rows = [
+        (
+            "*" if row["probe"] == metadata["probe"] else "",
+            row["probe"] or "-",
+            row["recall"],
+            row["p_knn_error"],
+            row["p_knn"],
+            row["microseconds"],
+        )
+        for row in metadata["quality"]
+    ]
+    notes = []
+    if metadata["probe"]:
+        reason = "more probes bring p_kNN hardly nearer to exact search"
+        if "slowdown" in metadata:
+            reason += f", or more than {metadata['slowdown']:g} times the LM's own time"
+        notes = [f"* used by default (probe={metadata['probe']}): {reason}"]
+    title = f"against exact search, k = {metadata['quality_k']}, temperature {metadata['quality_knn_temp']}:"
+    print_table(title, columns, rows, notes)
