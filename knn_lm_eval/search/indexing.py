@@ -7,6 +7,7 @@ as Ray tasks), so that a build takes no more memory than one part.
 
 from __future__ import annotations
 
+import glob
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -34,7 +35,8 @@ from knn_lm_eval.store.datastore import Datastore
 from knn_lm_eval.store.index_files import DEFAULT_INDEX, IndexFiles
 from knn_lm_eval.store.key_stream import key_chunks, keys_of
 from knn_lm_eval.store.manifest import record_derived
-from knn_lm_eval.system.files import check_free_space, disk_errors_in, read_json, replace_file, write_json
+from knn_lm_eval.system.checkpoints import SavedStates
+from knn_lm_eval.system.files import check_free_space, disk_errors_in, replace_file, write_json
 from knn_lm_eval.system.ray_cluster import run_tasks
 
 logger = logging.getLogger(__name__)
@@ -107,7 +109,7 @@ def build_index(
     with disk_errors_in(datastore.path):
         index = unfinished.load() if resume else None
         if index is None:
-            unfinished.forget()
+            unfinished.states.remove()
             index = _train(datastore, factory, sim_func, train_sample, seed, unfinished.seconds)
         index_type = type(index).__name__
         layout: dict[str, Any] = {}
@@ -135,7 +137,7 @@ def build_index(
         metadata |= {"bytes": sum(path.stat().st_size for path in written), **layout}
         metadata["bytes_held"] = sum(bytes_held(read_index(path)) for path in written)
         _install(datastore, files, written, metadata)
-        unfinished.remove()
+        unfinished.states.remove()  # of an index in parts: the trained one
     return metadata
 
 
@@ -174,63 +176,51 @@ class _Unfinished:
     Attributes
     ----------
     index : the file of the index with the entries that it has; of an index in parts, trained and empty.
-    settings : what the result depends on.
+    states : with which settings it was begun, and how long each stage took; there is nothing to go on with without.
     seconds : that each stage took so far.
     """
 
     def __init__(self, files: IndexFiles, settings: dict[str, Any]) -> None:
-        self.files, self.settings = files, settings
+        self._files = files
         self.index = files.index.with_name(files.index.name + ".part")
         self.seconds: dict[str, float] = {}
-
-    @property
-    def state(self) -> Path:
-        """The file that says with which settings the index was begun; there is nothing to go on with without it."""
-        return self.index.with_name(self.index.name + ".json")
+        name = glob.escape(files.name)
+        self.states = SavedStates(
+            self.index.with_name(self.index.name + ".json"),
+            settings,
+            what=f"The unfinished index {self.index}",
+            others=[f"{name}{part}.faiss.part{end}" for part in ("", ".[0-9][0-9][0-9]") for end in ("", ".tmp")],
+        )
 
     def part(self, number: int) -> Path:
         """Where a finished part waits for the others."""
-        part = self.files.part(number)
+        part = self._files.part(number)
         return part.with_name(part.name + ".part")
 
     def finished_files(self) -> dict[Path, Path]:
         """The files of the index when it is finished, in order, and what each will be called."""
-        if (parts := self.settings.get("parts")) is None:
-            return {self.index: self.files.index}
-        return {self.part(number): self.files.part(number) for number in range(parts)}
+        if (parts := self.states.settings.get("parts")) is None:
+            return {self.index: self._files.index}
+        return {self.part(number): self._files.part(number) for number in range(parts)}
 
     def load(self) -> faiss.Index | None:
         """The index to go on with; None where there is none.
 
         Raises UserError where it was begun with other settings.
         """
-        if not self.index.exists() or not self.state.exists():
+        notes = self.states.resumed() if self.index.exists() else None
+        if notes is None:
             return None
-        state = read_json(self.state)
-        if state["settings"] != self.settings:
-            raise UserError(
-                f"The unfinished index {self.index} was begun with {state['settings']}, now it is {self.settings}; "
-                f"give the same settings, or leave out --resume to start anew."
-            )
-        self.seconds = state["seconds"]
+        self.seconds = notes["seconds"]
         index = faiss.read_index(str(self.index))
-        whole = "parts" not in self.settings
+        whole = "parts" not in self.states.settings
         logger.info("Going on with %s.", f"{index.ntotal:,} entries" if whole else "the parts that lack")
         return index
 
     def save(self, index: faiss.Index) -> None:
         """Keep the index as it is."""
         _write(index, self.index)
-        write_json(self.state, {"settings": self.settings, "seconds": self.seconds})
-
-    def forget(self) -> None:
-        """Start anew: what is there is not to be gone on with."""
-        self.state.unlink(missing_ok=True)
-
-    def remove(self) -> None:
-        """Remove what is there, but for parts."""
-        self.index.unlink(missing_ok=True)  # of an index in parts: the trained one
-        self.forget()
+        self.states.note(seconds=self.seconds)
 
 
 def _train(
@@ -284,13 +274,12 @@ def _place_lists(index: faiss.Index, ivf: faiss.IndexIVF, vectors: np.ndarray, s
 def _add(datastore: Datastore, index: faiss.Index, unfinished: _Unfinished) -> None:
     """Add the keys that are not in the index yet, in order."""
     keys = datastore.require_keys("an index")
-    start = saved = time.perf_counter()
+    start = time.perf_counter()
     with tqdm(total=len(datastore), initial=index.ntotal, desc="Adding keys", unit=" keys", unit_scale=True) as bar:
         for added in _add_run(index, keys, 0, len(datastore)):
             bar.update(added)
-            if time.perf_counter() - saved > CHECKPOINT_SECONDS and index.ntotal < len(datastore):
+            if unfinished.states.is_due(CHECKPOINT_SECONDS) and index.ntotal < len(datastore):
                 unfinished.save(index)
-                saved = time.perf_counter()
     unfinished.seconds["add"] = unfinished.seconds.get("add", 0.0) + time.perf_counter() - start
 
 
@@ -316,9 +305,7 @@ def _add_in_parts(
     datastore: Datastore, trained: faiss.Index, unfinished: _Unfinished, parts: int, ray: str | None
 ) -> list[dict[str, int]]:
     """Build the parts that are not there yet, each in its file; returns what the metadata says of them."""
-    if not unfinished.state.exists():
-        for number in range(MOST_PARTS):
-            unfinished.part(number).unlink(missing_ok=True)
+    if not unfinished.states.fits():
         unfinished.save(trained)
     ends = [len(datastore) * number // parts for number in range(parts + 1)]
     records: dict[int, dict[str, int]] = {}
