@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from knn_lm_eval.errors import UserError, report_user_errors
+from knn_lm_eval.cli.main import verb
+from knn_lm_eval.errors import UserError
 
 if TYPE_CHECKING:
     from knn_lm_eval.benchmark.estimate import Estimate
@@ -23,10 +24,8 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main() -> None:
-    arguments = parse_arguments()
-    report_user_errors()
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+@verb(parse_arguments)
+def main(arguments: argparse.Namespace) -> None:
     if arguments.verbose:
         logging.getLogger("knn_lm_eval").setLevel(logging.DEBUG)
 

@@ -6,7 +6,8 @@ import argparse
 import logging
 from pathlib import Path
 
-from knn_lm_eval.errors import UserError, report_user_errors
+from knn_lm_eval.cli.arguments import add_datastore, check_options
+from knn_lm_eval.cli.main import verb
 
 # Which arguments go with which method; the functions know the defaults.
 OPTIONS = {
@@ -18,7 +19,7 @@ OPTIONS = {
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, argument_default=argparse.SUPPRESS)
-    parser.add_argument("--datastore", required=True, help="the datastore's folder or address")
+    add_datastore(parser)
     way = parser.add_mutually_exclusive_group(required=True)
     way.add_argument(
         "--method",
@@ -43,15 +44,12 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main() -> None:
-    settings = vars(parse_arguments())
-    report_user_errors()
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+@verb(parse_arguments, logging.INFO)
+def main(arguments: argparse.Namespace) -> None:
+    settings = vars(arguments)
     logging.getLogger("faiss").setLevel(logging.WARNING)
     method = settings.pop("method", "import")
-    for name in settings.keys() - {"datastore", "members", "name", "overwrite"}:
-        if name not in OPTIONS[method]:
-            raise UserError(f"--{name} does not go with the method {method}; leave it out.")
+    check_options(method, settings.keys() - {"datastore", "members", "name", "overwrite"}, OPTIONS[method])
 
     from knn_lm_eval.make.clustering import cluster_greedy_merge, cluster_kmeans
     from knn_lm_eval.make.members import import_members

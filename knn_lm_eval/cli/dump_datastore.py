@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from knn_lm_eval.errors import UserError, report_user_errors
+from knn_lm_eval.cli.arguments import (
+    BATCH_SIZE,
+    add_key_arguments,
+    add_model_arguments,
+    add_output,
+    check_at_least_one,
+    read_model_args,
+    whole_number,
+)
+from knn_lm_eval.cli.main import verb
+from knn_lm_eval.errors import UserError
 
 if TYPE_CHECKING:
     from knn_lm_eval.store.datastore import Datastore
@@ -16,10 +25,10 @@ if TYPE_CHECKING:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--model_args",
-        required=True,
-        help="as for lm_eval --model hf: pretrained=NAME,dtype=float16,peft=...",
+    add_model_arguments(
+        parser,
+        "as for lm_eval --model hf: pretrained=NAME,dtype=float16,peft=...",
+        max_length="the model's limit, at most 1024",
     )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--text", type=Path, help="a UTF-8 text file")
@@ -38,27 +47,19 @@ def parse_arguments() -> argparse.Namespace:
         help="what a document is: each line or row (default), separated by blank lines, the whole file (one token "
         "stream), or a WikiText article",
     )
-    parser.add_argument("--output", type=Path, required=True, help="the folder to write")
-    parser.add_argument(
-        "--knn_keytype",
-        default="last_ffn_input",
-        choices=["last_ffn_input", "last_ffn_output"],
-        help="which keys",
-    )
-    parser.add_argument(
-        "--key_module",
-        help="the model's submodule whose input is the key (with last_ffn_output: whose output), such as "
+    add_output(parser, "the folder to write")
+    add_key_arguments(
+        parser,
+        "which keys",
+        "the model's submodule whose input is the key (with last_ffn_output: whose output), such as "
         "model.layers.29.mlp (default: the last layer's feed-forward block, which is found by itself)",
     )
-    parser.add_argument("--max_length", type=int, help="tokens per window (default: the model's limit, at most 1024)")
     parser.add_argument(
         "--stride",
         type=int,
         help="tokens that each window adds (default: max_length, no overlapping windows)",
     )
-    parser.add_argument("--batch_size", type=int, default=4, help="windows of max_length per batch (default: 4)")
     parser.add_argument("--max_tokens", type=int, help="stop after so many tokens")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted dump")
     parser.add_argument(
         "--ray",
@@ -73,57 +74,35 @@ def check(arguments: argparse.Namespace) -> None:
     """Raise UserError for mistakes that show without loading anything."""
     if arguments.text and not arguments.text.is_file():
         raise UserError(f"There is no text file {arguments.text}.")
-    if arguments.max_tokens is not None and arguments.max_tokens < 1:
-        raise UserError(f"--max_tokens {arguments.max_tokens} must be at least 1.")
+    check_at_least_one(arguments, "max_tokens")
     if arguments.workers is not None and arguments.ray is None:
         raise UserError("--workers is for --ray; without it, torchrun or accelerate starts several processes.")
-    if arguments.workers is not None and arguments.workers < 1:
-        raise UserError(f"--workers {arguments.workers} must be at least 1.")
+    check_at_least_one(arguments, "workers")
 
 
-def main() -> None:
-    arguments = parse_arguments()
-    report_user_errors()
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+@verb(parse_arguments)
+def main(arguments: argparse.Namespace) -> None:
     # Of several processes the first one says what is wrong, and the launcher ends the others.
     if os.environ.get("RANK", "0") == "0":
         check(arguments)
-
-    # Imported late: --help and a mistyped path should not wait for torch.
-    from lm_eval.utils import simple_parse_args_string
 
     from knn_lm_eval.lm.loading import CausalHFLM
     from knn_lm_eval.make.dump import dump_datastore
     from knn_lm_eval.make.text import TextSource
     from knn_lm_eval.system.processes import Processes
 
-    def read_model_args() -> dict[str, Any]:
-        model_args = simple_parse_args_string(arguments.model_args)
-        if "pretrained" not in model_args:
-            raise UserError("--model_args names no model; give pretrained=NAME or pretrained=FOLDER.")
-        if Path(str(model_args["pretrained"])).is_dir():
-            model_args["pretrained"] = str(Path(str(model_args["pretrained"])).resolve())
-        return model_args
-
     names = ("text", "dataset", "config", "split", "text_column", "streaming", "documents")
     source = TextSource(**{name: getattr(arguments, name) for name in names})
-    settings = {
-        "key_type": arguments.knn_keytype,
-        "key_module": arguments.key_module,
-        "max_length": arguments.max_length,
-        "stride": arguments.stride,
-        "batch_size": arguments.batch_size,
-        "max_tokens": arguments.max_tokens,
-    }
     if arguments.ray is not None:
         from knn_lm_eval.make.ray_dump import DumpPlan, dump_on_ray
 
-        plan = DumpPlan(read_model_args(), source.absolute(), arguments.output.resolve(), arguments.device, settings)
+        model_args, device, settings = read_lm(arguments)
+        plan = DumpPlan(model_args, source.absolute(), arguments.output.resolve(), device, settings)
         report(dump_on_ray(arguments.ray, plan, arguments.workers, arguments.resume))
         return
     processes = Processes.of_this_launch()
-    model_args = processes.each_does(read_model_args)
-    lm = processes.each_does(lambda: CausalHFLM(**model_args, device=arguments.device))
+    model_args, device, settings = processes.each_does(lambda: read_lm(arguments))
+    lm = processes.each_does(lambda: CausalHFLM(**model_args, device=device))
     store = dump_datastore(
         lm,
         source.pieces(),
@@ -136,6 +115,29 @@ def main() -> None:
     )
     if processes.rank == 0:
         report(store)
+
+
+def read_lm(arguments: argparse.Namespace) -> tuple[dict[str, Any], str | None, dict[str, Any]]:
+    """The arguments of the LM, as its datastore records them; its device; and the dump's settings."""
+    model_args = read_model_args(arguments)
+    if "pretrained" not in model_args:
+        raise UserError("--model_args names no model; give pretrained=NAME or pretrained=FOLDER.")
+    if Path(str(model_args["pretrained"])).is_dir():
+        model_args["pretrained"] = str(Path(str(model_args["pretrained"])).resolve())
+    settings = {
+        "key_type": arguments.knn_keytype,
+        "key_module": arguments.key_module,
+        "max_length": model_args.get("max_length"),
+        "stride": arguments.stride,
+        "batch_size": whole_number(model_args, "batch_size", BATCH_SIZE),
+        "max_tokens": arguments.max_tokens,
+    }
+    device = model_args.pop("device", None)
+    # What an option says is of this dump alone; what --model_args says is recorded, and holds in evaluations, too.
+    for name in ("max_length", "batch_size"):
+        if getattr(arguments, name) is not None:
+            del model_args[name]
+    return model_args, device, settings
 
 
 def report(store: Datastore) -> None:

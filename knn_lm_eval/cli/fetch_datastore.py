@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import logging
-from pathlib import Path
 from urllib.parse import urlsplit
 
-from knn_lm_eval.errors import UserError, report_user_errors
+from knn_lm_eval.cli.arguments import add_output
+from knn_lm_eval.cli.main import verb
+from knn_lm_eval.errors import UserError
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -19,14 +19,12 @@ def parse_arguments() -> argparse.Namespace:
         help="the folder of a datastore (https://... or hf://datasets/USER/NAME[/FOLDER]), or each of the files that "
         "another program published",
     )
-    parser.add_argument("--output", type=Path, help="the folder (default: in the cache, $KNN_LM_EVAL_CACHE)")
+    add_output(parser, "the folder (default: in the cache, $KNN_LM_EVAL_CACHE)", required=False)
     return parser.parse_args()
 
 
-def main() -> None:
-    arguments = parse_arguments()
-    report_user_errors()
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+@verb(parse_arguments)
+def main(arguments: argparse.Namespace) -> None:
 
     from knn_lm_eval.store.datastore import Datastore
     from knn_lm_eval.store.fetching import PUBLISHED_SUFFIXES, fetch_datastore, fetch_files, is_address

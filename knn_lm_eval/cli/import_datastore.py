@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import logging
 from pathlib import Path
 
-from knn_lm_eval.errors import report_user_errors
+from knn_lm_eval.cli.arguments import add_key_arguments, add_output
+from knn_lm_eval.cli.main import verb
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("sources", type=Path, nargs="+", help="the folder that holds the published files, or the files")
-    parser.add_argument("--output", type=Path, required=True, help="the datastore's folder to make")
+    add_output(parser, "the datastore's folder to make")
     parser.add_argument(
         "--layout",
         choices=["knn-transformers", "knnlm-limits", "fairseq", "efficient-knnlm"],
@@ -22,13 +22,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--dimension", type=int, help="the width of a key, where the names do not say it")
     parser.add_argument("--copy", action="store_true", help="copy keys and index instead of linking to them")
     parser.add_argument("--pretrained", help="the model that made the datastore, to check and to record")
-    parser.add_argument(
-        "--knn_keytype",
-        default="last_ffn_input",
-        choices=["last_ffn_input", "last_ffn_output"],
-        help="what the keys are (default: last_ffn_input, as published)",
+    add_key_arguments(
+        parser,
+        "what the keys are (default: last_ffn_input, as published)",
+        "the model's submodule whose input is the key, as for dump_datastore",
     )
-    parser.add_argument("--key_module", help="the model's submodule whose input is the key, as for dump_datastore")
     parser.add_argument(
         "--document_starts",
         type=Path,
@@ -37,10 +35,9 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main() -> None:
-    settings = vars(parse_arguments())
-    report_user_errors()
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+@verb(parse_arguments)
+def main(arguments: argparse.Namespace) -> None:
+    settings = vars(arguments)
 
     from knn_lm_eval.make.importing import import_datastore
     from knn_lm_eval.store.clusters import cluster_names

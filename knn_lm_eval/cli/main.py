@@ -1,18 +1,47 @@
-"""The command `knn-lm-eval <verb>`: each module of this folder that has a `main` is a verb, by its name."""
+"""The command `knn-lm-eval <verb>`: each module of this folder that has a `main` is a verb, by its name.
+
+Verbs import what they need when their arguments are parsed: help and mistyped arguments should not wait for torch.
+"""
 
 from __future__ import annotations
 
+import argparse
 import ast
 import difflib
+import functools
+import logging
 import sys
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 
+from knn_lm_eval.errors import report_user_errors
 from knn_lm_eval.version import __version__
 
 PROG = "knn-lm-eval"
 NOT_VERBS = ("__init__", "__main__", "arguments", "main")
 RENAMED = {"bench": "speed"}  # old names, which still answer
+
+
+def verb(
+    parse_arguments: Callable[[], argparse.Namespace], log_level: int = logging.WARNING
+) -> Callable[[Callable[[argparse.Namespace], None]], Callable[[], None]]:
+    """Make a verb's ``main`` of a function that takes the parsed arguments.
+
+    User errors end the program with one sentence, and messages of ``log_level`` and above go to standard error.
+    """
+
+    def decorate(work: Callable[[argparse.Namespace], None]) -> Callable[[], None]:
+        @functools.wraps(work)
+        def main() -> None:
+            arguments = parse_arguments()
+            report_user_errors()
+            logging.basicConfig(level=log_level, format="%(levelname)s %(message)s")
+            work(arguments)
+
+        return main
+
+    return decorate
 
 
 def verbs() -> dict[str, Path]:
@@ -30,7 +59,7 @@ def usage() -> str:
     """What `knn-lm-eval --help` prints."""
     modules = verbs()
     width = max(map(len, modules))
-    lines = [f"  {verb:{width}}  {summary(module)}".rstrip() for verb, module in modules.items()]
+    lines = [f"  {name:{width}}  {summary(module)}".rstrip() for name, module in modules.items()]
     return "\n".join(
         [
             f"usage: {PROG} <verb> [arguments]",
@@ -52,15 +81,15 @@ def main(argv: list[str] | None = None) -> int:
     if args[0] == "--version":
         print(f"{PROG} {__version__}")
         return 0
-    verb = args[0].replace("-", "_")
-    if verb in RENAMED:
-        print(f"{PROG}: {verb} is called {RENAMED[verb]} now.", file=sys.stderr)
-        verb = RENAMED[verb]
+    name = args[0].replace("-", "_")
+    if name in RENAMED:
+        print(f"{PROG}: {name} is called {RENAMED[name]} now.", file=sys.stderr)
+        name = RENAMED[name]
     known = verbs()
-    if verb not in known:
-        near = difflib.get_close_matches(verb, known) or list(known)
+    if name not in known:
+        near = difflib.get_close_matches(name, known) or list(known)
         print(f"{PROG}: no verb '{args[0]}'; did you mean {' or '.join(near)}?", file=sys.stderr)
         return 2
-    sys.argv = [f"{PROG} {verb}", *args[1:]]  # argparse names the program by it
-    import_module(f"knn_lm_eval.cli.{verb}").main()
+    sys.argv = [f"{PROG} {name}", *args[1:]]  # argparse names the program by it
+    import_module(f"knn_lm_eval.cli.{name}").main()
     return 0

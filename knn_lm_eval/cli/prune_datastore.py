@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import logging
-from pathlib import Path
 
-from knn_lm_eval.errors import UserError, report_user_errors
+from knn_lm_eval.cli.arguments import add_datastore, add_output, check_options, merge_model_args
+from knn_lm_eval.cli.main import verb
+from knn_lm_eval.errors import UserError
 
 # Which arguments go with which method; the functions know the defaults.
 OPTIONS = {
@@ -18,8 +18,8 @@ OPTIONS = {
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, argument_default=argparse.SUPPRESS)
-    parser.add_argument("--datastore", required=True, help="the datastore's folder or address; it stays as it is")
-    parser.add_argument("--output", type=Path, required=True, help="the new datastore's folder")
+    add_datastore(parser, "; it stays as it is")
+    add_output(parser, "the new datastore's folder")
     parser.add_argument(
         "--method",
         choices=list(OPTIONS),
@@ -51,19 +51,14 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main() -> None:
-    settings = vars(parse_arguments())
-    report_user_errors()
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+@verb(parse_arguments)
+def main(arguments: argparse.Namespace) -> None:
+    settings = vars(arguments)
     method = settings.pop("method")
-    for name in settings.keys() - {"datastore", "output"}:
-        if name not in OPTIONS[method]:
-            raise UserError(f"--{name} does not go with the method {method}; leave it out.")
+    check_options(method, settings.keys() - {"datastore", "output"}, OPTIONS[method])
     if method == "random" and "keep" not in settings:
         raise UserError("The method random needs --keep, such as --keep 0.5.")
-
-    # Imported late: --help and a mistyped argument should not wait for torch.
-    from lm_eval.utils import simple_parse_args_string
+    model_args = merge_model_args(settings.pop("model_args", ""), {"device": settings.pop("device", None)})
 
     from knn_lm_eval.lm.loading import CausalHFLM, recorded_arguments
     from knn_lm_eval.make.pruning import prune_confidence, prune_greedy_merge, prune_random
@@ -75,11 +70,9 @@ def main() -> None:
     elif method == "greedy_merge":
         pruned = prune_greedy_merge(datastore, output, **settings)
     else:
-        model_args, device = simple_parse_args_string(settings.pop("model_args", "")), settings.pop("device", None)
 
         def load_lm() -> CausalHFLM:
-            chosen = recorded_arguments(datastore.manifest.model) | model_args
-            return CausalHFLM(**chosen | ({"device": device} if device else {}))
+            return CausalHFLM(**recorded_arguments(datastore.manifest.model) | model_args)
 
         pruned = prune_confidence(datastore, output, load_lm, **settings)
     weight = "" if pruned.weights is None else f", of weight {pruned.weights.mean():.2f} on average"
