@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import json
-import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from knn_lm_eval.errors import UserError, report_user_errors
+from knn_lm_eval.cli.arguments import (
+    add_model_arguments,
+    add_output,
+    add_task_arguments,
+    parse_numbers,
+    read_metadata,
+    read_model_args,
+    task_names,
+)
+from knn_lm_eval.cli.main import verb
 
 if TYPE_CHECKING:
-    from knn_lm_eval.study.foss_curve import CurvePoint
+    from knn_lm_eval.study.foss_curve import Curve
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model_args", required=True, help="as for lm_eval --model knn-hf: pretrained=M,datastore=D")
-    parser.add_argument("--tasks", required=True, help="perplexity tasks, separated by commas")
+    add_model_arguments(parser)
+    add_task_arguments(parser)
     parser.add_argument("--min_knns", default="1,8,64,256,1024,inf", help="the settings to walk with")
     parser.add_argument(
         "--clusters",
@@ -26,83 +33,44 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--max_knns", type=int, default=1024)
     parser.add_argument("--duplicates", choices=["keep", "merge"], default="merge")
-    parser.add_argument("--metadata", default="", help="as for lm_eval, such as data_dir=FOLDER")
-    parser.add_argument("--limit", type=float, help="as for lm_eval: documents per task")
-    parser.add_argument("--batch_size", default="4")
-    parser.add_argument("--output", type=Path, required=True, help="the folder for CSV, JSON, PNG and SVG")
+    add_output(parser, "the folder for CSV, JSON, PNG and SVG")
     return parser.parse_args()
 
 
-def main() -> None:
-    arguments = parse_arguments()
-    report_user_errors()
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
-    try:
-        min_knns = [float(number) for number in arguments.min_knns.split(",")]
-    except ValueError as error:
-        raise UserError(f"--min_knns {arguments.min_knns} should be numbers separated by commas.") from error
+@verb(parse_arguments)
+def main(arguments: argparse.Namespace) -> None:
+    min_knns = parse_numbers("--min_knns", arguments.min_knns)
+    model_args = read_model_args(arguments)
 
-    import lm_eval
-    from lm_eval.tasks import TaskManager
-    from lm_eval.utils import simple_parse_args_string
+    from knn_lm_eval.study.foss_curve import foss_curves
 
-    from knn_lm_eval.methods.automaton import AutomatonSettings
-    from knn_lm_eval.model.knn_hf import KNNHF
-    from knn_lm_eval.report.plots import draw_foss_curve
-    from knn_lm_eval.store.clusters import Clusters, cluster_names
-    from knn_lm_eval.study.foss_curve import SweepScorer
-
-    model_args = simple_parse_args_string(arguments.model_args)
-    lm = KNNHF(**{"batch_size": arguments.batch_size} | model_args)
-    store = lm.retriever.datastore
-    names = arguments.clusters.split(",") if arguments.clusters else ["none", *cluster_names(store)]
-    clusterings = [None if name == "none" else Clusters.open(store, name) for name in names]
-    settings = AutomatonSettings(
-        lm.settings["k"],
-        lm.settings["knn_temp"],
+    curves = foss_curves(
+        model_args,
+        task_names(arguments),
+        min_knns=min_knns,
+        clusters=arguments.clusters.split(",") if arguments.clusters else None,
         max_knns=arguments.max_knns,
         duplicates=arguments.duplicates,
+        metadata=read_metadata(arguments),
+        limit=arguments.limit,
     )
     arguments.output.mkdir(parents=True, exist_ok=True)
-    manager = TaskManager(metadata=model_args | simple_parse_args_string(arguments.metadata))
-    for task in arguments.tasks.split(","):
-        scorer = SweepScorer(lm, min_knns, clusterings, settings)
-        lm.scorer = scorer
-        lm_eval.simple_evaluate(
-            model=lm,
-            tasks=[task],
-            task_manager=manager,
-            limit=arguments.limit,
-            bootstrap_iters=0,
-            log_samples=False,
-        )
-        rows = write(arguments.output / task, task, lm.settings | {"limit": arguments.limit}, scorer.points)
-        draw_foss_curve(arguments.output / task, task, rows)
+    for curve in curves:
+        write(arguments.output / curve.task, curve)
 
 
-def write(path: Path, task: str, settings: dict[str, Any], points: list[CurvePoint]) -> list[dict[str, Any]]:
-    """Print the table, write it as CSV and JSON, and return its rows."""
-    rows = [
-        {
-            "method": point.method,
-            "clusters": point.clusters or "",
-            "min_knns": "" if point.min_knns is None else point.min_knns,
-            "token_perplexity": round(point.perplexity, 4),
-            "saved_searches": round(point.saved_searches, 4) if point.method != "base" else "",
-            "mean_candidates": round(point.candidates / point.tokens, 1) if point.method == "retomaton" else "",
-            "tokens": point.tokens,
-        }
-        for point in points
-    ]
-    with open(path.with_suffix(".csv"), "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+def write(path: Path, curve: Curve) -> None:
+    """Print the table, write it as CSV and JSON, and draw it."""
+    from knn_lm_eval.report.plots import draw_foss_curve
+    from knn_lm_eval.study.run import write_csv
+
+    rows = [point.row() for point in curve.points]
+    write_csv(path.with_suffix(".csv"), rows)
     path.with_suffix(".json").write_text(
-        json.dumps({"task": task, "settings": settings, "points": rows}, indent=1) + "\n"
+        json.dumps({"task": curve.task, "settings": curve.settings, "points": rows}, indent=1) + "\n"
     )
     table = [list(rows[0]), *([str(value) for value in row.values()] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for line in table:
         print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
-    return rows
+    draw_foss_curve(path, curve.task, rows)

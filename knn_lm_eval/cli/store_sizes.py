@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import argparse
-import logging
-from pathlib import Path
 
-from knn_lm_eval.errors import UserError, report_user_errors
+from knn_lm_eval.cli.arguments import (
+    add_model_arguments,
+    add_output,
+    add_task_arguments,
+    parse_numbers,
+    read_metadata,
+    read_model_args,
+    task_names,
+)
+from knn_lm_eval.cli.main import verb
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model_args", required=True, help="as for lm_eval --model knn-hf: datastore=D,lmbda=0.25,...")
-    parser.add_argument("--tasks", required=True, help="perplexity tasks, separated by commas")
+    add_model_arguments(parser, "as for lm_eval --model knn-hf: datastore=D,lmbda=0.25,...")
+    add_task_arguments(parser)
     parser.add_argument("--fractions", default="0.01,0.03,0.1,0.3,1", help="parts of the store (default: %(default)s)")
     parser.add_argument(
         "--searched",
@@ -20,61 +27,32 @@ def parse_arguments() -> argparse.Namespace:
         help="neighbours that the one search finds, of which a part keeps at most k (default: 4 k)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the random choice of entries (default: %(default)s)")
-    parser.add_argument("--metadata", default="", help="as for lm_eval, such as data_dir=FOLDER")
-    parser.add_argument("--limit", type=float, help="as for lm_eval: documents per task")
-    parser.add_argument("--batch_size", default="4")
-    parser.add_argument("--output", type=Path, required=True, help="the folder for a JSON file per task")
+    add_output(parser, "the folder for a JSON file per task")
     return parser.parse_args()
 
 
-def main() -> None:
-    arguments = parse_arguments()
-    report_user_errors()
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
-    try:
-        fractions = [float(number) for number in arguments.fractions.split(",")]
-    except ValueError as error:
-        raise UserError(f"--fractions {arguments.fractions} should be numbers separated by commas.") from error
+@verb(parse_arguments)
+def main(arguments: argparse.Namespace) -> None:
+    fractions = parse_numbers("--fractions", arguments.fractions)
+    model_args = read_model_args(arguments)
 
-    import lm_eval
-    from lm_eval.tasks import TaskManager
-    from lm_eval.utils import simple_parse_args_string
-
-    from knn_lm_eval.model.knn_hf import KNNHF
-    from knn_lm_eval.study.store_sizes import StoreSizeScorer
+    from knn_lm_eval.study.store_sizes import store_sizes
     from knn_lm_eval.system.files import write_json
 
-    model_args = simple_parse_args_string(arguments.model_args)
-    lm = KNNHF(**{"batch_size": arguments.batch_size} | model_args)
-    k = int(lm.settings["k"])
-    searched = min(arguments.searched or 4 * k, len(lm.retriever.datastore))
-    if searched < k:
-        raise UserError(f"--searched {searched} is less than k={k}.")
+    studies = store_sizes(
+        model_args,
+        task_names(arguments),
+        fractions=fractions,
+        searched=arguments.searched,
+        seed=arguments.seed,
+        metadata=read_metadata(arguments),
+        limit=arguments.limit,
+    )
     arguments.output.mkdir(parents=True, exist_ok=True)
-    manager = TaskManager(metadata=model_args | simple_parse_args_string(arguments.metadata))
-    for task in arguments.tasks.split(","):
-        scorer = StoreSizeScorer(lm, k, fractions, arguments.seed, searched)
-        lm.scorer = scorer
-        lm_eval.simple_evaluate(
-            model=lm,
-            tasks=[task],
-            task_manager=manager,
-            limit=arguments.limit,
-            bootstrap_iters=0,
-            log_samples=False,
-        )
-        rows = [
-            {
-                "fraction": point.fraction,
-                "entries": point.entries,
-                "token_perplexity": round(point.perplexity, 4),
-                "mean_neighbours": round(point.neighbours / point.tokens, 1),
-                "tokens": point.tokens,
-            }
-            for point in scorer.points
-        ]
-        settings = lm.settings | {"limit": arguments.limit, "searched": searched, "seed": arguments.seed}
-        write_json(arguments.output / f"{task}.json", {"task": task, "settings": settings, "store_sizes": rows})
+    for sizes in studies:
+        task, rows = sizes.task, [point.row() for point in sizes.points]
+        content = {"task": task, "settings": sizes.settings, "store_sizes": rows}
+        write_json(arguments.output / f"{task}.json", content)
         print(f"{task}: {'entries':>12}  token_perplexity  neighbours")
         for row in rows:
             print(

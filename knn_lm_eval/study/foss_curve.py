@@ -1,10 +1,11 @@
-"""Many settings of RetoMaton from one forward pass and one search: what a curve over ``min_knns`` needs."""
+"""Perplexity against the fraction of saved searches (FoSS): many of RetoMaton's settings from one pass and search."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -15,9 +16,11 @@ from knn_lm_eval.methods.mixture import knn_log_prob, mix, neighbour_log_weights
 from knn_lm_eval.model.knn_hf import KNNHF
 from knn_lm_eval.model.opening import open_automaton
 from knn_lm_eval.model.scoring import Passage, Score, Scorer
-from knn_lm_eval.store.clusters import Clusters
+from knn_lm_eval.store.clusters import Clusters, cluster_names
+from knn_lm_eval.study.run import find_tasks, load_knn_hf, perplexity, score_tasks
 
 POSITIONS_AT_ONCE = 2**13  # with all their neighbours in memory: 12 bytes each
+MIN_KNNS = (1, 8, 64, 256, 1024, math.inf)
 
 
 @dataclass
@@ -44,15 +47,70 @@ class CurvePoint:
     @property
     def perplexity(self) -> float:
         """Per token of the LM's own tokenizer."""
-        return math.exp(-self.log_prob / self.tokens)
+        return perplexity(self.log_prob, self.tokens)
 
     @property
     def saved_searches(self) -> float:
         """The fraction of tokens that needed no full search."""
         return 1 - self.searches / self.tokens
 
+    def row(self) -> dict[str, Any]:
+        """As it stands in tables and files; empty where something does not apply."""
+        return {
+            "method": self.method,
+            "clusters": self.clusters or "",
+            "min_knns": "" if self.min_knns is None else self.min_knns,
+            "token_perplexity": round(self.perplexity, 4),
+            "saved_searches": round(self.saved_searches, 4) if self.method != "base" else "",
+            "mean_candidates": round(self.candidates / self.tokens, 1) if self.method == "retomaton" else "",
+            "tokens": self.tokens,
+        }
 
-class SweepScorer(Scorer):
+
+@dataclass(frozen=True)
+class Curve:
+    """One task's points: the base LM, kNN-LM, and RetoMaton's; ``settings`` are those that hold for all."""
+
+    task: str
+    settings: dict[str, Any]
+    points: list[CurvePoint]
+
+
+def foss_curves(
+    model_args: dict[str, Any],
+    tasks: Sequence[str],
+    *,
+    min_knns: Sequence[float] = MIN_KNNS,
+    clusters: Sequence[str] | None = None,
+    max_knns: int = 1024,
+    duplicates: Literal["keep", "merge"] = "merge",
+    metadata: dict[str, Any] | None = None,
+    limit: float | None = None,
+) -> Iterator[Curve]:
+    """A curve for each task.
+
+    Parameters
+    ----------
+    model_args : as for ``KNNHF``, without RetoMaton's.
+    tasks : perplexity tasks.
+    min_knns : the settings to walk with.
+    clusters : the clusterings to walk with, ``none`` for pointers alone; None is these and all that there are.
+    max_knns, duplicates : as for ``AutomatonSettings``.
+    metadata, limit : as for lm-eval: what tasks ask for; documents per task.
+    """
+    lm = load_knn_hf(model_args)
+    store = lm.retriever.datastore
+    names = ["none", *cluster_names(store)] if clusters is None else clusters
+    clusterings = [None if name == "none" else Clusters.open(store, name) for name in names]
+    settings = AutomatonSettings(lm.settings["k"], lm.settings["knn_temp"], max_knns=max_knns, duplicates=duplicates)
+    manager = find_tasks(model_args, metadata)
+    for task in tasks:
+        scorer = CurveScorer(lm, min_knns, clusterings, settings)
+        score_tasks(lm, scorer, [task], manager, limit)
+        yield Curve(task, lm.settings | {"limit": limit}, scorer.points)
+
+
+class CurveScorer(Scorer):
     """Scores every text by the base LM, kNN-LM, and RetoMaton with each setting; returns the base LM's scores.
 
     Parameters

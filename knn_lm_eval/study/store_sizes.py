@@ -9,8 +9,9 @@ the part alone would find.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -19,8 +20,10 @@ from knn_lm_eval.make.pruning import positions_of_entries
 from knn_lm_eval.methods.mixture import knn_log_prob, mix, neighbour_log_weights
 from knn_lm_eval.model.knn_hf import KNNHF
 from knn_lm_eval.model.scoring import NEIGHBOURS_PER_BLOCK, Passage, Score, Scorer
+from knn_lm_eval.study.run import find_tasks, load_knn_hf, perplexity, score_tasks
 
 DEFAULT_SEED = 0
+FRACTIONS = (0.01, 0.03, 0.1, 0.3, 1.0)
 
 
 @dataclass
@@ -36,7 +39,60 @@ class SizePoint:
     @property
     def perplexity(self) -> float:
         """Per token of the LM's own tokenizer."""
-        return math.exp(-self.log_prob / self.tokens)
+        return perplexity(self.log_prob, self.tokens)
+
+    def row(self) -> dict[str, Any]:
+        """As it stands in tables and files."""
+        return {
+            "fraction": self.fraction,
+            "entries": self.entries,
+            "token_perplexity": round(self.perplexity, 4),
+            "mean_neighbours": round(self.neighbours / self.tokens, 1),
+            "tokens": self.tokens,
+        }
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """One task's points, the LM alone first; ``settings`` are those that hold for all."""
+
+    task: str
+    settings: dict[str, Any]
+    points: list[SizePoint]
+
+
+def store_sizes(
+    model_args: dict[str, Any],
+    tasks: Sequence[str],
+    *,
+    fractions: Sequence[float] = FRACTIONS,
+    searched: int | None = None,
+    seed: int = DEFAULT_SEED,
+    metadata: dict[str, Any] | None = None,
+    limit: float | None = None,
+) -> Iterator[Sizes]:
+    """The perplexity of each task with each part of the store.
+
+    Parameters
+    ----------
+    model_args : as for ``KNNHF``; a part's neighbours are at most its ``k``.
+    tasks : perplexity tasks.
+    fractions : the parts' sizes, above 0 and at most 1.
+    searched : neighbours that the one search finds; None is 4 k.
+    seed : of the choice of entries.
+    metadata, limit : as for lm-eval: what tasks ask for; documents per task.
+    """
+    lm = load_knn_hf(model_args)
+    k = int(lm.settings["k"])
+    searched = min(searched or 4 * k, len(lm.retriever.datastore))
+    if searched < k:
+        raise UserError(f"--searched {searched} is less than k={k}.")
+    lm.retriever.k = searched
+    manager = find_tasks(model_args, metadata)
+    for task in tasks:
+        scorer = StoreSizeScorer(lm, k, fractions, seed)
+        score_tasks(lm, scorer, [task], manager, limit)
+        yield Sizes(task, lm.settings | {"limit": limit, "searched": searched, "seed": seed}, scorer.points)
 
 
 class StoreSizeScorer(Scorer):

@@ -28,7 +28,7 @@ from knn_lm_eval.search.faiss_index import join_parts, open_index, search, set_p
 from knn_lm_eval.search.indexing import build_index
 from knn_lm_eval.search.retriever import LocalRetriever
 from knn_lm_eval.store.clusters import Clusters
-from knn_lm_eval.study.foss_curve import SweepScorer
+from knn_lm_eval.study.foss_curve import CurveScorer
 
 COUNT, DIMENSION = 1200, 32
 TEXTS = [EVAL_TEXT, TRAIN_TEXT[2000:2300], "One."]
@@ -331,7 +331,7 @@ def test_a_merged_store_is_refused_with_retomaton(tmp_path: Path, arrays: tuple,
         KNNHF("no-such-model", datastore=imported.path, k=5, retomaton=True)
     with pytest.raises(UserError, match="in no text order"):
         lm = KNNHF(str(model_folder), datastore=imported.path, k=5)
-        SweepScorer(lm, [1], [None], AutomatonSettings(5))
+        CurveScorer(lm, [1], [None], AutomatonSettings(5))
 
 
 def test_a_store_without_keys_searches_by_the_index(tmp_path: Path, arrays: tuple, model_folder: Path) -> None:

@@ -22,17 +22,8 @@ from lm_eval.api.instance import Instance
 from knn_lm_eval import KNNHF, Datastore, UserError
 from knn_lm_eval.methods.mixture import knn_log_prob, neighbour_log_weights
 from knn_lm_eval.search.indexing import build_index
-from knn_lm_eval.study.tuning import (
-    Best,
-    Grid,
-    Sample,
-    Surface,
-    TuningScorer,
-    find_best,
-    knn_log_probs,
-    on_edges,
-    parse_axis,
-)
+from knn_lm_eval.study.grid import Best, Grid, Surface, find_best, on_edges, parse_axis
+from knn_lm_eval.study.grid_scorer import GridScorer, knn_log_probs
 
 TEXTS = [EVAL_TEXT, TRAIN_TEXT[2000:2400], "Nothing of this kind."]
 GRID = Grid(k=(1, 5, 40), knn_temp=(0.3, 4.0, 60.0), lmbda=(0.0, 0.2, 0.9))
@@ -42,9 +33,9 @@ def rolling(lm: KNNHF) -> list:
     return lm.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (text,), 0) for text in TEXTS])
 
 
-def tune(store: Datastore, grid: Grid, **changes: object) -> TuningScorer:
+def tune(store: Datastore, grid: Grid, **changes: object) -> GridScorer:
     lm = KNNHF(datastore=store.path, batch_size=2, k=grid.k[-1], lmbda=0.5, knn_temp=1.0, **changes)
-    lm.scorer = scorer = TuningScorer(lm, grid, 0)
+    lm.scorer = scorer = GridScorer(lm, grid, 0)
     base = sum(rolling(lm))
     assert scorer.base_log_prob == pytest.approx(base)
     return scorer
@@ -66,7 +57,7 @@ def several_indexes(store: Datastore, tmp_path_factory: pytest.TempPathFactory) 
     return copy
 
 
-def some(scorer: TuningScorer, every: int) -> list[tuple[dict, float]]:
+def some(scorer: GridScorer, every: int) -> list[tuple[dict, float]]:
     settings = [pair for surface in scorer.surfaces for pair in surface.settings()]
     return settings[::every]
 
@@ -143,21 +134,6 @@ def _check_all_at_once(
             small = expected < -80
             assert (actual[small, t, j] < -79).all()
             torch.testing.assert_close(actual[~small, t, j], expected[~small], rtol=1e-4, atol=1e-5)
-
-
-def test_memory_does_not_grow_with_the_text_and_the_sample_is_uniform() -> None:
-    sample = Sample(500, seed=3)
-    for start in range(0, 20000, 400):
-        chosen = sample.choose(400)
-        sample.add({"place": (start + chosen).astype(np.float32)})
-        assert len(sample.arrays["place"]) <= 500
-    places = sample.arrays["place"]
-    assert len(np.unique(places)) == 500
-    assert np.histogram(places, 4, (0, 20000))[0] == pytest.approx(125, abs=40)
-    again = Sample(500, seed=3)
-    for start in range(0, 20000, 400):
-        again.add({"place": (start + again.choose(400)).astype(np.float32)})
-    assert (again.arrays["place"] == places).all()
 
 
 def test_a_setting_on_the_grids_edge_is_named_where_the_grid_could_go_on() -> None:
