@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -12,16 +13,19 @@ from torch import Tensor
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.methods.adaptive import (
     FEATURES,
+    LARGEST_LMBDA,
+    LM_FEATURES,
     Buckets,
     Gate,
-    fit_buckets,
-    fit_gate,
-    gate_loss,
+    gate_network,
+    log_scale,
 )
 from knn_lm_eval.study.grid import Best
 
 SAMPLE_TOKENS = 2**16
 MOST_BUCKETS, TOKENS_PER_BUCKET = 32, 200
+HIDDEN_UNITS = 16
+WEIGHT_DECAY = 3e-3
 
 
 class Sample:
@@ -111,3 +115,113 @@ def fit_adaptive(
         log_prob = mean_log_prob(weights, knn[:, place])
         fits.append(AdaptiveFit(fitted, knn_temp, log_prob, constant_log_prob, saved, len(lm)))
     return max(fits, key=lambda fit: fit.log_prob)
+
+
+def fit_buckets(nearest: np.ndarray, lm_log_prob: np.ndarray, knn_log_prob: np.ndarray, number: int) -> Buckets:
+    """Buckets with about as many tokens each, and the likeliest weight for each by EM.
+
+    A step of EM has the closed form lmbda = mean of lmbda p_kNN / p. One token for the LM is added to each bucket,
+    so that no weight becomes 1.
+
+    Parameters
+    ----------
+    nearest : float ``[n]``, the nearest neighbours' distances.
+    lm_log_prob, knn_log_prob : float ``[n]``, log p_LM and log p_kNN of the tokens that came.
+    number : of buckets; fewer where distances are equal.
+    """
+    found = np.isfinite(nearest)
+    edges = np.unique(np.quantile(nearest[found], np.arange(1, number) / number).astype(np.float32))
+    bucket = np.searchsorted(edges, nearest[found].astype(np.float32), side="right")
+    # p_kNN / (p_LM + p_kNN): all that the likelihood depends on, and safe from underflow.
+    share = 1 / (1 + np.exp(np.clip(lm_log_prob[found] - knn_log_prob[found], -700, 700)))
+    counts = np.bincount(bucket, minlength=len(edges) + 1)
+    lmbdas = np.full(len(edges) + 1, 0.5)
+    for _ in range(5000):
+        mine = lmbdas[bucket] * share
+        responsibility = mine / (mine + (1 - lmbdas[bucket]) * (1 - share))
+        new = np.bincount(bucket, responsibility, minlength=len(edges) + 1) / (counts + 1)
+        change, lmbdas = np.abs(new - lmbdas).max(), new
+        if change < 1e-9:
+            break
+    return Buckets(_plain_numbers(edges), _plain_numbers(np.minimum(lmbdas, LARGEST_LMBDA)))
+
+
+def fit_gate(
+    features: np.ndarray,
+    lm_log_prob: np.ndarray,
+    knn_log_prob: np.ndarray,
+    saved_searches: float = 0.0,
+    seed: int = 0,
+) -> Gate:
+    """The likeliest gate: L-BFGS over all tokens at once, with a little weight decay.
+
+    Parameters
+    ----------
+    features : float ``[n, len(FEATURES)]``.
+    lm_log_prob, knn_log_prob : float ``[n]``, log p_LM and log p_kNN of the tokens that came.
+    saved_searches : the fraction of searches to do without: the gate then sees the LM's features alone, and its
+        threshold is that quantile of its weights.
+    seed : of the hidden layer's start.
+    """
+    names = LM_FEATURES if saved_searches else FEATURES
+    found = np.isfinite(features).all(axis=1)
+    columns = [FEATURES.index(name) for name in names]
+    inputs = log_scale(torch.from_numpy(features[found][:, columns]).double())
+    mean, std = inputs.mean(dim=0), inputs.std(dim=0, correction=0).clamp(min=1e-6)
+    inputs = (inputs - mean) / std
+    lm = torch.from_numpy(lm_log_prob[found]).double()
+    knn = torch.from_numpy(knn_log_prob[found]).double()
+
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(HIDDEN_UNITS, len(names), generator=generator, dtype=torch.float64) / math.sqrt(len(names))
+    # From a constant weight on: the outputs of the hidden layer count for nothing at first.
+    parameters = [
+        hidden,
+        torch.zeros(HIDDEN_UNITS, dtype=torch.float64),
+        torch.zeros(HIDDEN_UNITS, dtype=torch.float64),
+        torch.zeros((), dtype=torch.float64),
+    ]
+    for parameter in parameters:
+        parameter.requires_grad_()
+    optimiser = torch.optim.LBFGS(
+        parameters, max_iter=300, history_size=20, tolerance_change=1e-10, line_search_fn="strong_wolfe"
+    )
+
+    def loss() -> Tensor:
+        optimiser.zero_grad()
+        decay = sum(parameter.square().sum() for parameter in parameters[:3])
+        value = gate_loss(gate_network(inputs, *parameters), lm, knn) + WEIGHT_DECAY * decay
+        value.backward()
+        return value
+
+    optimiser.step(loss)
+    hidden_rows, hidden_bias, output, bias = (parameter.tolist() for parameter in parameters)
+    gate = Gate(
+        tuple(names),
+        _plain_numbers(mean),
+        _plain_numbers(std),
+        tuple(_plain_numbers(row) for row in hidden_rows),
+        _plain_numbers(hidden_bias),
+        _plain_numbers(output),
+        _plain_number(bias),
+    )
+    if not saved_searches:
+        return gate
+    weights = gate.before_threshold(torch.from_numpy(features))
+    return replace(gate, threshold=float(np.quantile(weights.numpy(), saved_searches)))
+
+
+def gate_loss(lmbda: Tensor, lm_log_prob: Tensor, knn_log_prob: Tensor) -> Tensor:
+    """Minus the mean log-probability of the mixture, per token; differentiable in ``lmbda`` ``[n]``."""
+    larger = torch.maximum(lm_log_prob, knn_log_prob)
+    lm, knn = (lm_log_prob - larger).exp(), (knn_log_prob - larger).exp()
+    return -(larger + (lm + lmbda * (knn - lm)).log()).mean()
+
+
+def _plain_number(number: Any) -> float:
+    """To nine digits: all that float32 holds, and short in a file."""
+    return float(f"{float(number):.9g}")
+
+
+def _plain_numbers(numbers: Any) -> tuple[float, ...]:
+    return tuple(_plain_number(number) for number in numbers)
