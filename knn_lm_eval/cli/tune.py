@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import logging
 import math
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from knn_lm_eval.cli.arguments import (
@@ -20,7 +19,6 @@ from knn_lm_eval.cli.main import verb
 from knn_lm_eval.errors import UserError
 
 if TYPE_CHECKING:
-    from knn_lm_eval.study.grid import Best
     from knn_lm_eval.study.tuning import Tuning
 
 GRID = "numbers separated by commas, or FIRST:LAST:COUNT (default: %s)"

@@ -46,6 +46,10 @@ class CausalHFLM(HFLM):
             # HFLM shares requests out only where it sees several GPUs: on CPUs every process would do all of them.
             self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
 
+    def shorten_windows(self, most_tokens: int) -> None:
+        """Read at most so many tokens at a time from now on."""
+        self._max_length = min(self.max_length, most_tokens)
+
     def _get_config(self, pretrained: str, **kwargs: Any) -> None:
         with _saying_what_cannot_be_loaded(pretrained):
             super()._get_config(pretrained, **kwargs)

@@ -144,6 +144,7 @@ class Automaton:
     document_starts : int64 ``[documents]``: no pointer leads to a document's first entry.
     clusters : ``(cluster_of_entry, member_starts, members)`` in CSR form, or None for pointers alone.
     search, pointer_distances : see the types above; their distances must be of one kind.
+    clock : tells seconds, for the statistics.
     """
 
     def __init__(
@@ -154,18 +155,26 @@ class Automaton:
         search: Search,
         pointer_distances: PointerDistances,
         settings: AutomatonSettings,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.values, self.document_starts = np.asarray(values), np.asarray(document_starts)
         none = np.full(0, -1, dtype=np.int32), np.zeros(1, dtype=np.int64), np.empty(0, dtype=np.int32)
         cluster_of_entry, member_starts, members = (np.asarray(array) for array in clusters or none)
         self.clusters = cluster_of_entry, member_starts, members
         self.search, self.pointer_distances, self.settings = search, pointer_distances, settings
+        self.clock = clock
         self.statistics = WalkStatistics()
 
     def with_settings(self, settings: AutomatonSettings) -> Automaton:
         """Another over the same arrays, with statistics of its own."""
         return Automaton(
-            self.values, self.document_starts, self.clusters, self.search, self.pointer_distances, settings
+            self.values,
+            self.document_starts,
+            self.clusters,
+            self.search,
+            self.pointer_distances,
+            settings,
+            self.clock,
         )
 
     def walk(self, walks: Sequence[Walk], keep_neighbours: bool = False) -> None:
@@ -179,7 +188,7 @@ class Automaton:
             pointers, pointer_counts, needy = self._follow_pointers(lockstep, active)
             found_distances, found_entries = self._search_where_needy(lockstep, active, step, queries, needy)
             pointer_distances = self._distances_of_pointers(queries, pointers, pointer_counts)
-            start = time.perf_counter()
+            start = self.clock()
             counts = gather(
                 found_distances,
                 found_entries,
@@ -205,12 +214,12 @@ class Automaton:
             lockstep.note(step, log_p, counts, keep_neighbours)
             self.statistics.steps += active
             self.statistics.candidates += int(counts.sum())
-            self.statistics.seconds["automaton"] += time.perf_counter() - start
+            self.statistics.seconds["automaton"] += self.clock() - start
 
     def _follow_pointers(self, lockstep: _Lockstep, active: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The survivors' pointers, extended by clusters: int64 ``[active, max_knns]``, how many of these there are,
         ``[active]``; and the numbers of the walks that are to search."""
-        start = time.perf_counter()
+        start = self.clock()
         survivor_counts = lockstep.survivor_counts[:active]
         pointers, pointer_counts = follow(
             lockstep.survivors[:active],
@@ -220,7 +229,7 @@ class Automaton:
             self.settings.duplicates == "merge",
         )
         needy = np.flatnonzero(survivor_counts < self.settings.min_knns)
-        self.statistics.seconds["automaton"] += time.perf_counter() - start
+        self.statistics.seconds["automaton"] += self.clock() - start
         return pointers, pointer_counts, needy
 
     def _search_where_needy(
@@ -230,7 +239,7 @@ class Automaton:
         others; ``[active, 0]`` where none is needy."""
         if not len(needy):
             return np.empty((active, 0), dtype=np.float32), np.empty((active, 0), dtype=np.int64)
-        start = time.perf_counter()
+        start = self.clock()
         distances = np.empty((active, self.settings.k), dtype=np.float32)
         entries = np.full((active, self.settings.k), -1, dtype=np.int64)
         unknown = [int(i) for i in needy if lockstep.walks[i].found is None]
@@ -242,21 +251,21 @@ class Automaton:
             if walk.found is not None:
                 distances[i], entries[i] = walk.found[0][step], walk.found[1][step]
         self.statistics.searches += len(needy)
-        self.statistics.seconds["search"] += time.perf_counter() - start
+        self.statistics.seconds["search"] += self.clock() - start
         return distances, entries
 
     def _distances_of_pointers(
         self, queries: np.ndarray, pointers: np.ndarray, pointer_counts: np.ndarray
     ) -> np.ndarray:
         """float32 ``[active, max_knns]``, undefined beyond the counts."""
-        start = time.perf_counter()
+        start = self.clock()
         distances = np.empty(pointers.shape, dtype=np.float32)
         if len(pointing := np.flatnonzero(pointer_counts)):
             longest = int(pointer_counts.max())
             distances[pointing, :longest] = self.pointer_distances(
                 queries[pointing], pointers[pointing, :longest], pointer_counts[pointing]
             )
-        self.statistics.seconds["distances"] += time.perf_counter() - start
+        self.statistics.seconds["distances"] += self.clock() - start
         return distances
 
     def survivors(self, distances: np.ndarray, entries: np.ndarray, target: int) -> np.ndarray:
@@ -285,12 +294,12 @@ class Automaton:
         """Where every step searches, all searches are one batch."""
         if not (unknown := [walk for walk in walks if walk.found is None]):
             return
-        start = time.perf_counter()
+        start = self.clock()
         distances, entries = self.search(np.concatenate([walk.queries for walk in unknown]))
         splits = np.cumsum([len(walk.queries) for walk in unknown])[:-1]
         for walk, *found in zip(unknown, np.split(distances, splits), np.split(entries, splits), strict=True):
             walk.found = found[0], found[1]
-        self.statistics.seconds["search"] += time.perf_counter() - start
+        self.statistics.seconds["search"] += self.clock() - start
 
 
 def padded_neighbours(steps: Sequence[tuple[np.ndarray, np.ndarray]], values: np.ndarray) -> tuple[Tensor, Tensor]:

@@ -21,6 +21,7 @@ from knn_lm_eval.search.retriever import EntryDistances, LocalRetriever, Retriev
 from knn_lm_eval.store.clusters import Clusters
 from knn_lm_eval.store.datastore import Datastore
 from knn_lm_eval.store.fetching import find_datastore
+from knn_lm_eval.system.timing import now
 
 logger = logging.getLogger(__name__)
 
@@ -122,7 +123,7 @@ def open_automaton(
     store.require_text_order("RetoMaton")
     retriever, distances = _with_pointer_distances(retriever)
     csr = None if clusters is None else (clusters.cluster_of_entry, clusters.member_starts, clusters.members)
-    automaton = Automaton(retriever.values, store.document_starts, csr, retriever.find, distances, settings)
+    automaton = Automaton(retriever.values, store.document_starts, csr, retriever.find, distances, settings, now)
     return automaton, retriever
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
-from time import perf_counter
 
 import faiss
 import numpy as np
@@ -23,6 +22,7 @@ from knn_lm_eval.search.ray_shards import FoundArrays, Shards
 from knn_lm_eval.search.retriever import EntryDistances, Found, Retriever, SearchSettings
 from knn_lm_eval.store.datastore import Datastore
 from knn_lm_eval.store.index_files import DEFAULT_INDEX
+from knn_lm_eval.system.timing import now
 
 
 class RayRetriever(Retriever):
@@ -116,21 +116,21 @@ class RayRetriever(Retriever):
         return ask
 
     def _find(self, queries: np.ndarray) -> FoundArrays:
-        statistics, start = self.statistics, perf_counter()
+        statistics, start = self.statistics, now()
         sent = self.shards.send(queries)
         with self._restarts_counted():
             of_shards, compared = self.shards.search(sent, self.k, self.probe)
         found = merge_found(of_shards, self.metadata["sim_func"] == "dot")
         statistics.searches += len(queries)
         statistics.entries_compared += compared
-        statistics.seconds["search"] += perf_counter() - start
+        statistics.seconds["search"] += now() - start
         self._enter_values(found.entries, found.values)
         if self.recompute_dists:
-            start = perf_counter()
+            start = now()
             with self._restarts_counted():
                 distances, _ = self.shards.distances(sent, found.entries, self.sim_func)
             found = found._replace(distances=distances)
-            statistics.seconds["distances"] += perf_counter() - start
+            statistics.seconds["distances"] += now() - start
         return found
 
     def _enter_values(self, entries: np.ndarray, values: np.ndarray) -> None:

@@ -7,7 +7,6 @@ another retriever with ``with_settings``, which searches the same opened index.
 from __future__ import annotations
 
 import copy
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -35,6 +34,7 @@ from knn_lm_eval.search.faiss_index import (
 )
 from knn_lm_eval.store.datastore import Datastore
 from knn_lm_eval.store.index_files import DEFAULT_INDEX, find_parts
+from knn_lm_eval.system.timing import now
 
 AnyRetriever = TypeVar("AnyRetriever", bound="Retriever")
 
@@ -328,25 +328,25 @@ class LocalRetriever(Retriever):
     def search(self, queries: Tensor) -> Found:
         """As ``Retriever.search``."""
         distances, entries = self.find(queries.float().cpu().numpy())  # [n, k]
-        start = time.perf_counter()
+        start = now()
         values = self.datastore.values[np.maximum(entries, 0)]  # [n, k]
         values[entries < 0] = 0
-        self.statistics.seconds["values"] += time.perf_counter() - start
+        self.statistics.seconds["values"] += now() - start
         counts = entry_counts(self.datastore.weights, entries)
         return Found(torch.from_numpy(distances), torch.from_numpy(values), torch.from_numpy(entries), counts)
 
     def find(self, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """As ``Retriever.find``."""
-        statistics, start = self.statistics, time.perf_counter()
+        statistics, start = self.statistics, now()
         distances, entries = search(self._index, queries, self.k, self._parameters)
         statistics.searches += len(queries)
         statistics.entries_compared += vectors_compared(self._index, len(queries))
-        statistics.seconds["search"] += time.perf_counter() - start
+        statistics.seconds["search"] += now() - start
         if self.recompute_dists:
-            start = time.perf_counter()
+            start = now()
             keys = self.datastore.require_keys("recompute_dists=True")
             distances = exact_distances(keys, queries, entries, self.sim_func)
-            statistics.seconds["distances"] += time.perf_counter() - start
+            statistics.seconds["distances"] += now() - start
         return distances, entries
 
     def distances_to(self, codes: CodeDistances | None) -> EntryDistances:

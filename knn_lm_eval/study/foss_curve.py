@@ -9,15 +9,18 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from knn_lm_eval.errors import UserError
+from knn_lm_eval.lm.reading import Reader, Reading
 from knn_lm_eval.methods.automaton import Automaton, AutomatonSettings, Walk
 from knn_lm_eval.methods.mixture import knn_log_prob, mix, neighbour_log_weights
 from knn_lm_eval.model.knn_hf import KNNHF
 from knn_lm_eval.model.opening import open_automaton
-from knn_lm_eval.model.scoring import Passage, Score, Scorer
+from knn_lm_eval.model.scores import Score
+from knn_lm_eval.model.scoring import PassageScorer
 from knn_lm_eval.store.clusters import Clusters, cluster_names
-from knn_lm_eval.study.run import find_tasks, load_knn_hf, perplexity, score_tasks
+from knn_lm_eval.study.run import find_tasks, load_knn_hf, perplexity, score_tasks, scores_of_readings
 
 POSITIONS_AT_ONCE = 2**13  # with all their neighbours in memory: 12 bytes each
 MIN_KNNS = (1, 8, 64, 256, 1024, math.inf)
@@ -110,7 +113,7 @@ def foss_curves(
         yield Curve(task, lm.settings | {"limit": limit}, scorer.points)
 
 
-class CurveScorer(Scorer):
+class CurveScorer(PassageScorer):
     """Scores every text by the base LM, kNN-LM, and RetoMaton with each setting; returns the base LM's scores.
 
     Parameters
@@ -118,7 +121,7 @@ class CurveScorer(Scorer):
     lm : a loaded ``knn-hf``, whose LM, retriever and mixture settings are used.
     min_knns : the settings to walk with.
     clusterings : the clusterings to walk with; None among them stands for pointers alone.
-    max_knns, duplicates : as for ``AutomatonSettings``.
+    settings : the walks' other settings.
     """
 
     def __init__(
@@ -128,64 +131,71 @@ class CurveScorer(Scorer):
         clusterings: Sequence[Clusters | None],
         settings: AutomatonSettings,
     ) -> None:
-        if not isinstance(lm.settings["lmbda"], float):
+        super().__init__(Reader(lm.causal_lm, lm.softmax_dtype))
+        lmbda = lm.augmentation.mixture.weight.constant
+        if lmbda is None:
             raise UserError("A curve needs a number for lmbda, not an adaptive one: give lmbda=... or params=False.")
-        self.constant: float = lm.settings["lmbda"]
-        super().__init__(lm.scorer.model, lm.retriever, self.constant, lm.settings["knn_temp"], lm.softmax_dtype)
-        self.values = np.asarray(lm.retriever.values)
-        self.base, self.knn_lm = CurvePoint("base"), CurvePoint("knn-lm")
-        self.walkers: list[tuple[CurvePoint, Automaton]] = []
+        self._lmbda, self._knn_temp = lmbda, lm.augmentation.mixture.knn_temp
+        self._values = np.asarray(lm.retriever.values)
+        # What the walks search with may give other distances than kNN-LM has: exact ones, as their pointers'.
+        self._retriever = self._walks_retriever = lm.retriever
+        self._base, self._knn_lm = CurvePoint("base"), CurvePoint("knn-lm")
+        self._walkers: list[tuple[CurvePoint, Automaton]] = []
         for clusters in clusterings:
             name = None if clusters is None else clusters.path.name
-            automaton, self.retriever = open_automaton(lm.retriever, settings, clusters)
+            automaton, self._walks_retriever = open_automaton(lm.retriever, settings, clusters)
             for number in min_knns:
                 walker = automaton.with_settings(replace(settings, min_knns=number))
-                self.walkers.append((CurvePoint("retomaton", name, number), walker))
+                self._walkers.append((CurvePoint("retomaton", name, number), walker))
 
     @property
     def points(self) -> list[CurvePoint]:
         """What has been summed up so far."""
-        return [self.base, self.knn_lm, *(point for point, _ in self.walkers)]
+        return [self._base, self._knn_lm, *(point for point, _ in self._walkers)]
 
     @property
     def rows_at_once(self) -> int:
         """See ``POSITIONS_AT_ONCE``."""
         return POSITIONS_AT_ONCE
 
-    def score(self, batches: Sequence[Sequence[Passage]], want_greedy: bool) -> list[list[Score]]:
-        """Score batches with every setting; the LM reads once, the index is searched once."""
+    def score_readings(self, readings: Sequence[Reading], want_greedy: bool) -> list[list[Score]]:
+        """Score batches with every setting; the index is searched once."""
         if want_greedy:
             raise UserError("A curve is for tasks that score whole texts (perplexity), such as wikitext103 or law.")
-        assert self.retriever is not None
-        sizes, log_probs, walks = [], [], []
-        for batch in batches:
-            reading = self._read(batch)
-            rows, targets = reading.pairs()
-            base = self._score_pairs(reading.hidden, rows, targets, None, len(reading.hidden), False)[0].double()
-            queries = reading.queries.float().cpu().numpy()
-            distances, entries = self.retriever.find(queries)
-            values = torch.from_numpy(self.values[np.maximum(entries, 0)])
-            # A store that RetoMaton can walk over has no weights.
-            weights = neighbour_log_weights(torch.from_numpy(distances), self.knn_temp, None)
-            knn = mix(base, knn_log_prob(weights[rows], values[rows], targets).double(), self.constant)
-            self.base.log_prob += float(base.sum())
-            self.knn_lm.log_prob += float(knn.sum())
-            self.knn_lm.searches += len(rows)
-            for end, continuation in reading.asked:
-                here = slice(end - len(continuation), end)
-                walks.append(Walk(queries[here], np.array(continuation), found=(distances[here], entries[here])))
-            log_probs.append(base)
-            sizes += reading.sizes
-        base = torch.cat(log_probs)
-        for point, automaton in self.walkers:
-            before = automaton.statistics.candidates
+        base_log_probs, walks = [], []
+        for reading in readings:
+            base = self.reader.target_log_probs(reading).double()
+            base_log_probs.append(base)
+            walks += self._score_knn_lm(reading, base)
+        base = torch.cat(base_log_probs)  # [tokens]
+        self._base.log_prob += float(base.sum())
+        for point, automaton in self._walkers:
+            candidates_before = automaton.statistics.candidates
             automaton.walk(walks)
-            log_p_knn = torch.from_numpy(np.concatenate([walk.log_p_knn for walk in walks]))
-            point.log_prob += float(mix(base, log_p_knn, self.constant).sum())
+            log_p_knn = torch.from_numpy(np.concatenate([walk.log_p_knn for walk in walks]))  # [tokens]
+            point.log_prob += float(mix(base, log_p_knn, self._lmbda).sum())
             point.searches += sum(walk.searches for walk in walks)
-            point.candidates += automaton.statistics.candidates - before
+            point.candidates += automaton.statistics.candidates - candidates_before
+        self.tokens_scored += len(base)
         for point in self.points:
-            point.tokens += len(base)
-        # lm-eval's own report is of the base LM; the points are what was asked for.
-        scores = iter([Score(float(part.sum()), False) for part in base.split([len(w.targets) for w in walks])])
-        return [[next(scores) for _ in range(size)] for size in sizes]
+            point.tokens = self.tokens_scored
+        return scores_of_readings(readings, base)
+
+    def _score_knn_lm(self, reading: Reading, base: Tensor) -> list[Walk]:
+        """Add a batch to kNN-LM's point; returns its continuations, to walk along, with what was found."""
+        rows, targets = reading.pairs()
+        queries = reading.queries.float().cpu().numpy()  # [rows, dimension]
+        distances, entries = self._retriever.find(queries)  # [rows, k]
+        values = torch.from_numpy(self._values[np.maximum(entries, 0)])
+        # A store that RetoMaton can walk over has no weights.
+        log_weights = neighbour_log_weights(torch.from_numpy(distances), self._knn_temp, None)
+        log_p_knn = knn_log_prob(log_weights[rows], values[rows], targets).double()
+        self._knn_lm.log_prob += float(mix(base, log_p_knn, self._lmbda).sum())
+        self._knn_lm.searches += len(rows)
+        if self._walks_retriever is not self._retriever:
+            distances, entries = self._walks_retriever.find(queries)
+        places = [slice(end - len(continuation), end) for end, continuation in reading.asked]
+        return [
+            Walk(queries[here], np.array(continuation), found=(distances[here], entries[here]))
+            for here, (_, continuation) in zip(places, reading.asked, strict=True)
+        ]

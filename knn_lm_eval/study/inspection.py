@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from torch import Tensor
 
-from knn_lm_eval.methods.adaptive import lm_features_for, read_lmbda, weights, worth_searching
-from knn_lm_eval.methods.automaton import Walk
-from knn_lm_eval.methods.mixture import knn_log_prob, mix, neighbour_log_weights
+from knn_lm_eval.lm.reading import Passage, Reader, Reading
+from knn_lm_eval.methods.automaton import Walk, padded_neighbours
+from knn_lm_eval.methods.mixture import Mixture, knn_log_prob, mix
 from knn_lm_eval.model.knn_hf import KNNHF
-from knn_lm_eval.model.retomaton import padded_neighbours
 from knn_lm_eval.report.tokens import InspectedToken, Neighbour
 
 POSITIONS_AT_ONCE = 64  # whose logits and neighbours are in memory together
@@ -31,66 +34,109 @@ def inspect_text(lm: KNNHF, text: str, *, num_neighbours: int = 8, context_token
         max_seq_len=lm.max_length,
         context_len=lm.context_len,
     )
+    reader = Reader(lm.causal_lm, torch.float32)
+    mixture = lm.augmentation.mixture
     inspected: list[InspectedToken] = []
     for context, targets in map(make_disjoint_window, windows):
-        inspected += _inspect_window(lm, (context + targets)[:-1], targets, num_neighbours, context_tokens)
+        reading = reader.read([Passage((context + targets)[:-1], [targets])])
+        find = _neighbour_finder(lm, reading, targets)
+        for here, lm_log_probs in _tables(reader, reading):
+            found, target = find(here), torch.tensor(targets[here])
+            figures = _figures(mixture, lm_log_probs, found, target)
+            heaviest = figures.log_weights.topk(min(num_neighbours, figures.log_weights.shape[1]), dim=-1).indices
+            for row, slots in enumerate(heaviest.tolist()):
+                shown = [slot for slot in slots if found.entries[row, slot] >= 0]
+                neighbours = [_neighbour(lm, found, figures, row, slot, context_tokens) for slot in shown]
+                inspected.append(
+                    InspectedToken(
+                        text=lm.tokenizer.decode([int(target[row])]),
+                        p_lm=float(figures.lm_log_prob[row].exp()),
+                        p_knn=float(figures.knn_log_prob[row].exp()),
+                        p=float(figures.log_prob[row].exp()),
+                        searched=bool(figures.searched[row]),
+                        neighbours=neighbours,
+                    )
+                )
     return inspected
 
 
-def _inspect_window(
-    lm: KNNHF, tokens: list[int], targets: list[int], num_neighbours: int, context_tokens: int
-) -> list[InspectedToken]:
-    model, retriever, settings = lm.scorer.model, lm.retriever, lm.settings
-    automaton = getattr(lm.scorer, "automaton", None)
-    keys, hidden = (part[0, -len(targets) :] for part in model.encode(torch.tensor([tokens])))
-    walk = Walk(keys.float().cpu().numpy(), np.array(targets))
-    if automaton is not None:
-        automaton.walk([walk], keep_neighbours=True)
-    inspected, used = [], read_lmbda(settings["lmbda"])
-    for start in range(0, len(targets), POSITIONS_AT_ONCE):
-        here = slice(start, start + POSITIONS_AT_ONCE)
-        target = torch.tensor(targets[here])
-        lm_log_probs = torch.log_softmax(model.logits(hidden[here]).float(), dim=-1).cpu()
-        lm_log_prob = lm_log_probs.gather(-1, target[:, None])[:, 0]
-        if automaton is None:
-            distances, values, entries, counts = retriever.search(keys[here])
-        else:
-            steps, counts = walk.neighbours[here], None
-            distances, values = padded_neighbours(steps, automaton.values)
-            entries = torch.full(distances.shape, -1)
-            for row, (_, found) in zip(entries, steps, strict=True):
-                row[: len(found)] = torch.from_numpy(found)
-        log_weights = neighbour_log_weights(distances, settings["knn_temp"], counts)
-        knn = knn_log_prob(log_weights, values, target)
-        of_lm = lm_features_for(used, lm_log_probs)
-        lmbda = weights(used, of_lm, distances, values)
-        mixed = mix(lm_log_prob.double(), knn.double(), lmbda)
-        worth = worth_searching(used, of_lm)
-        searched = walk.searched[here] if automaton is not None else [True] * len(target) if worth is None else worth
-        heaviest = log_weights.topk(min(num_neighbours, log_weights.shape[1]), dim=-1).indices
-        for i, slots in enumerate(heaviest):
-            neighbours = [
-                Neighbour(
-                    entry=int(entries[i, slot]),
-                    distance=float(distances[i, slot]),
-                    weight=float(log_weights[i, slot].exp()),
-                    value=lm.tokenizer.decode([int(values[i, slot])]),
-                    context=_context(lm, int(entries[i, slot]), context_tokens),
-                )
-                for slot in slots
-                if entries[i, slot] >= 0
-            ]
-            inspected.append(
-                InspectedToken(
-                    text=lm.tokenizer.decode([targets[start + i]]),
-                    p_lm=float(lm_log_prob[i].exp()),
-                    p_knn=float(knn[i].exp()),
-                    p=float(mixed[i].exp()),
-                    searched=bool(searched[i]),
-                    neighbours=neighbours,
-                )
-            )
-    return inspected
+class FoundForTokens(NamedTuple):
+    """What was found for ``n`` tokens, ``[n, slots]``; ``searched`` bool ``[n]``, None where all were."""
+
+    distances: Tensor
+    values: Tensor
+    entries: Tensor
+    counts: Tensor | None
+    searched: Tensor | None
+
+
+class Figures(NamedTuple):
+    """Of ``n`` tokens: the neighbours' log weights ``[n, slots]``, all else ``[n]``."""
+
+    log_weights: Tensor
+    lm_log_prob: Tensor
+    knn_log_prob: Tensor
+    log_prob: Tensor
+    searched: Tensor
+
+
+def _tables(reader: Reader, reading: Reading) -> Iterator[tuple[slice, Tensor]]:
+    """The LM's distributions on the CPU, ``[rows, vocabulary]``, some rows at a time."""
+    count = len(reading.hidden)
+    for begin in range(0, count, POSITIONS_AT_ONCE):
+        for start, stop, table in reader.tables(reading.hidden, begin, min(begin + POSITIONS_AT_ONCE, count)):
+            yield slice(start, stop), table.cpu()
+
+
+def _neighbour_finder(lm: KNNHF, reading: Reading, targets: list[int]) -> Callable[[slice], FoundForTokens]:
+    """What gives the neighbours of some of the window's tokens: a search, or a walk along all of it."""
+    automaton = lm.augmentation.automaton
+    if automaton is None:
+
+        def search(here: slice) -> FoundForTokens:
+            return FoundForTokens(*lm.retriever.search(reading.queries[here]), None)
+
+        return search
+
+    walk = Walk(reading.queries.float().cpu().numpy(), np.array(targets))
+    automaton.walk([walk], keep_neighbours=True)
+
+    def steps(here: slice) -> FoundForTokens:
+        neighbours = walk.neighbours[here]
+        distances, values = padded_neighbours(neighbours, automaton.values)
+        entries = torch.full(distances.shape, -1)
+        for row, (_, found) in zip(entries, neighbours, strict=True):
+            row[: len(found)] = torch.from_numpy(found)
+        return FoundForTokens(distances, values, entries, None, torch.from_numpy(walk.searched[here]))
+
+    return steps
+
+
+def _figures(mixture: Mixture, lm_log_probs: Tensor, found: FoundForTokens, target: Tensor) -> Figures:
+    """The probabilities of the tokens ``target`` ``[n]``, whose LM's distributions are ``[n, vocabulary]``."""
+    neighbours = mixture.weigh(found.distances, found.values, found.counts, lm_log_probs.device)
+    lm_log_prob = lm_log_probs.gather(-1, target[:, None])[:, 0]
+    knn = knn_log_prob(neighbours.log_weights, neighbours.values, target)
+    of_lm = mixture.weight.lm_features(lm_log_probs)
+    mixed = mix(lm_log_prob.double(), knn.double(), mixture.lmbda(of_lm, neighbours))
+    searched = found.searched
+    if searched is None:
+        wanted = mixture.weight.wants_search(of_lm)
+        searched = torch.ones(len(target), dtype=torch.bool) if wanted is None else wanted
+    return Figures(neighbours.log_weights, lm_log_prob, knn, mixed, searched)
+
+
+def _neighbour(
+    lm: KNNHF, found: FoundForTokens, figures: Figures, row: int, slot: int, context_tokens: int
+) -> Neighbour:
+    entry = int(found.entries[row, slot])
+    return Neighbour(
+        entry=entry,
+        distance=float(found.distances[row, slot]),
+        weight=float(figures.log_weights[row, slot].exp()),
+        value=lm.tokenizer.decode([int(found.values[row, slot])]),
+        context=_context(lm, entry, context_tokens),
+    )
 
 
 def _context(lm: KNNHF, entry: int, length: int) -> str:

@@ -9,7 +9,6 @@ import logging
 import math
 import pickle
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +21,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch.nn.utils.rnn import pad_sequence
 
 from knn_lm_eval.store.clusters import Clusters
+from knn_lm_eval.system.timing import now
 
 if TYPE_CHECKING:
     from knn_lm_eval.model.knn_hf import KNNHF
@@ -32,14 +32,14 @@ ScoreText = Callable[[str], tuple[float, float, float | None]]
 
 def why_not(lm: KNNHF) -> str | None:
     """What keeps the published code from running with these settings, if anything does."""
-    retriever, model = lm.retriever, lm.scorer.model
+    retriever, model = lm.retriever, lm.causal_lm
     if not isinstance(faiss.downcast_index(retriever.index), faiss.IndexIVF):
         return f"it needs an index with inverted lists, which {retriever.metadata['factory']} has not"
     if not hasattr(model.inner, "lm_head"):
         return f"{type(model.inner).__name__} has no head of the name lm_head"
     if retriever.sim_func != "l2" or model.inner.dtype != torch.float32:
         return "it needs knn_sim_func=l2 and dtype=float32"
-    if not isinstance(lm.scorer.lmbda, float) or not lm.scorer.lmbda:
+    if not lm.augmentation.mixture.weight.constant:  # none, or 0
         return "it needs a constant lmbda above 0"
     longest = getattr(model.inner.config, "max_position_embeddings", math.inf)
     if longest <= lm.max_length:
@@ -64,13 +64,13 @@ class PublishedCode:
         logger.setLevel(logging.WARNING)
         self.lm, self.folder = lm, folder
         store, settings = lm.retriever.datastore, lm.settings
-        self.model: Any = lm.scorer.model.inner
+        self.model: Any = lm.causal_lm.inner
         name = (str(folder), self.model.config.model_type, len(store), store.dimension)
         store.values.tofile(f"{get_dstore_path(*name)}_vals.npy")
         if settings["recompute_dists"]:
             store.require_keys("recompute_dists=True").tofile(f"{get_dstore_path(*name)}_keys.npy")
         Path(get_index_path(*name)).symlink_to(store.path.resolve() / f"{settings['index']}.faiss")
-        key_module = lm.scorer.model.key_module
+        key_module = lm.causal_lm.key_module
         key_type = KEY_TYPE.from_string(settings["knn_keytype"])
         capture = (lambda _: key_module, key_type is KEY_TYPE.last_ffn_input)
         KNNWrapper.model_layer_to_capture[self.model.config.model_type] = {key_type: capture}
@@ -135,7 +135,7 @@ class PublishedCode:
             log_likelihood = 0.0
             wrapper.no_lookup_counter_history = []
             wrapper.break_into(model)  # reads the index and the values: not timed
-            start = time.perf_counter()
+            start = now()
             for first in range(0, len(pairs), batch_size):
                 batch = pairs[first : first + batch_size]
                 # The wrappers search where the next label is not -100, so the last target is read as well.
@@ -149,7 +149,7 @@ class PublishedCode:
                 target_log_probs = log_probs.gather(-1, padded[:, 1:, None])[..., 0][asked]
                 log_likelihood += float(target_log_probs.double().sum())
                 del log_probs
-            seconds = time.perf_counter() - start
+            seconds = now() - start
             # One item per search. Its own metric leaves out the tokens after the last one.
             searches = len(wrapper.no_lookup_counter_history)
             wrapper.break_out()

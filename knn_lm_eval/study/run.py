@@ -6,42 +6,74 @@ import csv
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lm_eval
-from lm_eval.tasks import TaskManager
+from torch import Tensor
 
+from knn_lm_eval.lm.reading import Reading
 from knn_lm_eval.model.knn_hf import KNNHF
-from knn_lm_eval.model.scoring import Scorer
+from knn_lm_eval.model.scores import Score, sum_up
+from knn_lm_eval.model.scoring import PassageScorer
 from knn_lm_eval.system.files import replace_file
+
+if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager
 
 BATCH_SIZE = 4  # windows
 MAX_LENGTH = 1024  # tokens a window has at most, where nothing else is said and a study is of one long text
 
 
-def load_knn_hf(model_args: dict[str, Any], **settings: Any) -> KNNHF:
-    """``knn-hf`` with these arguments, and those that the study sets itself."""
-    return KNNHF(**{"batch_size": BATCH_SIZE} | model_args | settings)
+def load_knn_hf(model_args: dict[str, Any], most_tokens: int | None = None, **settings: Any) -> KNNHF:
+    """``knn-hf`` with these arguments, and those that the study sets itself.
+
+    Parameters
+    ----------
+    most_tokens : that a window has, unless ``model_args`` says how many; None is the model's limit.
+    """
+    lm = KNNHF(**{"batch_size": BATCH_SIZE} | model_args | settings)
+    if most_tokens is not None and model_args.get("max_length") is None:
+        lm.shorten_windows(most_tokens)
+    return lm
+
+
+def first_tokens(lm: KNNHF, text: str, tokens: int | None) -> str:
+    """The beginning of ``text`` that has so many tokens."""
+    ids = lm.tok_encode(text)
+    if tokens is None or len(ids) <= tokens:
+        return text
+    return lm.tokenizer.decode(ids[:tokens], skip_special_tokens=True)
 
 
 def find_tasks(model_args: dict[str, Any], metadata: dict[str, Any] | None) -> TaskManager:
     """Where lm-eval finds its tasks; they may ask for the model's arguments, and for ``metadata``."""
+    from lm_eval.tasks import TaskManager  # late: with it come data sets and metrics, which not every study needs
+
     return TaskManager(metadata=model_args | (metadata or {}))
 
 
 def score_tasks(
-    lm: KNNHF, scorer: Scorer, tasks: Sequence[Any], manager: TaskManager, limit: float | None = None
+    lm: KNNHF, scorer: PassageScorer, tasks: Sequence[Any], manager: TaskManager, limit: float | None = None
 ) -> None:
     """Have lm-eval evaluate the tasks (their names, or themselves), scored by ``scorer`` in place of ``lm``'s own."""
-    lm.scorer = scorer
-    lm_eval.simple_evaluate(
-        model=lm,
-        tasks=list(tasks),
-        task_manager=manager,
-        limit=limit,
-        bootstrap_iters=0,
-        log_samples=False,
-    )
+    with lm.scored_by(scorer):
+        lm_eval.simple_evaluate(
+            model=lm,
+            tasks=list(tasks),
+            task_manager=manager,
+            limit=limit,
+            bootstrap_iters=0,
+            log_samples=False,
+        )
+
+
+def scores_of_readings(readings: Sequence[Reading], log_probs: Tensor) -> list[list[Score]]:
+    """The scores of what was read, from the log-probabilities of its tokens, ``[tokens]``.
+
+    lm-eval's own report is of the base LM, whose scores a study's scorer returns; what was asked for, the study has.
+    """
+    parts = log_probs.split([sum(reading.lengths) for reading in readings])
+    return [scores for reading, part in zip(readings, parts, strict=True) for scores in sum_up(reading, part)]
 
 
 def perplexity(log_prob: float, tokens: int) -> float:

@@ -14,12 +14,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from knn_lm_eval.errors import UserError
+from knn_lm_eval.lm.reading import Reader, Reading
 from knn_lm_eval.make.pruning import positions_of_entries
 from knn_lm_eval.methods.mixture import knn_log_prob, mix, neighbour_log_weights
 from knn_lm_eval.model.knn_hf import KNNHF
-from knn_lm_eval.model.scoring import NEIGHBOURS_PER_BLOCK, Passage, Score, Scorer
+from knn_lm_eval.model.scores import Score, sum_up
+from knn_lm_eval.model.scoring import NEIGHBOURS_PER_BLOCK, PassageScorer
+from knn_lm_eval.search.retriever import Found
 from knn_lm_eval.study.run import find_tasks, load_knn_hf, perplexity, score_tasks
 
 DEFAULT_SEED = 0
@@ -87,73 +91,75 @@ def store_sizes(
     searched = min(searched or 4 * k, len(lm.retriever.datastore))
     if searched < k:
         raise UserError(f"--searched {searched} is less than k={k}.")
-    lm.retriever.k = searched
     manager = find_tasks(model_args, metadata)
     for task in tasks:
-        scorer = StoreSizeScorer(lm, k, fractions, seed)
+        scorer = StoreSizeScorer(lm, fractions, searched, seed)
         score_tasks(lm, scorer, [task], manager, limit)
         yield Sizes(task, lm.settings | {"limit": limit, "searched": searched, "seed": seed}, scorer.points)
 
 
-class StoreSizeScorer(Scorer):
+class StoreSizeScorer(PassageScorer):
     """Scores every text with each part of the store; returns the base LM's scores.
 
     Parameters
     ----------
-    lm : a loaded ``knn-hf``, whose LM, retriever and mixture settings are used.
-    k : neighbours that a part has at most.
+    lm : a loaded ``knn-hf``, whose LM, retriever and mixture settings are used; a part has at most its k neighbours.
     fractions : the parts' sizes, above 0 and at most 1.
+    searched : neighbours that the one search finds, at least k, as None is.
     seed : of the choice of entries.
-    searched : neighbours that the one search finds; None is the ``k`` of ``lm``.
     """
 
     def __init__(
-        self, lm: KNNHF, k: int, fractions: Sequence[float], seed: int = DEFAULT_SEED, searched: int | None = None
+        self, lm: KNNHF, fractions: Sequence[float], searched: int | None = None, seed: int = DEFAULT_SEED
     ) -> None:
-        if not isinstance(lm.settings["lmbda"], (int, float)):
+        super().__init__(Reader(lm.causal_lm, lm.softmax_dtype))
+        lmbda = lm.augmentation.mixture.weight.constant
+        if lmbda is None:
             raise UserError("Sizes are compared with one lmbda for all tokens: give lmbda=NUMBER in --model_args.")
         if lm.settings.get("retomaton"):
             raise UserError("Sizes are compared for kNN-LM: leave retomaton out of --model_args.")
-        self.constant = float(lm.settings["lmbda"])
-        retriever = lm.retriever.with_settings(k=searched)
-        super().__init__(lm.scorer.model, retriever, self.constant, lm.settings["knn_temp"], lm.softmax_dtype)
         if wrong := [fraction for fraction in fractions if not 0 < fraction <= 1]:
             raise UserError(f"The fraction {wrong[0]:g} of the datastore must be above 0 and at most 1.")
-        self.k, self.seed = k, seed
+        self._lmbda, self._knn_temp = lmbda, lm.augmentation.mixture.knn_temp
+        self._k, self._seed = lm.retriever.k, seed
+        self._retriever = lm.retriever.with_settings(k=searched)
         count = len(lm.retriever.datastore)
-        self.base = SizePoint(0.0, 0)
-        self.parts = [SizePoint(fraction, round(fraction * count)) for fraction in sorted(set(fractions))]
+        self._base = SizePoint(0.0, 0)
+        self._parts = [SizePoint(fraction, round(fraction * count)) for fraction in sorted(set(fractions))]
 
     @property
     def points(self) -> list[SizePoint]:
-        """What has been summed up so far."""
-        return [self.base, *self.parts]
+        """What has been summed up so far, the LM alone first."""
+        return [self._base, *self._parts]
 
-    def score(self, batches: Sequence[Sequence[Passage]], want_greedy: bool) -> list[list[Score]]:
-        """Score batches with every part; the LM reads once, the index is searched once."""
+    def score_readings(self, readings: Sequence[Reading], want_greedy: bool) -> list[list[Score]]:
+        """Score batches with every part; the index is searched once."""
         if want_greedy:
             raise UserError("Sizes are compared on tasks that score whole texts (perplexity), such as law.")
-        return [scores for batch in batches for scores in self._score_sizes(batch)]
+        return [scores for reading in readings for scores in self._score_sizes(reading)]
 
-    def _score_sizes(self, batch: Sequence[Passage]) -> list[list[Score]]:
-        assert self.retriever is not None
-        reading = self._read(batch)
+    def _score_sizes(self, reading: Reading) -> list[list[Score]]:
         rows, targets = reading.pairs()
-        base = self._score_pairs(reading.hidden, rows, targets, None, len(reading.hidden), False)[0]
-        self.base.log_prob += float(base.double().sum())
-        block = max(1, NEIGHBOURS_PER_BLOCK // self.retriever.k)
+        base = self.reader.target_log_probs(reading)  # [tokens]
+        self._base.log_prob += float(base.double().sum())
+        block = max(1, NEIGHBOURS_PER_BLOCK // self._retriever.k)
         for start in range(0, len(rows), block):
             here = slice(start, start + block)
             queries = reading.queries[rows[here].to(reading.queries.device)]
-            distances, values, entries, counts = self.retriever.search(queries)
-            positions = torch.from_numpy(positions_of_entries(entries.numpy(), self.seed))
-            for part in self.parts:
-                inside = (positions < part.fraction) & (entries >= 0)
-                inside &= inside.cumsum(dim=-1) <= self.k
-                weights = neighbour_log_weights(distances.masked_fill(~inside, math.inf), self.knn_temp, counts)
-                log_p_knn = knn_log_prob(weights, values, targets[here])
-                part.log_prob += float(mix(base[here].double(), log_p_knn.double(), self.constant).sum())
-                part.neighbours += int(inside.sum())
+            self._add(self._retriever.search(queries), targets[here], base[here].double())
+        self.tokens_scored += len(rows)
         for point in self.points:
-            point.tokens += len(rows)
-        return self._sum_up(reading, base, torch.zeros(len(rows), dtype=torch.bool))
+            point.tokens = self.tokens_scored
+        return sum_up(reading, base)
+
+    def _add(self, found: Found, targets: Tensor, base: Tensor) -> None:
+        """Add tokens to each part's sums."""
+        positions = torch.from_numpy(positions_of_entries(found.entries.numpy(), self._seed))  # [tokens, searched]
+        for part in self._parts:
+            inside = (positions < part.fraction) & (found.entries >= 0)
+            inside &= inside.cumsum(dim=-1) <= self._k
+            distances = found.distances.masked_fill(~inside, math.inf)
+            log_weights = neighbour_log_weights(distances, self._knn_temp, found.counts)
+            log_p_knn = knn_log_prob(log_weights, found.values, targets)
+            part.log_prob += float(mix(base, log_p_knn.double(), self._lmbda).sum())
+            part.neighbours += int(inside.sum())

@@ -6,19 +6,20 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
-
-from lm_eval.tasks import TaskManager
+from typing import TYPE_CHECKING, Any, Literal
 
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.model.knn_hf import KNNHF
-from knn_lm_eval.model.opening import find_datastore
 from knn_lm_eval.model.params import CONDITIONS, Params
 from knn_lm_eval.store.datastore import Datastore
+from knn_lm_eval.store.fetching import find_datastore
 from knn_lm_eval.study.fitting import AdaptiveFit, fit_adaptive
 from knn_lm_eval.study.grid import KNN_TEMPS, LMBDAS, Axis, Best, Surface, find_best, make_grid, on_edges
 from knn_lm_eval.study.grid_scorer import GridScorer
 from knn_lm_eval.study.run import find_tasks, load_knn_hf, perplexity, score_tasks, write_csv
+
+if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager
 
 TUNED = ("params", "k", "lmbda", "knn_temp")
 
@@ -139,7 +140,7 @@ def tune(
     lm = load_knn_hf(model_args, k=grid.k[-1], lmbda=0.5, knn_temp=1.0, params=False)
     scorer = GridScorer(lm, grid, None if adaptive == "none" else seed)
     score_tasks(lm, scorer, loaded_tasks, manager, limit)
-    best = find_best(scorer.surfaces, scorer.tokens, saved_searches)
+    best = find_best(scorer.surfaces, scorer.tokens_scored, saved_searches)
     fit = None
     if adaptive != "none":
         assert scorer.sample is not None
@@ -153,7 +154,7 @@ def tune(
         scorer.defaults,
         fit,
         scorer.base_log_prob,
-        scorer.tokens,
+        scorer.tokens_scored,
         scorer.seconds,
         lm.retriever.datastore,
     )
@@ -200,7 +201,7 @@ def _make_params(
 ) -> Params:
     store = lm.retriever.datastore
     settings = {name: value for name, value in best.settings.items() if value is not None}
-    result = {"token_perplexity": perplexity(best.log_prob, scorer.tokens)}
+    result = {"token_perplexity": perplexity(best.log_prob, scorer.tokens_scored)}
     if fit is not None:
         settings |= {"lmbda": fit.lmbda.plain(), "knn_temp": fit.knn_temp}
         result = {
@@ -219,9 +220,9 @@ def _make_params(
             "limit": tuned_for["limit"],
             "context_len": lm.context_len,
             "max_length": lm.max_length,
-            "tokens": scorer.tokens,
+            "tokens": scorer.tokens_scored,
             "seed": tuned_for["seed"],
-            "base_token_perplexity": perplexity(scorer.base_log_prob, scorer.tokens),
+            "base_token_perplexity": perplexity(scorer.base_log_prob, scorer.tokens_scored),
             **result,
         },
     )

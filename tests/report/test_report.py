@@ -36,9 +36,11 @@ def test_a_part_of_the_store_is_a_store_of_its_entries(store, model_folder, tmp_
     monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda _: None)
     lm = KNNHF(str(model_folder), datastore=store.path, k=20, lmbda=0.4, knn_temp=3.0, batch_size=2)
     # All are found, so that parts lack none.
-    scorer = StoreSizeScorer(lm, 20, [0.1, 1.0], seed=3, searched=len(store))
-    lm.scorer = scorer
-    lm_eval.simple_evaluate(model=lm, tasks=["law"], task_manager=law(tmp_path), bootstrap_iters=0, log_samples=False)
+    scorer = StoreSizeScorer(lm, [0.1, 1.0], seed=3, searched=len(store))
+    with lm.scored_by(scorer):
+        lm_eval.simple_evaluate(
+            model=lm, tasks=["law"], task_manager=law(tmp_path), bootstrap_iters=0, log_samples=False
+        )
     positions = positions_of_entries(np.arange(len(store)), 3)
     for point, share in zip(scorer.points, (0.0, 0.1, 1.0), strict=True):
         inside = positions < share if share else np.ones(len(store), dtype=bool)
@@ -89,7 +91,7 @@ def test_the_script_for_sizes_writes_what_the_report_draws(store, tmp_path) -> N
 def test_sizes_out_of_range_are_named(store, model_folder) -> None:
     lm = KNNHF(str(model_folder), datastore=store.path, k=20)
     with pytest.raises(UserError, match="The fraction 1.5 of the datastore must be above 0 and at most 1."):
-        StoreSizeScorer(lm, 20, [0.5, 1.5])
+        StoreSizeScorer(lm, [0.5, 1.5])
     walking = KNNHF(str(model_folder), datastore=store.path, k=20, retomaton=True)
     with pytest.raises(UserError, match="leave retomaton out"):
-        StoreSizeScorer(walking, 20, [0.5])
+        StoreSizeScorer(walking, [0.5])

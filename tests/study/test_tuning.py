@@ -35,8 +35,9 @@ def rolling(lm: KNNHF) -> list:
 
 def tune(store: Datastore, grid: Grid, **changes: object) -> GridScorer:
     lm = KNNHF(datastore=store.path, batch_size=2, k=grid.k[-1], lmbda=0.5, knn_temp=1.0, **changes)
-    lm.scorer = scorer = GridScorer(lm, grid, 0)
-    base = sum(rolling(lm))
+    scorer = GridScorer(lm, grid, 0)
+    with lm.scored_by(scorer):
+        base = sum(rolling(lm))
     assert scorer.base_log_prob == pytest.approx(base)
     return scorer
 
@@ -97,14 +98,14 @@ def test_retomatons_walks_equal_separate_evaluations(store: Datastore) -> None:
         assert surface.searches == searches
     assert not scorer.defaults.log_prob.any()  # max_knns=1024 was not walked with
     # A fraction to save chooses among the walks that save so much.
-    saved = [1 - surface.searches / scorer.tokens for surface in scorer.surfaces]
+    saved = [1 - surface.searches / scorer.tokens_scored for surface in scorer.surfaces]
     fraction = sorted(saved)[8]
-    saving = find_best(scorer.surfaces, scorer.tokens, fraction)
+    saving = find_best(scorer.surfaces, scorer.tokens_scored, fraction)
     allowed = [surface for surface, part in zip(scorer.surfaces, saved, strict=True) if part >= fraction]
     assert 0 < len(allowed) < 12
     assert saving.log_prob == max(surface.log_prob.max() for surface in allowed)
     with pytest.raises(UserError, match="No setting of the grid saves 0.99"):
-        find_best(scorer.surfaces, scorer.tokens, 0.99)
+        find_best(scorer.surfaces, scorer.tokens_scored, 0.99)
 
 
 def test_all_k_and_temperatures_at_once_equal_one_by_one() -> None:
@@ -244,7 +245,7 @@ def test_an_adaptive_lmbda_is_fitted_and_then_scores_as_promised(
     results = rolling(lm)
     perplexity = math.exp(-sum(results) / sum(result.num_tokens for result in results))
     assert perplexity == pytest.approx(tuned_for["token_perplexity"], rel=1e-5)
-    assert lm.setting_sources["lmbda"] == "params"
+    assert lm.augmentation.sources["lmbda"] == "params"
     if kind == "gate":
         assert lm.get_model_info()["knn"]["saved_searches"] == pytest.approx(0.25, abs=0.01)
 
