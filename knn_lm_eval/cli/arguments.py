@@ -143,6 +143,16 @@ def whole_number(model_args: dict[str, Any], name: str, default: int) -> int:
     return value
 
 
+def read_text(path: Path) -> str:
+    """A UTF-8 text file that has something in it."""
+    from knn_lm_eval.make.text import read_text_file
+
+    text = "".join(read_text_file(path))
+    if not text:
+        raise UserError(f"{path} is empty: there is nothing to score.")
+    return text
+
+
 def read_metadata(arguments: argparse.Namespace) -> dict[str, Any]:
     """``--metadata``."""
     from lm_eval.utils import simple_parse_args_string

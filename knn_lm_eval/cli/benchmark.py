@@ -57,21 +57,15 @@ def main(arguments: argparse.Namespace) -> None:
 
 
 def print_plan(estimates: list[Estimate]) -> None:
-    from rich.console import Console
-    from rich.table import Table
+    from knn_lm_eval.report.tables import print_table
 
-    table = Table(box=None, padding=(0, 1), header_style="bold")
-    for heading in ("cell", "state"):
-        table.add_column(heading)
-    for heading in ("tokens", "memory", "time alone"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    rows = []
     for one in estimates:
-        tokens = "" if one.state == "finished" else "?" if one.tokens_read is None else f"{one.tokens_read:,}"
+        tokens = None if one.state == "finished" else "?" if one.tokens_read is None else one.tokens_read
         memory = "?" if one.memory is None else size(one.memory)
-        spent = "" if one.state == "finished" else duration(one.seconds) + ("" if one.measured else " *")
-        table.add_row(str(one.cell), one.state, tokens, memory, spent)
-    console = Console()
-    (console if console.is_terminal else Console(width=160)).print(table)
+        spent = None if one.state == "finished" else duration(one.seconds) + ("" if one.measured else " *")
+        rows.append([str(one.cell), one.state, tokens, memory, spent])
+    print_table("", {"cell": "", "state": "", "tokens": ",", "memory": ">", "time alone": ">"}, rows)
     todo = [one for one in estimates if one.state != "finished"]
     # The LM's pass over a task is shared: counted once it is the least, counted for each cell the most.
     known = [(one.seconds, one) for one in todo if one.seconds is not None]

@@ -21,6 +21,8 @@ from knn_lm_eval.cli.main import verb
 if TYPE_CHECKING:
     from knn_lm_eval.study.foss_curve import Curve
 
+COLUMNS = {"min_knns": "g", "token_perplexity": ".4f", "saved_searches": ".4f", "mean_candidates": ".1f"}
+
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
@@ -62,6 +64,7 @@ def main(arguments: argparse.Namespace) -> None:
 def write(path: Path, curve: Curve) -> None:
     """Print the table, write it as CSV and JSON, and draw it."""
     from knn_lm_eval.report.plots import draw_foss_curve
+    from knn_lm_eval.report.tables import print_table
     from knn_lm_eval.study.run import write_csv
 
     rows = [point.row() for point in curve.points]
@@ -69,8 +72,5 @@ def write(path: Path, curve: Curve) -> None:
     path.with_suffix(".json").write_text(
         json.dumps({"task": curve.task, "settings": curve.settings, "points": rows}, indent=1) + "\n"
     )
-    table = [list(rows[0]), *([str(value) for value in row.values()] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    for line in table:
-        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
+    print_table(curve.task, {name: COLUMNS.get(name, "") for name in rows[0]}, rows)
     draw_foss_curve(path, curve.task, rows)

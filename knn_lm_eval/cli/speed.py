@@ -14,7 +14,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from knn_lm_eval.cli.arguments import add_model_arguments, add_timing_arguments, check_at_least_one, read_model_args
+from knn_lm_eval.cli.arguments import (
+    add_model_arguments,
+    add_timing_arguments,
+    check_at_least_one,
+    read_model_args,
+    read_text,
+)
 from knn_lm_eval.cli.main import verb
 from knn_lm_eval.errors import UserError
 
@@ -44,15 +50,11 @@ def main(arguments: argparse.Namespace) -> None:
     check_at_least_one(arguments, "tokens", "repeats", "threads")
     model_args = read_model_args(arguments)
 
-    from knn_lm_eval.make.text import read_text_file
     from knn_lm_eval.study.speed import SEARCH, SpeedComparison
 
-    text = "".join(read_text_file(arguments.text))
-    if not text:
-        raise UserError(f"{arguments.text} is empty: there is nothing to score.")
     comparison = SpeedComparison(
         model_args,
-        text,
+        read_text(arguments.text),
         tokens=arguments.tokens,
         threads=arguments.threads,
         cpu_time=arguments.cpu_time,
@@ -81,6 +83,7 @@ def memory_of(name: str) -> dict[str, int] | None:
 
 def print_report(report: dict[str, Any]) -> None:
     """Print the figures as tables."""
+    from knn_lm_eval.report.tables import print_table
     from knn_lm_eval.study.speed import ratios, retrieval_seconds
 
     tokens, seconds = report["tokens"], report["seconds"]
@@ -88,29 +91,50 @@ def print_report(report: dict[str, Any]) -> None:
         f"{tokens:,} tokens in windows of {report['windows']}, batches of {report['batch_size']}; "
         f"{report['entries']:,} entries, {report['index']}, "
         + ", ".join(f"{name}={report['settings'][name]}" for name in ("k", "lmbda", "knn_temp", "probe"))
+        + "\n"
     )
-    print(f"\n{'':28}{'CPU s' if report['cpu_time'] else 'seconds':>9}{'tokens/s':>10}{'perplexity':>12}{'saved':>8}")
-    for name, values in seconds.items():
-        median = statistics.median(values)
-        perplexity, saved = report["perplexity"][name], report["saved_searches"][name]
-        shown = "-" if perplexity is None else f"{perplexity:.4f}"
-        print(f"{name:28}{median:9.2f}{tokens / median:10.0f}{shown:>12}{'' if saved is None else f'{saved:8.4f}'}")
-
-    print("\nratios, median of the rounds (least to greatest)")
-    for name, values in ratios(report).items():
-        print(f"{name:60}{statistics.median(values):8.3f}   ({min(values):.3f} to {max(values):.3f})")
-
-    retrieval = retrieval_seconds(report)
-    stages = list(dict.fromkeys(stage for parts in report["stages"].values() for stage in parts[0]))
-    print(f"\n{'ms a token by stage':20}" + "".join(f"{stage:>11}" for stage in [*stages, "retrieval"]))
-    for name, parts in report["stages"].items():
-        figures = [statistics.median(part.get(stage, 0.0) for part in parts) for stage in stages]
-        figures.append(statistics.median(retrieval[name]))
-        print(f"{name:20}" + "".join(f"{1000 * figure / tokens:11.4f}" for figure in figures))
-
+    unit = "CPU s" if report["cpu_time"] else "seconds"
+    systems = {"": "", unit: ".2f", "tokens/s": ".0f", "perplexity": ".4f", "saved": ".4f"}
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    print_table(
+        "",
+        systems,
+        [
+            [name, median, tokens / median, report["perplexity"][name], report["saved_searches"][name]]
+            for name, median in medians.items()
+        ],
+    )
+    print()
+    compared = [[name, statistics.median(some), min(some), max(some)] for name, some in ratios(report).items()]
+    print_table("", {"ratios of the rounds": "", "median": ".3f", "least": ".3f", "greatest": ".3f"}, compared)
+    print()
+    print_stages(report["stages"], retrieval_seconds(report), tokens)
     if memory := {name: figures for name, figures in report.get("memory", {}).items() if figures}:
-        print(f"\n{'resident MiB':28}{'loaded':>9}{'peak':>10}{'difference':>12}{'of it mapped files':>20}")
-        for name, figures in memory.items():
-            loaded, peak = figures["loaded"], figures["peak"]
-            numbers = [f"{x / MIB:.0f}" for x in (loaded, peak, peak - loaded, figures["newly mapped"])]
-            print(f"{name:28}{numbers[0]:>9}{numbers[1]:>10}{numbers[2]:>12}{numbers[3]:>20}")
+        print()
+        resident = {
+            "resident MiB": "",
+            "loaded": ".0f",
+            "peak": ".0f",
+            "difference": ".0f",
+            "of it mapped files": ".0f",
+        }
+        print_table("", resident, [[name, *in_mib(figures)] for name, figures in memory.items()])
+
+
+def print_stages(stages: dict[str, list[dict[str, float]]], retrieval: dict[str, list[float]], tokens: int) -> None:
+    """Print what the stages of our systems take of a token's time."""
+    from knn_lm_eval.report.tables import print_table
+
+    names = list(dict.fromkeys(stage for rounds in stages.values() for stage in rounds[0]))
+    rows = []
+    for system, rounds in stages.items():
+        medians = [statistics.median(one.get(stage, 0.0) for one in rounds) for stage in names]
+        medians.append(statistics.median(retrieval[system]))
+        rows.append([system, *(1000 * seconds / tokens for seconds in medians)])
+    print_table("", {"ms a token by stage": "", **dict.fromkeys([*names, "retrieval"], ".4f")}, rows)
+
+
+def in_mib(figures: dict[str, int]) -> list[float]:
+    """Loaded, peak, the difference, and of it mapped files."""
+    loaded, peak = figures["loaded"], figures["peak"]
+    return [number / MIB for number in (loaded, peak, peak - loaded, figures["newly mapped"])]

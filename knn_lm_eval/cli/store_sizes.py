@@ -15,6 +15,8 @@ from knn_lm_eval.cli.arguments import (
 )
 from knn_lm_eval.cli.main import verb
 
+COLUMNS = {"entries": ",", "token_perplexity": ".4f", "mean_neighbours": ".1f"}
+
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
@@ -36,6 +38,7 @@ def main(arguments: argparse.Namespace) -> None:
     fractions = parse_numbers("--fractions", arguments.fractions)
     model_args = read_model_args(arguments)
 
+    from knn_lm_eval.report.tables import print_table
     from knn_lm_eval.study.store_sizes import store_sizes
     from knn_lm_eval.system.files import write_json
 
@@ -53,8 +56,4 @@ def main(arguments: argparse.Namespace) -> None:
         task, rows = sizes.task, [point.row() for point in sizes.points]
         content = {"task": task, "settings": sizes.settings, "store_sizes": rows}
         write_json(arguments.output / f"{task}.json", content)
-        print(f"{task}: {'entries':>12}  token_perplexity  neighbours")
-        for row in rows:
-            print(
-                f"{'':{len(task)}}  {row['entries']:>12,}  {row['token_perplexity']:>16}  {row['mean_neighbours']:>10}"
-            )
+        print_table(task, COLUMNS, rows)

@@ -106,13 +106,12 @@ def write(found: Tuning, arguments: argparse.Namespace) -> None:
 
 def print_results(found: Tuning) -> None:
     """A table of the LM alone, the papers' defaults and the best setting, and what the grid cost."""
+    from knn_lm_eval.report.tables import print_table
+
     rows, fit = found.summary(), found.fit
     columns = list(dict.fromkeys(name for row in rows for name in row))
     columns.sort(key=lambda name: name in ("token_perplexity", "saved_searches"))
-    table = [columns, *([shown(row.get(name)) for name in columns] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    for cells in table:
-        print("  ".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True)))
+    print_table("", {name: shown if name else "" for name in columns}, rows)
     if fit is not None and fit.tokens < found.tokens:
         print(
             f"({fit.lmbda.plain()['kind']}: on a sample of {fit.tokens:,} tokens, on which the best constant has "
@@ -128,4 +127,5 @@ def print_results(found: Tuning) -> None:
 
 
 def shown(value: Any) -> str:
-    return "" if value is None else f"{value:.4f}" if isinstance(value, float) and value % 1 else f"{value}"
+    """Whole numbers as they are, others to four digits."""
+    return f"{value:.4f}" if isinstance(value, float) and value % 1 else f"{value}"

@@ -18,6 +18,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import faiss
 import numpy as np
 import torch
 from faiss.contrib.evaluation import knn_intersection_measure
@@ -27,15 +28,15 @@ from tqdm import tqdm
 
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.lm.reading import Reader, Reading
-from knn_lm_eval.methods.mixture import mix
+from knn_lm_eval.methods.mixture import knn_log_probs, mix
 from knn_lm_eval.model.knn_hf import KNNHF
 from knn_lm_eval.model.scores import Score, sum_up
 from knn_lm_eval.model.scoring import NEIGHBOURS_PER_BLOCK, PassageScorer
 from knn_lm_eval.search.quality import search_exactly
-from knn_lm_eval.search.retriever import Found, Retriever, entry_counts
+from knn_lm_eval.search.retriever import Found, LocalRetriever, Retriever, entry_counts
 from knn_lm_eval.store.datastore import Datastore
 from knn_lm_eval.study.grid import Surface, find_best
-from knn_lm_eval.study.grid_scorer import knn_log_probs
+from knn_lm_eval.study.run import MAX_LENGTH, first_tokens, load_knn_hf
 from knn_lm_eval.system.files import disk_errors_in, replace_file
 
 EXACT = "exact"
@@ -283,3 +284,99 @@ def efficient(rows: Sequence[Measurement]) -> list[Measurement]:
         if not front or row.tuned < front[-1].tuned:
             front.append(row)
     return front
+
+
+@dataclass(frozen=True)
+class IndexStudy:
+    """What ``compare_indexes`` measured.
+
+    Attributes
+    ----------
+    settings : those that hold for all, with the store's entries and the LM's own perplexities.
+    measured : an index with a setting each.
+    exact : exhaustive search, for each k.
+    front : of ``measured``, those that ``efficient`` leaves.
+    """
+
+    settings: dict[str, Any]
+    measured: list[Measurement]
+    exact: list[Measurement]
+    front: list[Measurement]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """All as rows of a table, the exact ones last."""
+        return [row.row() | {"efficient": row in self.front} for row in self.measured + self.exact]
+
+
+def compare_indexes(
+    model_args: dict[str, Any],
+    texts: dict[str, str],
+    indexes: Sequence[tuple[str, Sequence[int | None]]],
+    ks: Sequence[int],
+    cache: Path,
+    *,
+    tokens: int | None = None,
+    repeats: int = 3,
+    threads: int | None = None,
+    cpu_time: bool = False,
+) -> IndexStudy:
+    """Compare the indexes of one datastore on texts.
+
+    Parameters
+    ----------
+    model_args : as for ``KNNHF``; windows have at most ``MAX_LENGTH`` tokens where they don't say it.
+    texts : by name, a domain each, say.
+    indexes : the indexes' names, each with the probes to try; None is the index's own.
+    ks : numbers of neighbours.
+    cache : a folder that keeps the exact neighbours, which take long to find.
+    tokens : score the first so many of each text; None is all.
+    repeats : timed rounds after a warm-up.
+    threads : CPU threads; None leaves it to faiss.
+    cpu_time : count CPU seconds on one thread, not the clock's.
+
+    Raises
+    ------
+    UserError
+        Where there is no such index, k does not fit the store, or lmbda is an adaptive one.
+    """
+    lm = load_knn_hf({"index": indexes[0][0]} | model_args, most_tokens=MAX_LENGTH)
+    mixture, own = lm.augmentation.mixture, lm.retriever
+    if (lmbda := mixture.weight.constant) is None:
+        raise UserError("Indexes are compared with one lmbda for all tokens: give lmbda=NUMBER in --model_args.")
+    cut = {name: first_tokens(lm, text, tokens) for name, text in texts.items()}
+    retrievers = _retrievers(own, indexes, ks)
+    if threads := 1 if cpu_time else threads:
+        faiss.omp_set_num_threads(threads)
+    comparison = IndexComparison(
+        own.datastore,
+        collect_queries(lm, cut),
+        lmbda=lmbda,
+        knn_temp=mixture.knn_temp,
+        sim_func=own.sim_func,
+        max_k=max(ks),
+        cache=cache,
+    )
+    measured = list(comparison.measure(retrievers, repeats, time.process_time if cpu_time else time.perf_counter))
+    settings = {
+        "entries": len(own.datastore),
+        "tokens": comparison.queries.texts,
+        "lmbda": lmbda,
+        "knn_temp": mixture.knn_temp,
+        "recompute_dists": own.recompute_dists,
+        "threads": faiss.omp_get_max_threads(),
+        "cpu_time": cpu_time,
+        "base_perplexity": comparison.base_perplexity,
+    }
+    return IndexStudy(settings, measured, [comparison.exact(k) for k in ks], efficient(measured))
+
+
+def _retrievers(
+    own: Retriever, indexes: Sequence[tuple[str, Sequence[int | None]]], ks: Sequence[int]
+) -> list[Retriever]:
+    """One for each index, probe and k, with the other settings of ``own``; an index is opened once."""
+    retrievers: list[Retriever] = []
+    settings = own.sim_func, own.recompute_dists, own.settings.gpu
+    for name, probes in indexes:
+        opened = LocalRetriever(own.datastore, max(ks), None, *settings, name)
+        retrievers += [opened.with_settings(probe=probe, k=k) for probe in probes for k in ks]
+    return retrievers
