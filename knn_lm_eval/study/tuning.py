@@ -214,7 +214,7 @@ def _make_params(
         {
             "datastore": store.path.name,
             "keys_sha256": store.keys_checksum,
-            "model": store.manifest["model"]["pretrained"],
+            "model": store.manifest.model["pretrained"],
             "conditions": {name: lm.settings[name] for name in CONDITIONS if name in lm.settings},
             "tasks": tuned_for["tasks"],
             "limit": tuned_for["limit"],
