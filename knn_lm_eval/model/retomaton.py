@@ -50,6 +50,9 @@ class RetomatonScorer(PassageScorer):
             return [s for batch in batches for s in self._score_with_neighbours(self.reader.read(batch), want_greedy)]
         return super().score(batches, want_greedy)
 
+    def begin_texts(self) -> None:
+        self._survivors.clear()
+
     def score_readings(self, readings: Sequence[Reading], want_greedy: bool) -> list[list[Score]]:
         if self._needs_neighbours(want_greedy):
             return [scores for reading in readings for scores in self._score_with_neighbours(reading, want_greedy)]

@@ -57,6 +57,10 @@ class PassageScorer(ABC):
         """
         return self.score_readings([self.reader.read(batch) for batch in batches], want_greedy)
 
+    def begin_texts(self) -> None:
+        """Forget the texts scored so far: those that come are others, whatever their numbers."""
+        return None
+
     @abstractmethod
     def score_readings(self, readings: Sequence[Reading], want_greedy: bool) -> list[list[Score]]:
         """As ``score``, for batches that were read, by whomever."""

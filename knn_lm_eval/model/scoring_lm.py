@@ -23,6 +23,10 @@ from knn_lm_eval.model.scoring import PassageScorer
 CPU_BATCH_TOKENS = 4096
 
 
+# Tokens of context, and those that follow and are scored.
+Window = tuple[list[int], list[int]]
+
+
 class Group(NamedTuple):
     """Batches that are scored in one go, and the names of their passages, in order."""
 
@@ -72,36 +76,27 @@ class ScoringLM(CausalHFLM):
         -------
         One ``RollingLoglikelihood`` per request: the sum, which also knows the number of tokens.
         """
-        windows: list[tuple[list[int], list[int]]] = []
-        owners: list[int] = []
-        for owner, request in enumerate(requests):
-            rolling = get_rolling_token_windows(
-                token_list=self.tok_encode(request.args[0]),
-                prefix_token=self.prefix_token_id,
-                max_seq_len=self.max_length,
-                context_len=self.context_len,
-            )
-            windows += map(make_disjoint_window, rolling)
-            owners += [owner] * (len(windows) - len(owners))
-
-        counts = [0] * len(requests)
-        for owner in owners:
-            counts[owner] += 1
-        results = [RollingLoglikelihood(0.0, 0, None)] * len(requests)
-        scores: dict[int, list[tuple[int, Score]]] = {}
-        for number, score in self._score(windows, False, disable_tqdm, texts=owners):
-            owner = owners[number]
-            of_text = scores.setdefault(owner, [])
-            of_text.append((len(windows[number][1]), score))
-            if len(of_text) == counts[owner]:
-                searches = [score.searches for _, score in of_text if score.searches is not None]
-                results[owner] = RollingLoglikelihood(
-                    sum(score.log_prob for _, score in of_text),
-                    sum(length for length, _ in of_text),
-                    sum(searches) if searches else None,
+        windows = [
+            [
+                make_disjoint_window(window)
+                for window in get_rolling_token_windows(
+                    token_list=self.tok_encode(request.args[0]),
+                    prefix_token=self.prefix_token_id,
+                    max_seq_len=self.max_length,
+                    context_len=self.context_len,
                 )
-                self.cache_hook.add_partial("loglikelihood_rolling", requests[owner].args, results[owner])
-                del scores[owner]
+            ]
+            for request in requests
+        ]
+        results = [RollingLoglikelihood(0.0, 0, None)] * len(requests)
+        for number, of_windows in self._score_in_windows(windows, False, disable_tqdm):
+            searches = [score.searches for score in of_windows if score.searches is not None]
+            results[number] = RollingLoglikelihood(
+                sum(score.log_prob for score in of_windows),
+                sum(len(continuation) for _, continuation in windows[number]),
+                sum(searches) if searches else None,
+            )
+            self.cache_hook.add_partial("loglikelihood_rolling", requests[number].args, results[number])
         return list(results)
 
     def _loglikelihood_tokens(
@@ -111,26 +106,62 @@ class ScoringLM(CausalHFLM):
         override_bs: int | None = None,
         **kwargs: Any,
     ) -> list[tuple[float, bool]]:
-        results: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
-        pairs = [(context, continuation) for _, context, continuation in requests]
-        for number, score in self._score(pairs, True, disable_tqdm, override_bs):
-            results[number] = score.log_prob, score.is_greedy
+        results: list[tuple[float, bool]] = [(0.0, True)] * len(requests)  # of an empty continuation
+        windows = [self._windows(context, continuation) for _, context, continuation in requests]
+        for number, of_windows in self._score_in_windows(windows, True, disable_tqdm, override_bs):
+            log_prob = sum(score.log_prob for score in of_windows)
+            results[number] = log_prob, all(score.is_greedy for score in of_windows)
             if requests[number][0] is not None:
                 self.cache_hook.add_partial("loglikelihood", requests[number][0], results[number])
         return results
 
-    def _score(
+    def _windows(self, context: list[int], continuation: list[int]) -> list[Window]:
+        """One (context, continuation), or several where the continuation is longer than what is read at once.
+
+        lm-eval takes a context of white space for a part of the continuation, and leaves none: the prefix token is the
+        context of an empty one.
+        """
+        text = (context or [self.prefix_token_id]) + continuation
+        ends = range(len(text), len(text) - len(continuation), -self.max_length)
+        windows = [(end, min(self.max_length, len(continuation) - (len(text) - end))) for end in ends]
+        # As in rolling windows: a full window, of which the last tokens are asked for.
+        return [
+            (text[max(0, end - self.max_length - 1) : end - length], text[end - length : end])
+            for end, length in reversed(windows)
+        ]
+
+    def _score_in_windows(
         self,
-        requests: list[tuple[list[int], list[int]]],
+        windows: list[list[Window]],
         want_greedy: bool,
         disable_tqdm: bool = False,
         batch_size: int | None = None,
-        texts: list[int] | None = None,
+    ) -> Iterator[tuple[int, list[Score]]]:
+        """Score texts in windows, a list for each; yields (the text's number, its windows' scores) as texts get done."""
+        texts = [number for number, of_text in enumerate(windows) for _ in of_text]
+        scores: dict[int, list[Score]] = {}
+        for number, score in self._score(
+            [window for of_text in windows for window in of_text], want_greedy, disable_tqdm, batch_size, texts
+        ):
+            text = texts[number]
+            of_text = scores.setdefault(text, [])
+            of_text.append(score)
+            if len(of_text) == len(windows[text]):
+                yield text, scores.pop(text)
+
+    def _score(
+        self,
+        requests: list[Window],
+        want_greedy: bool,
+        disable_tqdm: bool,
+        batch_size: int | None,
+        texts: list[int],
     ) -> Iterator[tuple[int, Score]]:
-        """Score (context, continuation) token lists; yields (request number, score) as batches get done.
+        """Score windows; yields (number, score) as batches get done.
 
         ``texts`` are the numbers of the texts that the requests are windows of.
         """
+        self.scorer.begin_texts()
         passages: dict[Any, Passage] = {}
         askers: dict[Any, list[int]] = {}
         for number, (context, continuation) in enumerate(requests):
@@ -138,7 +169,7 @@ class ScoringLM(CausalHFLM):
             # Requests that read the same tokens share the forward pass, as in HFLM.
             shared = tuple(text[:-1]) if self.logits_cache and not self.carry_state else number
             passage = passages.setdefault(shared, Passage(text[-(self.max_length + 1) : -1]))
-            passage.text = texts[number] if texts else None
+            passage.text = texts[number]
             passage.continuations.append(continuation)
             askers.setdefault(shared, []).append(number)
         order = list(passages)

@@ -342,3 +342,56 @@ def test_the_command_line_ends_with_one_sentence(store, tmp_path, model_args: st
     assert run.returncode == 1
     assert sentence in run.stderr.strip().splitlines()[-1], run.stderr[-2000:]
     assert "Traceback" not in run.stderr
+
+
+# ------------------------------------------------------------------------------ contexts and continuations of any size
+
+
+@pytest.mark.parametrize("settings", [{}, {"retomaton": True, "min_knns": 10**6}], ids=["knn-lm", "retomaton"])
+def test_a_context_of_white_space_leaves_the_prefix_token(make, settings: dict) -> None:
+    """lm-eval moves the context's trailing white space to the continuation, and nothing is left of it."""
+    lm = make(lmbda=0.5, knn_temp=2.0, **settings)
+    beside = pair("The operator module", " also defines")
+    (alone,) = lm.loglikelihood([beside], disable_tqdm=True)
+    (blank, unharmed) = lm.loglikelihood([pair("\n", " module"), beside], disable_tqdm=True)
+    tokens = lm.tok_encode("\n module")
+    ((expected, greedy),) = oracle_scores(lm, [([lm.prefix_token_id], tokens)])
+    assert blank == (pytest.approx(expected, abs=TOLERANCE * len(tokens)), greedy)
+    assert unharmed == (pytest.approx(alone[0], rel=1e-6), alone[1])
+
+
+@pytest.mark.parametrize("retomaton", [False, True], ids=["knn-lm", "retomaton"])
+@pytest.mark.parametrize("context", ["", "The operator module"])
+@pytest.mark.parametrize("length", [MAX_LENGTH - 1, MAX_LENGTH, MAX_LENGTH + 1, 2 * MAX_LENGTH, 2 * MAX_LENGTH + 7])
+def test_a_continuation_longer_than_the_window_is_scored_in_windows(
+    make, retomaton: bool, context: str, length: int
+) -> None:
+    lm = make(lmbda=0.5, knn_temp=2.0, retomaton=retomaton)
+    before = lm.tok_encode(context) or [lm.prefix_token_id]
+    tokens = lm.tok_encode(EVAL_TEXT + EVAL_TEXT)[:length]
+    other = lm.tok_encode(" also defines")
+
+    def score(*windows: tuple[list[int], list[int]]) -> list[tuple[float, bool]]:
+        if not retomaton:
+            return oracle_scores(lm, list(windows))
+        return [lm._loglikelihood_tokens([(("a", "b"), *window)], disable_tqdm=True)[0] for window in windows]
+
+    requests = [((context, "long"), before, tokens), (("a", "b"), before, other)]
+    (actual, greedy), (unharmed, _) = lm._loglikelihood_tokens(requests, disable_tqdm=True)
+    # Windows end where the text does; each scores as many tokens as it reads, the first one what is left.
+    text, windows, end = before + tokens, [], len(before) + len(tokens)
+    while end > len(before):
+        begin = max(len(before), end - MAX_LENGTH)
+        windows.append((text[:begin], text[begin:end]))
+        end = begin
+    expected = score(*windows)
+    assert actual == pytest.approx(sum(log_prob for log_prob, _ in expected), abs=TOLERANCE * length)
+    assert greedy == all(is_greedy for _, is_greedy in expected)
+    assert unharmed == pytest.approx(score((before, other))[0][0], abs=TOLERANCE * len(other))
+
+
+def test_an_empty_continuation_is_certain(make) -> None:
+    lm = make()
+    requests = [(("a", ""), [3, 4], []), (("a", "b"), [3, 4], [5])]
+    scores = lm._loglikelihood_tokens(requests, disable_tqdm=True)
+    assert scores[0] == (0.0, True) and scores[1][0] < 0

@@ -108,6 +108,9 @@ def test_windows_may_carry_the_walk_on(store: Datastore, monkeypatch) -> None:
     monkeypatch.setattr("knn_lm_eval.model.retomaton.WAITING_BYTES", 1)
     assert [float(x) for x in rolling(in_parts)] == pytest.approx([float(x) for x in carried_results], rel=1e-6)
     assert [x.num_searches for x in rolling(in_parts)] == [x.num_searches for x in carried_results]
+    # The next call's texts are others.
+    assert [float(x) for x in rolling(carried)] == [float(x) for x in carried_results]
+    assert [x.num_searches for x in rolling(carried)] == [x.num_searches for x in carried_results]
 
 
 @pytest.mark.parametrize("factory", ["IVF32,PQ8", "OPQ8,IVF32,PQ8", "IVF32,RaBitQfs", "RR32,IVF32,RaBitQfs"])
