@@ -137,7 +137,7 @@ class ScoringLM(CausalHFLM):
         disable_tqdm: bool = False,
         batch_size: int | None = None,
     ) -> Iterator[tuple[int, list[Score]]]:
-        """Score texts in windows, a list for each; yields (the text's number, its windows' scores) as texts get done."""
+        """Score texts in windows, a list for each; yields (the text, its scores) as they get done."""
         texts = [number for number, of_text in enumerate(windows) for _ in of_text]
         scores: dict[int, list[Score]] = {}
         for number, score in self._score(
