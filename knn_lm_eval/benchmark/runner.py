@@ -143,7 +143,7 @@ def _sharing(opened: Sequence[tuple[Cell, SharedLM]]) -> Iterator[list[tuple[Cel
             key = keys.get(lm.context_len)
         else:
             # The module itself: it may go by several names.
-            key = lm.causal_lm.key_type, lm.causal_lm.key_module
+            key = lm.language_model.key_type, lm.language_model.key_module
             keys.setdefault(lm.context_len, key)
         groups.setdefault((lm.context_len, key), []).append((cell, lm))
     yield from groups.values()

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from knn_lm_eval.lm.language_model import CausalLM
+from knn_lm_eval.lm.language_model import LanguageModel
 from knn_lm_eval.lm.reading import Passage, Reader
 from knn_lm_eval.model.accounting import rounded
 from knn_lm_eval.model.knn_hf import KNNHF
@@ -90,7 +90,7 @@ class SharedBaseLM(_Sharing):
         self.context_len = context_len
         self.check_context_len()
         # Any key type will do, for nobody looks at the keys; this one every architecture has.
-        model = CausalLM(self.model, "last_ffn_output", self.mixed_precision_dtype)
+        model = LanguageModel(self.model, "last_ffn_output", self.mixed_precision_dtype)
         self.scorer = LMScorer(Reader(model, self.softmax_dtype))
 
     def get_model_info(self) -> dict[str, Any]:

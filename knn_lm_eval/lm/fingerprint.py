@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 
 from knn_lm_eval.errors import UserError
-from knn_lm_eval.lm.language_model import CausalLM
+from knn_lm_eval.lm.language_model import LanguageModel
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ PROBE_LENGTH = 16
 SAME_MODEL, SIMILAR_MODEL = 0.05, 0.3
 
 
-def take_fingerprint(model: CausalLM, tokenizer: Any) -> dict[str, Any]:
+def take_fingerprint(model: LanguageModel, tokenizer: Any) -> dict[str, Any]:
     """The fingerprint of a model and its tokenizer (None leaves it out), ready for JSON."""
     vocabulary = model.inner.get_input_embeddings().weight.shape[0]
     token_ids = [(7 + 37 * i) % vocabulary for i in range(PROBE_LENGTH)]
@@ -51,7 +51,7 @@ class StoreRecord(Protocol):
     def model(self) -> Mapping[str, Any]: ...
 
 
-def check_store_model(manifest: StoreRecord, model: CausalLM, tokenizer: Any, used_by: str) -> None:
+def check_store_model(manifest: StoreRecord, model: LanguageModel, tokenizer: Any, used_by: str) -> None:
     """Check that the datastore of this manifest was made by the model at hand, as far as that can be told.
 
     A store that was imported without its model has no fingerprint: its dimension and its largest value are

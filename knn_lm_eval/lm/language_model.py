@@ -29,7 +29,7 @@ PROBE_LENGTH = 6  # tokens that are read to see how a model works
 SAME_LOGITS, SAME_LOGITS_BESIDE_OTHERS = 0.02, 0.05
 
 
-class CausalLM:
+class LanguageModel:
     """Keys and head of a causal LM.
 
     Parameters

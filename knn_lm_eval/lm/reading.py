@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from knn_lm_eval.lm.language_model import CausalLM
+from knn_lm_eval.lm.language_model import LanguageModel
 from knn_lm_eval.system.timing import StageTimer
 
 # Memory for a table of logits. More than 32 MiB at a time glibc would hand back to the system whenever it is freed,
@@ -111,7 +111,9 @@ class Reader:
     seconds : by stage, ``forward`` and ``head``.
     """
 
-    def __init__(self, model: CausalLM, softmax_dtype: torch.dtype | None = None, reads_ahead: bool = False) -> None:
+    def __init__(
+        self, model: LanguageModel, softmax_dtype: torch.dtype | None = None, reads_ahead: bool = False
+    ) -> None:
         self.model, self.softmax_dtype, self.reads_ahead = model, softmax_dtype, reads_ahead
         self._timed = StageTimer(("forward", "head"), model.device)
         self._table: Tensor | None = None

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.lm.fingerprint import check_store_model
-from knn_lm_eval.lm.language_model import CausalLM
+from knn_lm_eval.lm.language_model import LanguageModel
 from knn_lm_eval.lm.loading import CausalHFLM
 from knn_lm_eval.lm.reading import Reader
 from knn_lm_eval.make.windows import Window, WindowSettings, batches, chunks, cut_windows, passages
@@ -76,7 +76,7 @@ def _write_log_probs(
     check_free_space(datastore.path, 4 * (count - done), f"the log-probabilities of {count:,} entries")
     lm = load_lm()
     manifest = datastore.manifest
-    model = CausalLM(lm.model, manifest.key_type, lm.mixed_precision_dtype, manifest.key_module)
+    model = LanguageModel(lm.model, manifest.key_type, lm.mixed_precision_dtype, manifest.key_module)
     check_store_model(manifest, model, lm.tokenizer, str(lm.pretrained))
     reader = Reader(model, lm.softmax_dtype)
     with (

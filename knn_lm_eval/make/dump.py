@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.lm.fingerprint import check_fingerprint, take_fingerprint
-from knn_lm_eval.lm.language_model import CausalLM
+from knn_lm_eval.lm.language_model import LanguageModel
 from knn_lm_eval.lm.loading import CausalHFLM
 from knn_lm_eval.make.dump_progress import (
     Run,
@@ -82,7 +82,7 @@ def dump_datastore(
     lm : the loaded LM.
     pieces : the text, from ``knn_lm_eval.make.text``; not read when an unfinished dump's tokens are complete.
     output : the folder to write; made if need be.
-    key_type, key_module : see ``CausalLM``.
+    key_type, key_module : see ``LanguageModel``.
     max_length : tokens per window; None takes the model's own limit, at most 1,024.
     stride, batch_size : see ``WindowSettings``; stride None is ``max_length``.
     max_tokens : stop after so many entries.
@@ -142,7 +142,7 @@ class Dump:
         self.lm, self.output, self.max_tokens = lm, output, max_tokens
         max_length = max_length or min(lm.max_length, 1024)
         self.windows = WindowSettings(max_length, stride or max_length, batch_size)
-        self.model = CausalLM(lm.model, key_type, lm.mixed_precision_dtype, key_module)
+        self.model = LanguageModel(lm.model, key_type, lm.mixed_precision_dtype, key_module)
         inner = self.model.inner
         self.name = lm.pretrained if isinstance(lm.pretrained, str) else type(inner).__name__
         settings = {
@@ -323,7 +323,7 @@ def finish_dump(output: Path) -> None:
         states.remove()
 
 
-def _read_windows(model: CausalLM, prefix: int, values: np.ndarray, batch: list[Window]) -> Iterator[np.ndarray]:
+def _read_windows(model: LanguageModel, prefix: int, values: np.ndarray, batch: list[Window]) -> Iterator[np.ndarray]:
     """The keys of each window's entries."""
     input_ids = torch.zeros(len(batch), max(window.length for window in batch), dtype=torch.long)
     for row, window in zip(input_ids, batch, strict=True):

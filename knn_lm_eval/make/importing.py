@@ -76,7 +76,7 @@ def import_datastore(
     copy : copy the keys and the index, too.
     pretrained : the model that made the store. Its sizes are compared with the store's, and its fingerprint is
         recorded where its weights can be loaded; None records none.
-    key_type, key_module : what the keys are, as for ``CausalLM``.
+    key_type, key_module : what the keys are, as for ``LanguageModel``.
     document_starts : a .npy file of the entries at which documents begin, ascending from 0; None is one stream.
 
     Raises
@@ -236,7 +236,7 @@ def _take_fingerprint(
     pretrained: str, published: PublishedFiles, largest: int, key_type: str, key_module: str | None
 ) -> dict[str, Any] | None:
     """The model's fingerprint; None, with a warning, where its weights or its tokenizer cannot be loaded."""
-    from knn_lm_eval.lm.language_model import CausalLM
+    from knn_lm_eval.lm.language_model import LanguageModel
     from knn_lm_eval.lm.loading import CausalHFLM
 
     try:
@@ -245,7 +245,7 @@ def _take_fingerprint(
         reason = str(error).strip().splitlines()[0]
         logger.warning("No fingerprint is recorded: %s cannot be loaded (%s).", pretrained, reason)
         return None
-    model = CausalLM(lm.model, key_type, key_module=key_module)
+    model = LanguageModel(lm.model, key_type, key_module=key_module)
     fingerprint = take_fingerprint(model, lm.tokenizer)
     check_model_sizes(published.dimension, largest, len(fingerprint["key"]), model.vocabulary_size, used_by=pretrained)
     return fingerprint

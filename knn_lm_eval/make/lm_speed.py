@@ -7,7 +7,7 @@ import time
 from itertools import islice
 
 from knn_lm_eval.errors import UserError
-from knn_lm_eval.lm.language_model import CausalLM
+from knn_lm_eval.lm.language_model import LanguageModel
 from knn_lm_eval.lm.loading import CausalHFLM, recorded_arguments
 from knn_lm_eval.lm.reading import Passage, Reader
 from knn_lm_eval.make.windows import WindowSettings, batches, chunks, cut_windows, passages
@@ -30,7 +30,7 @@ def lm_microseconds(store: Datastore) -> float:
     if not manifest.model.get("pretrained") or manifest.windows is None:
         raise UserError(f"The datastore {store.path} does not know its model: give --budget in bytes per entry.")
     lm = CausalHFLM(**recorded_arguments(manifest.model))
-    model = CausalLM(lm.model, manifest.key_type, lm.mixed_precision_dtype, manifest.key_module)
+    model = LanguageModel(lm.model, manifest.key_type, lm.mixed_precision_dtype, manifest.key_module)
     timed = _first_batches(store, WindowSettings.of_store(manifest.windows), lm.prefix_token_id)
     reader = Reader(model, lm.softmax_dtype)
     reader.target_log_probs(reader.read(timed[0]))  # warms up

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from knn_lm_eval.errors import UserError
-from knn_lm_eval.lm.language_model import CausalLM
+from knn_lm_eval.lm.language_model import LanguageModel
 from knn_lm_eval.lm.reading import LOGITS_BYTES
 from knn_lm_eval.methods.automaton import Automaton, Walk, padded_neighbours
 from knn_lm_eval.methods.mixture import mixed_log_probs
@@ -64,7 +64,7 @@ def retrieval_augmented(
     if given.context_len != 1 or given.carry_state:
         raise UserError("context_len and carry_state are for the windows of lm-eval's requests; leave them out.")
     opened = open_augmentation(given)
-    lm = CausalLM(model, opened.key_type, key_module=opened.key_module)
+    lm = LanguageModel(model, opened.key_type, key_module=opened.key_module)
     opened.check_model(lm, tokenizer, f"a given {type(lm.inner).__name__}")
     return MixedForward(lm, opened)
 
@@ -90,7 +90,7 @@ class MixedForward:
         wanted no search, and seconds by stage; searches and walks count theirs in ``augmentation``.
     """
 
-    def __init__(self, model: CausalLM, augmentation: Augmentation) -> None:
+    def __init__(self, model: LanguageModel, augmentation: Augmentation) -> None:
         self.model, self.augmentation = model, augmentation
         self._positions, self._skipped = 0, 0
         self._timed = StageTimer(("forward", "mixture"), model.device)

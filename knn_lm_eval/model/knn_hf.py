@@ -11,7 +11,7 @@ import transformers
 from lm_eval.api.registry import register_model
 
 from knn_lm_eval.errors import UserError, report_user_errors
-from knn_lm_eval.lm.language_model import CausalLM
+from knn_lm_eval.lm.language_model import LanguageModel
 from knn_lm_eval.lm.loading import recorded_arguments
 from knn_lm_eval.lm.reading import Reader
 from knn_lm_eval.model.accounting import (
@@ -74,7 +74,7 @@ class KNNHF(ScoringLM):
         self.context_len = given.context_len
         self.check_context_len()
 
-        model = CausalLM(self.model, opened.key_type, self.mixed_precision_dtype, opened.key_module)
+        model = LanguageModel(self.model, opened.key_type, self.mixed_precision_dtype, opened.key_module)
         name = pretrained if isinstance(pretrained, str) else f"a given {type(model.inner).__name__}"
         opened.check_model(model, self.tokenizer, name)
         self.augmentation = opened
@@ -191,7 +191,7 @@ class KNNHF(ScoringLM):
         }
 
 
-def _scorer(model: CausalLM, opened: Augmentation, softmax_dtype: Any) -> PassageScorer:
+def _scorer(model: LanguageModel, opened: Augmentation, softmax_dtype: Any) -> PassageScorer:
     """What scores as the settings say."""
     if opened.automaton is not None:
         reader = Reader(model, softmax_dtype)

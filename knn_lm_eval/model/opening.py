@@ -11,7 +11,7 @@ from typing import Any
 
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.lm.fingerprint import check_store_model
-from knn_lm_eval.lm.language_model import CausalLM
+from knn_lm_eval.lm.language_model import LanguageModel
 from knn_lm_eval.methods.automaton import Automaton, AutomatonSettings
 from knn_lm_eval.methods.mixture import Mixture
 from knn_lm_eval.model.params import Params, find_params
@@ -35,7 +35,7 @@ class Augmentation:
     retriever : the store, its index, and how they are searched.
     automaton : RetoMaton's; None where every position is searched.
     mixture : weight and temperature.
-    key_type, key_module : which hidden state is the key, as for ``CausalLM``.
+    key_type, key_module : which hidden state is the key, as for ``LanguageModel``.
     settings : those in force.
     record : the same, as they stand in results; an adaptive lmbda in its plain form.
     sources : where they come from: ``given``, ``params``, ``store default``, ``default`` or ``index``; the store for
@@ -51,7 +51,7 @@ class Augmentation:
     record: dict[str, Any]
     sources: dict[str, str]
 
-    def check_model(self, model: CausalLM, tokenizer: Any, name: str) -> None:
+    def check_model(self, model: LanguageModel, tokenizer: Any, name: str) -> None:
         """Raise UserError where the datastore was not made by this model (and tokenizer, unless it is None)."""
         check_store_model(self.retriever.datastore.manifest, model, tokenizer, name)
 

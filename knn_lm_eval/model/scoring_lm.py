@@ -12,7 +12,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from knn_lm_eval.errors import UserError
-from knn_lm_eval.lm.language_model import CausalLM
+from knn_lm_eval.lm.language_model import LanguageModel
 from knn_lm_eval.lm.loading import CausalHFLM
 from knn_lm_eval.lm.reading import Passage
 from knn_lm_eval.model.scores import RollingLoglikelihood, Score
@@ -51,7 +51,7 @@ class ScoringLM(CausalHFLM):
     carry_state = False
 
     @property
-    def causal_lm(self) -> CausalLM:
+    def language_model(self) -> LanguageModel:
         """The LM, taken apart for retrieval."""
         return self.scorer.reader.model
 

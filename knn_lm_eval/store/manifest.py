@@ -88,7 +88,7 @@ class Manifest:
     count, dimension : entries, and numbers per key.
     documents : how many documents the text has.
     key_dtype, value_dtype : of ``keys.npy`` and ``values.npy``.
-    key_type, key_module : what the keys are; see ``CausalLM``.
+    key_type, key_module : what the keys are; see ``LanguageModel``.
     windows, max_tokens : how a dump read the text; None where another program did.
     source : what the text was.
     model : the LM that made the keys.

@@ -131,7 +131,7 @@ class CurveScorer(PassageScorer):
         clusterings: Sequence[Clusters | None],
         settings: AutomatonSettings,
     ) -> None:
-        super().__init__(Reader(lm.causal_lm, lm.softmax_dtype))
+        super().__init__(Reader(lm.language_model, lm.softmax_dtype))
         lmbda = lm.augmentation.mixture.weight.constant
         if lmbda is None:
             raise UserError("A curve needs a number for lmbda, not an adaptive one: give lmbda=... or params=False.")

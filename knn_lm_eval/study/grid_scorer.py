@@ -159,7 +159,7 @@ class GridScorer(PassageScorer):
     """
 
     def __init__(self, lm: KNNHF, grid: Grid, sample_seed: int | None = None) -> None:
-        super().__init__(Reader(lm.causal_lm, lm.softmax_dtype))
+        super().__init__(Reader(lm.language_model, lm.softmax_dtype))
         if lm.settings.get("no_pointer"):
             raise UserError("With no_pointer=True RetoMaton is kNN-LM: leave retomaton and no_pointer out to tune it.")
         self._source: NeighbourSource = (

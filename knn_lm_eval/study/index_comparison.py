@@ -134,7 +134,7 @@ class QueryCollector(PassageScorer):
 
 def collect_queries(lm: KNNHF, texts: dict[str, str]) -> Queries:
     """Let the LM read the texts, as lm-eval's perplexity tasks do."""
-    collector, counts = QueryCollector(Reader(lm.causal_lm, lm.softmax_dtype)), {}
+    collector, counts = QueryCollector(Reader(lm.language_model, lm.softmax_dtype)), {}
     with lm.scored_by(collector):
         for name, text in texts.items():
             before = collector.tokens_scored

@@ -34,7 +34,7 @@ def inspect_text(lm: KNNHF, text: str, *, num_neighbours: int = 8, context_token
         max_seq_len=lm.max_length,
         context_len=lm.context_len,
     )
-    reader = Reader(lm.causal_lm, torch.float32)
+    reader = Reader(lm.language_model, torch.float32)
     mixture = lm.augmentation.mixture
     inspected: list[InspectedToken] = []
     for context, targets in map(make_disjoint_window, windows):

@@ -32,7 +32,7 @@ ScoreText = Callable[[str], tuple[float, float, float | None]]
 
 def why_not(lm: KNNHF) -> str | None:
     """What keeps the published code from running with these settings, if anything does."""
-    retriever, model = lm.retriever, lm.causal_lm
+    retriever, model = lm.retriever, lm.language_model
     if not isinstance(faiss.downcast_index(retriever.index), faiss.IndexIVF):
         return f"it needs an index with inverted lists, which {retriever.metadata['factory']} has not"
     if not hasattr(model.inner, "lm_head"):
@@ -64,13 +64,13 @@ class PublishedCode:
         logger.setLevel(logging.WARNING)
         self.lm, self.folder = lm, folder
         store, settings = lm.retriever.datastore, lm.settings
-        self.model: Any = lm.causal_lm.inner
+        self.model: Any = lm.language_model.inner
         name = (str(folder), self.model.config.model_type, len(store), store.dimension)
         store.values.tofile(f"{get_dstore_path(*name)}_vals.npy")
         if settings["recompute_dists"]:
             store.require_keys("recompute_dists=True").tofile(f"{get_dstore_path(*name)}_keys.npy")
         Path(get_index_path(*name)).symlink_to(store.path.resolve() / f"{settings['index']}.faiss")
-        key_module = lm.causal_lm.key_module
+        key_module = lm.language_model.key_module
         key_type = KEY_TYPE.from_string(settings["knn_keytype"])
         capture = (lambda _: key_module, key_type is KEY_TYPE.last_ffn_input)
         KNNWrapper.model_layer_to_capture[self.model.config.model_type] = {key_type: capture}

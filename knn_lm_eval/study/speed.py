@@ -183,7 +183,7 @@ class SpeedComparison:
         }
 
     def _knn_scorer(self, retriever: Retriever) -> KNNScorer:
-        return KNNScorer(Reader(self.lm.causal_lm, self.lm.softmax_dtype), retriever, self.lm.augmentation.mixture)
+        return KNNScorer(Reader(self.lm.language_model, self.lm.softmax_dtype), retriever, self.lm.augmentation.mixture)
 
     def _query_batches(self) -> list[np.ndarray]:
         """The queries that kNN-LM searches for, ``[n, dimension]``, batch by batch."""

@@ -112,7 +112,7 @@ class StoreSizeScorer(PassageScorer):
     def __init__(
         self, lm: KNNHF, fractions: Sequence[float], searched: int | None = None, seed: int = DEFAULT_SEED
     ) -> None:
-        super().__init__(Reader(lm.causal_lm, lm.softmax_dtype))
+        super().__init__(Reader(lm.language_model, lm.softmax_dtype))
         lmbda = lm.augmentation.mixture.weight.constant
         if lmbda is None:
             raise UserError("Sizes are compared with one lmbda for all tokens: give lmbda=NUMBER in --model_args.")

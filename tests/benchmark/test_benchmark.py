@@ -22,7 +22,7 @@ from knn_lm_eval.benchmark.estimate import estimate
 from knn_lm_eval.benchmark.matrix import Matrix, read_matrix
 from knn_lm_eval.benchmark.runner import finished_results, run_matrix
 from knn_lm_eval.errors import UserError
-from knn_lm_eval.lm.language_model import CausalLM
+from knn_lm_eval.lm.language_model import LanguageModel
 from knn_lm_eval.lm.loading import CausalHFLM
 from knn_lm_eval.make.clustering import cluster_kmeans
 from knn_lm_eval.make.dump import dump_datastore
@@ -145,8 +145,8 @@ def test_stores_of_other_keys_do_not_share_a_pass(content, tmp_path, store, lm, 
 
 def test_texts_are_read_once_for_all_methods_and_the_model_loaded_once(content, tmp_path, monkeypatch) -> None:
     rows, loads = [], []
-    encode, load = CausalLM.encode, CausalHFLM._create_model
-    monkeypatch.setattr(CausalLM, "encode", lambda self, ids: rows.append(ids.numel()) or encode(self, ids))
+    encode, load = LanguageModel.encode, CausalHFLM._create_model
+    monkeypatch.setattr(LanguageModel, "encode", lambda self, ids: rows.append(ids.numel()) or encode(self, ids))
     monkeypatch.setattr(CausalHFLM, "_create_model", lambda *a, **k: loads.append(1) or load(*a, **k))
     content["tasks"] = {"law": {"limit": 5}}
     only_knn = content | {"methods": {"knn": METHODS["knn"]}, "output": str(tmp_path / "one")}

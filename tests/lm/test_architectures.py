@@ -19,7 +19,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from knn_lm_eval import KNNHF
 from knn_lm_eval.errors import UserError
-from knn_lm_eval.lm.language_model import CausalLM
+from knn_lm_eval.lm.language_model import LanguageModel
 from knn_lm_eval.lm.loading import CausalHFLM
 from knn_lm_eval.lm.reading import Passage, Reader
 from knn_lm_eval.make.dump import dump_datastore
@@ -69,7 +69,7 @@ def logits_of(model: nn.Module, row: torch.Tensor) -> torch.Tensor:
 
 def check(model: nn.Module, key_module: str, tolerance: float = 1e-4) -> None:
     """Key and logits of rows of several lengths in one batch, against the model."""
-    lm = CausalLM(model)
+    lm = LanguageModel(model)
     assert lm.key_module_name == key_module
     assert lm.has_separate_head
     received: list[torch.Tensor] = []
@@ -116,7 +116,7 @@ def test_padded_vocabularies_and_heads_that_change_logits(model_type: str) -> No
     }.get(model_type, {})
     model = architectures.build(model_type, **changes)
     model.resize_token_embeddings(100, pad_to_multiple_of=64)
-    assert CausalLM(model).vocabulary_size == 128
+    assert LanguageModel(model).vocabulary_size == 128
     check(model, architectures.KEY_MODULES[model_type])
 
 
@@ -124,7 +124,7 @@ def test_padded_vocabularies_and_heads_that_change_logits(model_type: str) -> No
 @pytest.mark.parametrize("model_type", SOME)
 def test_16_bit_models_keep_their_keys_and_logits(model_type: str, dtype: torch.dtype) -> None:
     model = architectures.build(model_type).to(dtype)
-    lm = CausalLM(model)
+    lm = LanguageModel(model)
     assert lm.key_module_name == architectures.KEY_MODULES[model_type] and lm.has_separate_head
     row = rows_of_tokens()[0]
     keys, hidden = lm.encode(row[None])
@@ -270,7 +270,7 @@ def made_up(layout: str) -> MadeUpForCausalLM:
 )
 def test_an_architecture_that_no_table_names_is_understood(layout: str, block: str) -> None:
     model, key_module = made_up(layout), f"trunk.stages.2.{block}"
-    lm = CausalLM(model)
+    lm = LanguageModel(model)
     assert lm.key_module_name == key_module and lm.has_separate_head
     received: list[torch.Tensor] = []
     model.get_submodule(key_module).register_forward_pre_hook(
@@ -284,10 +284,10 @@ def test_an_architecture_that_no_table_names_is_understood(layout: str, block: s
 
 def test_layers_without_a_feed_forward_block_give_an_error_that_lists_candidates() -> None:
     with pytest.raises(UserError, match=r"no feed-forward block is found in its last layer trunk\.stages\.2") as error:
-        CausalLM(made_up("attention only"))
+        LanguageModel(made_up("attention only"))
     assert "key_module" in str(error.value) and "trunk.stages.2.blend.projection" in str(error.value)
     assert "stages.1" not in str(error.value)
-    assert CausalLM(made_up("attention only"), "last_ffn_output").key_module_name == "trunk.stages.2"
+    assert LanguageModel(made_up("attention only"), "last_ffn_output").key_module_name == "trunk.stages.2"
 
 
 def test_a_model_without_a_list_of_layers_gives_an_error_that_lists_candidates() -> None:
@@ -298,8 +298,8 @@ def test_a_model_without_a_list_of_layers_gives_an_error_that_lists_candidates()
         model.trunk.first(model.trunk.words(input_ids))
     )
     with pytest.raises(UserError, match=r"no list of layers.*key_module.*trunk\.first\.think"):
-        CausalLM(model)
-    assert CausalLM(model, key_module="trunk.first.think").has_separate_head
+        LanguageModel(model)
+    assert LanguageModel(model, key_module="trunk.first.think").has_separate_head
 
 
 @pytest.mark.parametrize("key_type", ["last_ffn_input", "last_ffn_output"])
@@ -311,23 +311,23 @@ def test_a_module_named_by_hand_gives_the_key(key_type: str) -> None:
         lambda module, args, output: received.append(args[0] if key_type == "last_ffn_input" else output)
     )
     row = rows_of_tokens()[0]
-    keys, _ = CausalLM(model, key_type, key_module=name).encode(row[None])
+    keys, _ = LanguageModel(model, key_type, key_module=name).encode(row[None])
     assert torch.equal(keys, received[-1])
     # Names that begin in the model's body are understood as well.
-    assert torch.equal(CausalLM(model, key_type, key_module="layers.0.mlp").encode(row[None])[0], keys)
+    assert torch.equal(LanguageModel(model, key_type, key_module="layers.0.mlp").encode(row[None])[0], keys)
 
 
 def test_a_wrong_module_name_lists_candidates() -> None:
     with pytest.raises(
         UserError, match=r"no module 'layers\.1\.ffn'.*model\.layers\.1\.mlp,.*model\.layers\.1\.mlp\.d"
     ):
-        CausalLM(architectures.build("llama"), key_module="layers.1.ffn")
+        LanguageModel(architectures.build("llama"), key_module="layers.1.ffn")
 
 
 @pytest.mark.parametrize("name", ["model.embed_tokens", "lm_head"])
 def test_a_module_that_gives_no_key_per_token_is_refused(name: str) -> None:
     with pytest.raises(UserError, match=f"{name} of LlamaForCausalLM .*not a key per token.*key_module"):
-        CausalLM(architectures.build("llama"), key_module=name)
+        LanguageModel(architectures.build("llama"), key_module=name)
 
 
 def test_the_datastore_remembers_a_module_named_by_hand(tokenizer: Any, tmp_path: Path) -> None:
@@ -338,7 +338,7 @@ def test_the_datastore_remembers_a_module_named_by_hand(tokenizer: Any, tmp_path
     build_index(store, "Flat")
     assert store.manifest.key_module == name
     lm = KNNHF(model, tokenizer=tokenizer, datastore=store.path, k=5)
-    assert lm.causal_lm.key_module_name == lm.settings["key_module"] == name
+    assert lm.language_model.key_module_name == lm.settings["key_module"] == name
     with pytest.raises(UserError, match="keys are .* away"):
         KNNHF(model, tokenizer=tokenizer, datastore=store.path, k=5, key_module="model.layers.1.mlp")
 
@@ -349,13 +349,13 @@ def test_the_datastore_remembers_a_module_named_by_hand(tokenizer: Any, tmp_path
 @pytest.mark.parametrize("model_type", ["bert", "roberta"])
 def test_a_model_that_reads_both_ways_is_refused(model_type: str) -> None:
     with pytest.raises(UserError, match="is not causal.*is_decoder"):
-        CausalLM(architectures.build(model_type, is_decoder=False))
+        LanguageModel(architectures.build(model_type, is_decoder=False))
 
 
 def test_keys_that_are_not_one_per_token_are_refused() -> None:
     """Gemma 3n's layers give several predictions per token, one behind the other."""
     with pytest.raises(UserError, match="which is not a key per token"):
-        CausalLM(architectures.build("gemma3n_text"), "last_ffn_output")
+        LanguageModel(architectures.build("gemma3n_text"), "last_ffn_output")
 
 
 def test_the_documented_list_is_the_tested_one() -> None:

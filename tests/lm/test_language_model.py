@@ -8,7 +8,7 @@ import transformers as t
 from helpers.tiny_model import make_llama
 
 from knn_lm_eval.errors import UserError
-from knn_lm_eval.lm.language_model import CausalLM
+from knn_lm_eval.lm.language_model import LanguageModel
 
 SMALL = {
     "vocab_size": 100,
@@ -29,7 +29,7 @@ def build(config: t.PretrainedConfig, dtype: torch.dtype = torch.float32) -> t.P
 
 def test_bfloat16_logits_are_the_models_own() -> None:
     model = build(t.LlamaConfig(**SMALL), torch.bfloat16)
-    lm = CausalLM(model)
+    lm = LanguageModel(model)
     ids = torch.randint(1, 100, (1, 9))
     keys, hidden = lm.encode(ids)
     assert keys.dtype == torch.bfloat16
@@ -38,7 +38,7 @@ def test_bfloat16_logits_are_the_models_own() -> None:
 
 
 def test_padding_on_the_right_does_not_change_keys() -> None:
-    lm = CausalLM(build(t.LlamaConfig(**SMALL)))
+    lm = LanguageModel(build(t.LlamaConfig(**SMALL)))
     ids = torch.randint(1, 100, (1, 9))
     padded = torch.cat([ids, torch.zeros(1, 5, dtype=torch.long)], 1)
     torch.testing.assert_close(lm.encode(ids)[0], lm.encode(padded)[0][:, :9])
@@ -46,7 +46,7 @@ def test_padding_on_the_right_does_not_change_keys() -> None:
 
 def test_last_ffn_output_is_the_last_layers_output() -> None:
     model = build(t.LlamaConfig(**SMALL))
-    lm = CausalLM(model, "last_ffn_output")
+    lm = LanguageModel(model, "last_ffn_output")
     ids = torch.randint(1, 100, (1, 9))
     keys, hidden = lm.encode(ids)
     torch.testing.assert_close(model.model.norm(keys), hidden)
@@ -56,7 +56,7 @@ def test_lora_weights_count_in_keys_and_logits() -> None:
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
     model = peft.get_peft_model(build(t.LlamaConfig(**SMALL)), config).eval()
-    lm = CausalLM(model)
+    lm = LanguageModel(model)
     ids = torch.randint(1, 100, (1, 9))
     with torch.no_grad():
         expected = model(ids).logits[0]
@@ -70,7 +70,7 @@ def test_virtual_tokens_of_prompt_tuning_are_not_positions() -> None:
     peft = pytest.importorskip("peft")
     config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     model = peft.get_peft_model(build(t.LlamaConfig(**SMALL)), config).eval()
-    lm = CausalLM(model)
+    lm = LanguageModel(model)
     ids = torch.randint(1, 100, (2, 9))
     keys, hidden = lm.encode(ids)
     assert keys.shape[:2] == hidden.shape[:2] == (2, 9)
@@ -87,7 +87,7 @@ def test_a_head_that_looks_back_falls_back_to_whole_windows() -> None:
 
     torch.manual_seed(0)
     model = LooksBack(t.LlamaConfig(**SMALL, initializer_range=0.2)).eval()
-    lm = CausalLM(model)
+    lm = LanguageModel(model)
     assert not lm.has_separate_head
     ids = torch.randint(1, 100, (2, 9))
     keys, hidden = lm.encode(ids)
@@ -97,7 +97,7 @@ def test_a_head_that_looks_back_falls_back_to_whole_windows() -> None:
 
 def test_the_model_is_left_as_it_was() -> None:
     model = make_llama()
-    lm = CausalLM(model)
+    lm = LanguageModel(model)
     lm.logits(lm.encode(torch.randint(1, 100, (1, 5)))[1][0])
     assert "forward" not in model.model.__dict__
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
@@ -105,4 +105,4 @@ def test_the_model_is_left_as_it_was() -> None:
 
 def test_unknown_key_type_is_named() -> None:
     with pytest.raises(UserError, match="knn_keytype='ffn'"):
-        CausalLM(make_llama(), "ffn")
+        LanguageModel(make_llama(), "ffn")

@@ -19,7 +19,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from knn_lm_eval import KNNHF, UserError
-from knn_lm_eval.lm.language_model import CausalLM
+from knn_lm_eval.lm.language_model import LanguageModel
 from knn_lm_eval.lm.loading import CausalHFLM
 from knn_lm_eval.make.dump import dump_datastore
 from knn_lm_eval.make.text import cut_into_documents
@@ -60,7 +60,7 @@ def test_quantised_weights_give_keys_and_logits_of_their_own(
     arguments = {"pretrained": str(tmp_path / "model"), quantization: True, "batch_size": 2, "max_length": 32}
     lm = CausalHFLM(**arguments)
     assert "bit" in type(lm.model.model.layers[1].mlp.down_proj).__name__
-    model = CausalLM(lm.model)
+    model = LanguageModel(lm.model)
     assert model.key_module_name == "model.layers.1.mlp" and model.has_separate_head
     ids = torch.randint(3, 400, (1, 9))
     with torch.no_grad():
@@ -102,10 +102,10 @@ def test_models_on_several_devices_by_accelerates_hooks(tmp_path: Path) -> None:
     ids = torch.randint(3, 400, (1, 9))
     with torch.no_grad():
         expected = model(ids).logits[0]
-    keys = CausalLM(model).encode(ids)[0]
+    keys = LanguageModel(model).encode(ids)[0]
     places = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.layers.0": "cpu", "model.norm": "cpu"}
     places |= {"model.layers.1": "disk", "lm_head": "cpu"}
-    lm = CausalLM(dispatch_model(model, places, main_device="cpu", offload_dir=tmp_path, force_hooks=True))
+    lm = LanguageModel(dispatch_model(model, places, main_device="cpu", offload_dir=tmp_path, force_hooks=True))
     found, hidden = lm.encode(ids)
     torch.testing.assert_close(found, keys)
     torch.testing.assert_close(lm.logits(hidden[0]), expected)

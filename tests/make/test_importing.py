@@ -319,7 +319,7 @@ def test_the_module_of_the_keys_is_recorded(tmp_path: Path, arrays: tuple, model
     theirs, model = [tmp_path / "theirs"], str(model_folder)
     imported = import_datastore(theirs, tmp_path / "ours", key_module="model.layers.0.mlp", pretrained=model)
     lm = KNNHF(datastore=imported.path, k=5)
-    assert lm.causal_lm.key_module is lm.model.model.layers[0].mlp
+    assert lm.language_model.key_module is lm.model.model.layers[0].mlp
     with pytest.raises(UserError, match="has no module 'model.nothing'"):
         import_datastore(theirs, tmp_path / "no", key_module="model.nothing", pretrained=model)
 

@@ -93,7 +93,7 @@ def test_multiple_choice_equals_the_oracle(store: Datastore, model_folder: Path)
 
 def test_choices_after_one_context_share_its_forward_pass(store: Datastore, model_folder: Path) -> None:
     lm = make(store, model_folder)
-    assert lm.causal_lm.vocabulary_size == 400  # found by a forward pass of its own
+    assert lm.language_model.vocabulary_size == 400  # found by a forward pass of its own
     rows: list[int] = []
     handle = lm.model.get_input_embeddings().register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
     metrics, samples = evaluate(lm, "local_letter")

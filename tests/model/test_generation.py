@@ -18,7 +18,7 @@ from helpers.slow_automaton import StoreForOracle, slow_walk
 from helpers.tiny_model import MAX_LENGTH, TRAIN_TEXT, make_llama
 
 from knn_lm_eval import Datastore, UserError, retrieval_augmented
-from knn_lm_eval.lm.language_model import CausalLM
+from knn_lm_eval.lm.language_model import LanguageModel
 from knn_lm_eval.lm.loading import CausalHFLM
 from knn_lm_eval.make.dump import dump_datastore
 from knn_lm_eval.make.text import cut_into_documents
@@ -291,7 +291,9 @@ def test_adapted_models_generate_under_the_mixture(clustered, tokenizer, kind: s
     base = make_llama()
     model = peft.get_peft_model(base, config).eval()
     # The store is of the unadapted model: only that the mixture is there, and right, is looked at.
-    mixed = MixedForward(CausalLM(model), retrieval_augmented(make_llama(), clustered.path, **settings).augmentation)
+    mixed = MixedForward(
+        LanguageModel(model), retrieval_augmented(make_llama(), clustered.path, **settings).augmentation
+    )
     batch = encode(tokenizer, PROMPTS[:1])
     how = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 1, "output_logits": True}
     with mixed:

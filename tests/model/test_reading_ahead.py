@@ -24,8 +24,8 @@ def note_work(lm: KNNHF, monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], li
     """What the LM and the index do, in order, and at each search how many batches are kept."""
     work: list[str] = []
     waiting: list[int] = []
-    assert lm.causal_lm.vocabulary_size  # which is found by reading, once
-    encode, search = lm.causal_lm.encode, lm.retriever.search
+    assert lm.language_model.vocabulary_size  # which is found by reading, once
+    encode, search = lm.language_model.encode, lm.retriever.search
 
     def noting_encode(*args):
         work.append("read")
@@ -36,7 +36,7 @@ def note_work(lm: KNNHF, monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], li
         waiting.append(1 + (lm.scorer.reader._ahead is not None))
         return search(*args)
 
-    monkeypatch.setattr(lm.causal_lm, "encode", noting_encode)
+    monkeypatch.setattr(lm.language_model, "encode", noting_encode)
     monkeypatch.setattr(lm.retriever, "search", noting_search)
     return work, waiting
 

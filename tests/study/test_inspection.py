@@ -50,7 +50,7 @@ def test_probabilities_are_those_of_scoring(store: Datastore, how: dict) -> None
 def test_neighbours_are_the_heaviest_and_decoded_with_their_context(store: Datastore) -> None:
     lm = KNNHF(datastore=store.path, k=30, lmbda=0.4, knn_temp=2.0)
     (first, *_) = inspect_text(lm, TEXT, num_neighbours=4, context_tokens=3)
-    model = lm.causal_lm
+    model = lm.language_model
     query = model.encode(torch.tensor([[lm.prefix_token_id]]))[0][0, 0].float().numpy()
     distances = ((store.keys.astype(np.float64) - query) ** 2).sum(-1)
     nearest = np.argsort(distances, kind="stable")[:30]
