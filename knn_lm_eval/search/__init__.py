@@ -1,4 +1,4 @@
 """Nearest neighbours: choosing, building, measuring and searching indexes over a datastore's keys.
 
-The only place that imports faiss. Nothing here reads text or knows of a language model.
+No floor below imports faiss. Nothing here reads text or knows of a language model.
 """
