@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -42,40 +42,69 @@ class Estimate:
     measured: bool = False
 
 
+class ModelSize(NamedTuple):
+    """An LM's parameters, and their bytes."""
+
+    parameters: int
+    bytes: int
+
+
 def estimate(matrix: Matrix) -> list[Estimate]:
     """An estimate of each cell.
 
     Time comes from finished cells of the same model and method where there are some, otherwise from the speed at
     which this machine multiplies matrices: two operations per parameter and token, searches left out.
     """
-    counts: dict[str, int | None] = {}
-    sizes: dict[str, tuple[int, int] | None] = {}
-    speeds: dict[tuple[str, str], float] = {}
-    finished = {}
-    for cell in matrix.cells:
-        results = finished_results(matrix.output / cell.folder, cell.checksum())
-        if results is not None:
-            finished[cell.folder] = results
+    estimator = _Estimator(matrix)
+    return [estimator.estimate(cell) for cell in matrix.cells]
+
+
+class _Estimator:
+    """Looks at what several cells have in common once: their LM, their task, finished cells' speed."""
+
+    def __init__(self, matrix: Matrix) -> None:
+        self._include_path = matrix.include_path
+        self._token_counts: dict[str, int | None] = {}  # by LM and task
+        self._model_sizes: dict[str, ModelSize | None] = {}  # by LM
+        self._speeds: dict[tuple[str, str], float] = {}  # tokens a second, by model and method
+        self._finished: set[Path] = set()  # cells' folders
+        for cell in matrix.cells:
+            results = finished_results(matrix.output / cell.folder, cell.checksum())
+            if results is None:
+                continue
+            self._finished.add(cell.folder)
             done = results["config"].get("knn", {})
-            if done.get("tokens_scored") and (spent := sum(done["seconds"].values())):
-                speeds[cell.model, cell.method] = done["tokens_scored"] / spent
-    flops = _matrix_product_speed()
-    estimates = []
-    for cell in matrix.cells:
-        lm, of_task = repr(cell.lm_args), repr((cell.lm_args, cell.task_settings))
-        if lm not in sizes:
-            sizes[lm] = _model_size(cell.lm_args)
-        one = Estimate(cell, "finished" if cell.folder in finished else "to do", memory=_memory(cell, sizes[lm]))
-        if cell.folder not in finished:
-            if of_task not in counts:
-                counts[of_task] = _count_tokens(cell, matrix.include_path)
-            one.tokens_read, size = counts[of_task], sizes[lm]
-            if one.tokens_read is not None and (speed := speeds.get((cell.model, cell.method))):
-                one.seconds, one.measured = one.tokens_read / speed, True
-            elif one.tokens_read is not None and size is not None:
-                one.seconds = 2 * size[0] * one.tokens_read / flops
-        estimates.append(one)
-    return estimates
+            if done.get("tokens_scored") and (seconds := sum(done["seconds"].values())):
+                self._speeds[cell.model, cell.method] = done["tokens_scored"] / seconds
+        self._operations_a_second = _matrix_product_speed()
+
+    def estimate(self, cell: Cell) -> Estimate:
+        """One cell's share."""
+        size = self._model_size(cell)
+        memory = _memory(cell, size)
+        if cell.folder in self._finished:
+            return Estimate(cell, "finished", memory=memory)
+        tokens = self._tokens(cell)
+        speed = self._speeds.get((cell.model, cell.method))
+        seconds = None
+        if tokens is not None and speed:
+            seconds = tokens / speed
+        elif tokens is not None and size is not None:
+            seconds = 2 * size.parameters * tokens / self._operations_a_second
+        measured = seconds is not None and bool(speed)
+        return Estimate(cell, "to do", tokens, seconds, memory, measured)
+
+    def _model_size(self, cell: Cell) -> ModelSize | None:
+        lm = repr(cell.lm_args)
+        if lm not in self._model_sizes:
+            self._model_sizes[lm] = _model_size(cell.lm_args)
+        return self._model_sizes[lm]
+
+    def _tokens(self, cell: Cell) -> int | None:
+        lm_and_task = repr((cell.lm_args, cell.task_settings))
+        if lm_and_task not in self._token_counts:
+            self._token_counts[lm_and_task] = _count_tokens(cell, self._include_path)
+        return self._token_counts[lm_and_task]
 
 
 def _count_tokens(cell: Cell, include_path: Sequence[str]) -> int | None:
@@ -105,8 +134,8 @@ def _count_tokens(cell: Cell, include_path: Sequence[str]) -> int | None:
         return None
 
 
-def _model_size(args: dict[str, Any]) -> tuple[int, int] | None:
-    """The model's parameters and their bytes, from its configuration alone; None where that does not tell."""
+def _model_size(args: dict[str, Any]) -> ModelSize | None:
+    """From the model's configuration alone; None where that does not tell."""
     try:
         trust = bool(args.get("trust_remote_code"))
         config = transformers.AutoConfig.from_pretrained(
@@ -121,15 +150,17 @@ def _model_size(args: dict[str, Any]) -> tuple[int, int] | None:
         if dtype == "auto":
             dtype = config.dtype or torch.float32
         parameters = model.num_parameters()
-        return parameters, parameters * (dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype)).itemsize
+        itemsize = (dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype)).itemsize
+        return ModelSize(parameters, parameters * itemsize)
     except Exception:  # another kind of model, none at all, or no such dtype
         return None
 
 
-def _memory(cell: Cell, size: tuple[int, int] | None) -> int | None:
+def _memory(cell: Cell, size: ModelSize | None) -> int | None:
+    """Bytes of the LM, the index and the values; None where one is unknown."""
     if size is None:
         return None
-    total = size[1]
+    total = size.bytes
     if "datastore" in cell.args:
         folder = Path(cell.args["datastore"])
         try:

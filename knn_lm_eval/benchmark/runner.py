@@ -17,7 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lm_eval
 from lm_eval.loggers import EvaluationTracker
@@ -44,6 +44,13 @@ class Outcome:
     error: Exception | None = None
 
 
+class OpenedCell(NamedTuple):
+    """A cell, and the LM with its settings."""
+
+    cell: Cell
+    lm: SharedLM
+
+
 def finished_results(folder: Path, checksum: str) -> dict[str, Any] | None:
     """The results in a cell's folder; None unless they are whole and those of this configuration."""
     files = list(folder.glob(f"*/{RESULTS}"))
@@ -63,6 +70,21 @@ def finished_results(folder: Path, checksum: str) -> dict[str, Any] | None:
     return results
 
 
+class Outcomes:
+    """What became of each cell so far; ``report`` is told as soon as it is known."""
+
+    def __init__(self, report: Callable[[Outcome], None]) -> None:
+        self._report = report
+        self.all: list[Outcome] = []
+
+    def tell(self, cell: Cell, state: str, error: Exception | None = None) -> None:
+        """Note a cell's outcome."""
+        if error is not None:
+            logger.debug("%s failed", cell, exc_info=error)
+        self.all.append(Outcome(cell, state, error))
+        self._report(self.all[-1])
+
+
 def run_matrix(matrix: Matrix, report: Callable[[Outcome], None]) -> list[Outcome]:
     """Run all cells that are not finished; an LM is loaded once for all of its cells.
 
@@ -70,59 +92,62 @@ def run_matrix(matrix: Matrix, report: Callable[[Outcome], None]) -> list[Outcom
     ----------
     report : is told each cell's outcome as soon as it is known.
     """
-    outcomes: list[Outcome] = []
-
-    def tell(cell: Cell, state: str, error: Exception | None = None) -> None:
-        outcomes.append(Outcome(cell, state, error))
-        report(outcomes[-1])
-
+    outcomes = Outcomes(report)
     with disk_errors_in(matrix.output):
         matrix.output.mkdir(parents=True, exist_ok=True)
-    for _, of_model in groupby(matrix.cells, lambda cell: cell.model):
+    for _, cells_of_model in groupby(matrix.cells, lambda cell: cell.model):
         loaded = LoadedModel()
-        for _, of_task in groupby(of_model, lambda cell: cell.task):
+        for _, cells_of_task in groupby(cells_of_model, lambda cell: cell.task):
             pending = []
-            for cell in of_task:
+            for cell in cells_of_task:
                 if finished_results(matrix.output / cell.folder, cell.checksum()) is None:
                     pending.append(cell)
                 else:
-                    tell(cell, "finished")
-            if pending:
-                _run_task(matrix, pending, loaded, tell)
+                    outcomes.tell(cell, "finished")
+            for group in _sharing(_open_cells(matrix, pending, loaded, outcomes)):
+                _run_group(matrix, group, outcomes)
         del loaded
         gc.collect()
-    return outcomes
+    return outcomes.all
 
 
-def _run_task(matrix: Matrix, cells: Sequence[Cell], loaded: LoadedModel, tell: Callable[..., None]) -> None:
-    """Run cells of one model and one task."""
-    opened: list[tuple[Cell, SharedLM]] = []
+def _open_cells(matrix: Matrix, cells: Sequence[Cell], loaded: LoadedModel, outcomes: Outcomes) -> list[OpenedCell]:
+    """Those cells of one model and one task that can be opened."""
+    opened = []
     for cell in cells:
         try:
-            opened.append((cell, _open(matrix, cell, loaded)))
+            opened.append(OpenedCell(cell, _open(matrix, cell, loaded)))
         except Exception as error:
-            tell(cell, "failed", error)
-    for group in _sharing(opened):
-        failure: Exception | None = None
-        if len(group) > 1:
-            shared = SharedPass([lm for _, lm in group])
-            reader = next(cell for cell, lm in group if lm is shared.reader)
-            logger.info("Reading %s once for %d cells", reader.task, len(group))
-            try:
-                with suppress(ReadingEnds):
-                    _evaluate(matrix, reader, shared.reader, bootstrap_iters=0, log_samples=False)
-            except Exception as error:
-                failure = error
-            shared.reading = False
-        for cell, lm in group:
-            try:
-                if failure is not None:
-                    raise failure
-                _write(matrix, cell, _evaluate(matrix, cell, lm))
-                tell(cell, "done")
-            except Exception as error:
-                logger.debug("%s failed", cell, exc_info=error)
-                tell(cell, "failed", error)
+            outcomes.tell(cell, "failed", error)
+    return opened
+
+
+def _run_group(matrix: Matrix, group: Sequence[OpenedCell], outcomes: Outcomes) -> None:
+    """Run cells that share the reading."""
+    failure = _read_once(matrix, group) if len(group) > 1 else None
+    for cell, lm in group:
+        try:
+            if failure is not None:
+                raise failure
+            _write(matrix, cell, _evaluate(matrix, cell, lm))
+            outcomes.tell(cell, "done")
+        except Exception as error:
+            outcomes.tell(cell, "failed", error)
+
+
+def _read_once(matrix: Matrix, group: Sequence[OpenedCell]) -> Exception | None:
+    """Have one LM read the task's texts, and all keep their scores of them; the error that ended that, if any did."""
+    shared = SharedPass([lm for _, lm in group])
+    reader = next(cell for cell, lm in group if lm is shared.reader)
+    logger.info("Reading %s once for %d cells", reader.task, len(group))
+    try:
+        with suppress(ReadingEnds):
+            _evaluate(matrix, reader, shared.reader, bootstrap_iters=0, log_samples=False)
+    except Exception as error:
+        return error
+    finally:
+        shared.reading = False
+    return None
 
 
 def _open(matrix: Matrix, cell: Cell, loaded: LoadedModel) -> SharedLM:
@@ -130,14 +155,14 @@ def _open(matrix: Matrix, cell: Cell, loaded: LoadedModel) -> SharedLM:
     return kind(loaded, **cell.args, batch_size=matrix.batch_size, device=matrix.device)
 
 
-def _sharing(opened: Sequence[tuple[Cell, SharedLM]]) -> Iterator[list[tuple[Cell, SharedLM]]]:
+def _sharing(opened: Sequence[OpenedCell]) -> Iterator[list[OpenedCell]]:
     """Those that read the same windows, and the same keys or none."""
-    groups: dict[Any, list[tuple[Cell, SharedLM]]] = {}
+    groups: dict[Any, list[OpenedCell]] = {}
     keys: dict[int, Any] = {}
     # Cells without retrieval come last, to join one that reads keys.
-    for cell, lm in sorted(opened, key=lambda one: isinstance(one[1].scorer, LMScorer)):
+    for cell, lm in sorted(opened, key=lambda one: isinstance(one.lm.scorer, LMScorer)):
         if lm.carry_state:
-            groups[str(cell)] = [(cell, lm)]  # it reads in an order of its own
+            yield [OpenedCell(cell, lm)]  # it reads in an order of its own
             continue
         if isinstance(lm.scorer, LMScorer):
             key = keys.get(lm.context_len)
@@ -145,7 +170,7 @@ def _sharing(opened: Sequence[tuple[Cell, SharedLM]]) -> Iterator[list[tuple[Cel
             # The module itself: it may go by several names.
             key = lm.language_model.key_type, lm.language_model.key_module
             keys.setdefault(lm.context_len, key)
-        groups.setdefault((lm.context_len, key), []).append((cell, lm))
+        groups.setdefault((lm.context_len, key), []).append(OpenedCell(cell, lm))
     yield from groups.values()
 
 
@@ -189,7 +214,21 @@ def _write(matrix: Matrix, cell: Cell, results: dict[str, Any]) -> None:
     unfinished = folder.with_name(f".{folder.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     samples = results.pop("samples")
-    results["config"] |= {
+    results["config"] |= _description(cell)
+    _save_as_lm_eval(unfinished, cell, results, samples)
+    if finished_results(unfinished, cell.checksum()) is None:  # lm-eval only warns
+        raise UserError(f"The results of {cell} could not be written below {matrix.output}; is the disk full?")
+    for file in unfinished.glob("*/*"):
+        fsync(file)
+    if folder.exists():
+        shutil.rmtree(folder)
+    os.replace(unfinished, folder)
+    fsync(folder.parent)
+
+
+def _description(cell: Cell) -> dict[str, Any]:
+    """What results say of their cell, in their configuration."""
+    return {
         "model": cell.kind,
         "benchmark": {
             "model": cell.model,
@@ -200,7 +239,11 @@ def _write(matrix: Matrix, cell: Cell, results: dict[str, Any]) -> None:
             "configuration": cell.identity(),
         },
     }
-    tracker = EvaluationTracker(output_path=str(unfinished))
+
+
+def _save_as_lm_eval(folder: Path, cell: Cell, results: dict[str, Any], samples: dict[str, Any]) -> None:
+    """Write results and samples by lm-eval's own hand."""
+    tracker = EvaluationTracker(output_path=str(folder))
     tracker.general_config_tracker.log_experiment_args(
         model_source=cell.kind,
         model_args=cell.args,
@@ -211,11 +254,3 @@ def _write(matrix: Matrix, cell: Cell, results: dict[str, Any]) -> None:
     tracker.save_results_aggregated(results=results, samples=samples)
     for task in results["configs"]:
         tracker.save_results_samples(task_name=task, samples=samples[task])
-    if finished_results(unfinished, cell.checksum()) is None:  # lm-eval only warns
-        raise UserError(f"The results of {cell} could not be written below {matrix.output}; is the disk full?")
-    for file in unfinished.glob("*/*"):
-        fsync(file)
-    if folder.exists():
-        shutil.rmtree(folder)
-    os.replace(unfinished, folder)
-    fsync(folder.parent)

@@ -6,12 +6,13 @@ import argparse
 import logging
 from typing import Any
 
-from knn_lm_eval.errors import report_user_errors
+from knn_lm_eval.cli.arguments import add_datastore
+from knn_lm_eval.cli.main import verb
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--datastore", required=True, help="the datastore's folder or address")
+    add_datastore(parser)
     parser.add_argument(
         "--factory",
         default="auto",
@@ -50,10 +51,8 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main() -> None:
-    arguments = parse_arguments()
-    report_user_errors()
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+@verb(parse_arguments, logging.INFO)
+def main(arguments: argparse.Namespace) -> None:
     logging.getLogger("faiss").setLevel(logging.WARNING)
 
     from knn_lm_eval.search.choosing import Budget

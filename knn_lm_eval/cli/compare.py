@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import logging
 from pathlib import Path
 
-from knn_lm_eval.errors import UserError, report_user_errors
+from knn_lm_eval.cli.arguments import add_output, check_at_least_one
+from knn_lm_eval.cli.main import verb
+from knn_lm_eval.errors import UserError
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -15,7 +16,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--baseline", help="the method to compare with, such as hf (default: no differences)")
     parser.add_argument("--metric", help="for all tasks that have it (default: one for each task)")
     parser.add_argument("--format", choices=["terminal", "markdown", "csv", "latex"], default="terminal")
-    parser.add_argument("--output", type=Path, help="the file for Markdown, CSV or LaTeX (default: print it)")
+    add_output(parser, "the file for Markdown, CSV or LaTeX (default: print it)", required=False)
     parser.add_argument("--report", type=Path, help="write a page with tables and charts to this HTML file as well")
     parser.add_argument("--no_published", action="store_true", help="leave out published figures")
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (default: %(default)s)")
@@ -24,10 +25,8 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main() -> None:
-    arguments = parse_arguments()
-    report_user_errors()
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+@verb(parse_arguments)
+def main(arguments: argparse.Namespace) -> None:
     check(arguments)
 
     from knn_lm_eval.report.comparison import compare
@@ -69,8 +68,7 @@ def main() -> None:
 
 def check(arguments: argparse.Namespace) -> None:
     """Raise UserError where an argument is out of range or does not fit another."""
-    if arguments.resamples < 1:
-        raise UserError(f"--resamples {arguments.resamples} must be at least 1.")
+    check_at_least_one(arguments, "resamples")
     if not 0 < arguments.confidence < 1:
         raise UserError(f"--confidence {arguments.confidence:g} must be between 0 and 1.")
     if arguments.seed < 0:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from knn_lm_eval.errors import UserError, report_user_errors
-from knn_lm_eval.make.text import read_text_file
+from knn_lm_eval.cli.arguments import add_model_arguments, check_at_least_one, read_model_args
+from knn_lm_eval.cli.main import verb
+from knn_lm_eval.errors import UserError
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -24,7 +24,7 @@ CONTEXT_SHOWN = 60  # characters of a context, on the terminal
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model_args", required=True, help="as for lm_eval --model knn-hf: datastore=D,k=1024,...")
+    add_model_arguments(parser, "as for lm_eval --model knn-hf: datastore=D,k=1024,...", batches=False)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--text", help="the text")
     source.add_argument("--file", type=Path, help="a UTF-8 text file")
@@ -35,25 +35,23 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main() -> None:
-    arguments = parse_arguments()
-    report_user_errors()
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
-    for name in ("neighbours", "context"):
-        if getattr(arguments, name) < 1:
-            raise UserError(f"--{name} {getattr(arguments, name)} must be at least 1.")
+@verb(parse_arguments)
+def main(arguments: argparse.Namespace) -> None:
+    check_at_least_one(arguments, "neighbours", "context")
+
+    from knn_lm_eval.make.text import read_text_file
+
     text = "".join(read_text_file(arguments.file)) if arguments.file else arguments.text
     if not text:
         raise UserError("The text is empty: there is nothing to inspect.")
-
-    from lm_eval.utils import simple_parse_args_string
+    model_args = read_model_args(arguments)
 
     from knn_lm_eval.model.knn_hf import KNNHF
     from knn_lm_eval.report.token_page import token_page
     from knn_lm_eval.study.inspection import inspect_text
     from knn_lm_eval.system.files import disk_errors_in, write_text
 
-    lm = KNNHF(**simple_parse_args_string(arguments.model_args))
+    lm = KNNHF(**model_args)
     tokens = inspect_text(lm, text, num_neighbours=arguments.neighbours, context_tokens=arguments.context)
     if arguments.html is None and arguments.json is None:
         print_tokens(tokens)
