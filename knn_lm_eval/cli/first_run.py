@@ -56,7 +56,9 @@ def main(arguments: argparse.Namespace) -> None:
             base, knn = first_run(arguments.folder, arguments.max_tokens, arguments.limit)
     except KeyboardInterrupt:
         sys.exit("\nStopped; the same command goes on from here.")
-    print(f"\n{table(base, knn)}\n")
+    print()
+    print_results(base, knn)
+    print()
     if metric(knn, "token_perplexity") >= metric(base, "token_perplexity"):
         raise UserError("kNN-LM is no better than the LM alone here; a datastore of more tokens should help.")
 
@@ -196,14 +198,15 @@ def metric(results: dict[str, Any], name: str) -> float:
     return results["results"][TASK][f"{name},none"]
 
 
-def table(base: dict[str, Any], knn: dict[str, Any]) -> str:
-    """Both results side by side, as text."""
-    knn_facts = knn["config"]["knn"]
-    tokens, entries = knn_facts["tokens_scored"], knn_facts["datastore"]["entries"]
-    head = "          token perplexity  word perplexity  bits per byte  seconds, with loading"
-    lines = [f"{TASK}: {tokens:,} tokens scored, {entries:,} in the datastore", head, "-" * len(head)]
+def print_results(base: dict[str, Any], knn: dict[str, Any]) -> None:
+    """Print both results side by side."""
+    from knn_lm_eval.report.tables import print_table
+
+    work = knn["config"]["knn"]
+    columns = {"": "", "token perplexity": ".2f", "word perplexity": ".2f", "bits per byte": ".3f"}
+    rows = []
     for name, results in (("LM alone", base), ("kNN-LM", knn)):
-        token, word = metric(results, "token_perplexity"), metric(results, "word_perplexity")
-        bits, seconds = metric(results, "bits_per_byte"), float(results["total_evaluation_time_seconds"])
-        lines.append(f"{name:8}{token:18.2f}{word:17.2f}{bits:15.3f}{seconds:23.0f}")
-    return "\n".join(lines)
+        figures = [metric(results, heading.replace(" ", "_")) for heading in columns if heading]
+        rows.append([name, *figures, float(results["total_evaluation_time_seconds"])])
+    title = f"{TASK}: {work['tokens_scored']:,} tokens scored, {work['datastore']['entries']:,} in the datastore"
+    print_table(title, columns | {"seconds, with loading": ".0f"}, rows)

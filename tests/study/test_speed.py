@@ -8,16 +8,22 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from helpers.places import SCRIPTS
 from helpers.tiny_model import EVAL_TEXT
 from lm_eval.api.instance import Instance
 
 from knn_lm_eval.lm.loading import CausalHFLM
+from knn_lm_eval.methods.automaton import Automaton
+from knn_lm_eval.search import retriever
 from knn_lm_eval.search.indexing import build_index
 from knn_lm_eval.store.datastore import Datastore
+from knn_lm_eval.study.speed import SpeedComparison
 
 
 def bench(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -67,6 +73,29 @@ def test_retomaton_is_timed_beside_knn_lm(clustered: Datastore, text: Path, tmp_
     assert figures["perplexity"]["knn-hf"] != figures["perplexity"]["knn-hf RetoMaton"]
     assert figures["stages"]["knn-hf RetoMaton"][0]["automaton"] > 0
     assert "CPU s" in process.stdout
+
+
+def test_nothing_is_changed_that_others_use(clustered: Datastore, monkeypatch: pytest.MonkeyPatch) -> None:
+    clocks, searches = [], []
+    walk = Automaton.walk
+
+    def looking_around(*arguments: Any, **more: Any) -> None:
+        clocks.append(time.perf_counter)
+        searches.append(retriever.search)
+        walk(*arguments, **more)
+
+    monkeypatch.setattr(Automaton, "walk", looking_around)
+    usual = time.perf_counter, retriever.search
+    threads = torch.get_num_threads()
+    settings = {"datastore": clustered.path, "k": 20, "lmbda": 0.5, "retomaton": True, "max_length": 32}
+    comparison = SpeedComparison(settings, EVAL_TEXT, tokens=60, cpu_time=True)
+    scorer = comparison.lm.scorer
+    report = comparison.times(1)
+    torch.set_num_threads(threads)
+    assert set(clocks) == {usual[0]} and set(searches) == {usual[1]}
+    assert comparison.lm.scorer is scorer
+    assert report["windows"] == 32 and report["queries"] == report["tokens"] == 60
+    assert all(seconds > 0 for rounds in report["seconds"].values() for seconds in rounds)
 
 
 @pytest.mark.skipif("KNN_TRANSFORMERS" not in os.environ, reason="KNN_TRANSFORMERS names no checkout of that project")

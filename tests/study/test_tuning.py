@@ -19,6 +19,7 @@ from helpers.places import SCRIPTS
 from helpers.tiny_model import EVAL_TEXT, TRAIN_TEXT
 from lm_eval.api.instance import Instance
 
+import knn_lm_eval
 from knn_lm_eval import KNNHF, Datastore, UserError
 from knn_lm_eval.methods.mixture import knn_log_prob, neighbour_log_weights
 from knn_lm_eval.search.indexing import build_index
@@ -226,6 +227,21 @@ def test_the_command_writes_what_an_evaluation_then_uses(
     for suffix in ("csv", "json", "svg"):
         first, second = (tmp_path / "out" / f"tuned.{suffix}"), (tmp_path / f"again.{suffix}")
         assert first.read_bytes() == second.read_bytes()
+
+
+def test_the_function_gives_what_the_command_writes(store: Datastore, data: Path, tmp_path: Path, tune_main) -> None:
+    axes = {"k": "4,32", "knn_temp": "1,4,16", "lmbda": "0.1:0.9:5"}
+    tune_main(store, tmp_path / "tuned.json", *(part for name, axis in axes.items() for part in (f"--{name}", axis)))
+    numbers = {"k": (4, 32), "knn_temp": [1, 4, 16], "lmbda": (0.1, 0.3, 0.5, 0.7, 0.9)}
+    found = knn_lm_eval.tune({"datastore": store.path}, ["law_valid"], metadata={"data_dir": str(data)}, **numbers)
+    found.params.write(tmp_path / "again.json")
+    found.write_grid(tmp_path / "again.csv")
+    for suffix in ("json", "csv"):
+        assert (tmp_path / f"again.{suffix}").read_bytes() == (tmp_path / f"tuned.{suffix}").read_bytes()
+    assert [row[""] for row in found.summary()] == ["LM alone", "defaults", "best"]
+    assert len(list(found.rows())) == 2 * 3 * 5
+    with pytest.raises(UserError, match="lmbda is what tune looks for"):
+        knn_lm_eval.tune({"datastore": store.path, "lmbda": 0.3}, ["law_valid"])
 
 
 @pytest.mark.parametrize("kind", ["buckets", "gate"])
