@@ -51,7 +51,7 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-@verb(parse_arguments, logging.INFO)
+@verb(parse_arguments, "INFO")
 def main(arguments: argparse.Namespace) -> None:
     logging.getLogger("faiss").setLevel(logging.WARNING)
 

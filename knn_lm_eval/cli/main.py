@@ -5,18 +5,20 @@ Verbs import what they need when their arguments are parsed: help and mistyped a
 
 from __future__ import annotations
 
-import argparse
 import ast
 import difflib
 import functools
-import logging
 import sys
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from knn_lm_eval.errors import report_user_errors
 from knn_lm_eval.version import __version__
+
+if TYPE_CHECKING:
+    import argparse
 
 PROG = "knn-lm-eval"
 NOT_VERBS = ("__init__", "__main__", "arguments", "main")
@@ -24,7 +26,7 @@ RENAMED = {"bench": "speed"}  # old names, which still answer
 
 
 def verb(
-    parse_arguments: Callable[[], argparse.Namespace], log_level: int = logging.WARNING
+    parse_arguments: Callable[[], argparse.Namespace], log_level: str = "WARNING"
 ) -> Callable[[Callable[[argparse.Namespace], None]], Callable[[], None]]:
     """Make a verb's ``main`` of a function that takes the parsed arguments.
 
@@ -34,6 +36,8 @@ def verb(
     def decorate(work: Callable[[argparse.Namespace], None]) -> Callable[[], None]:
         @functools.wraps(work)
         def main() -> None:
+            import logging
+
             arguments = parse_arguments()
             report_user_errors()
             logging.basicConfig(level=log_level, format="%(levelname)s %(message)s")

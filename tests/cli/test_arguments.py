@@ -145,9 +145,9 @@ def test_a_verb_s_main_says_what_the_user_can_mend(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     monkeypatch.setattr(logging, "basicConfig", lambda **settings: levels.append(settings["level"]))
-    levels: list[int] = []
+    levels: list[str] = []
 
-    @verb(lambda: argparse.Namespace(number=3), logging.INFO)
+    @verb(lambda: argparse.Namespace(number=3), "INFO")
     def main(arguments: argparse.Namespace) -> None:
         """Adds."""
         raise UserError(f"{arguments.number} is wrong.")
@@ -155,6 +155,6 @@ def test_a_verb_s_main_says_what_the_user_can_mend(monkeypatch: pytest.MonkeyPat
     assert main.__doc__ == "Adds." and levels == []
     with pytest.raises(UserError) as caught:
         main()
-    assert levels == [logging.INFO]
+    assert levels == ["INFO"]
     sys.excepthook(UserError, caught.value, None)
     assert capsys.readouterr().err == "error: 3 is wrong.\n"

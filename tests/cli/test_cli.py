@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,9 +27,11 @@ def main():
     print(__name__, *range(parser.parse_args().to))
 '''
 
+OWN_VERBS = ("count_up", "speed", "tune")
+
 
 @pytest.fixture
-def verbs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def verbs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder of verbs of our own; what running one changes in this process is set back."""
     (tmp_path / "count_up.py").write_text(MODULE)
     (tmp_path / "speed.py").write_text('"""Measure."""\n\n\ndef main():\n    print("measured")\n')
@@ -38,9 +41,11 @@ def verbs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(cli, "__file__", str(tmp_path / "main.py"))
     monkeypatch.setattr(knn_lm_eval.cli, "__path__", [str(tmp_path)])
     monkeypatch.setattr(sys, "argv", sys.argv)
-    for name in ("count_up", "speed", "tune"):
+    for name in OWN_VERBS:
         monkeypatch.delitem(sys.modules, f"knn_lm_eval.cli.{name}", raising=False)
-    return tmp_path
+    yield tmp_path
+    for name in OWN_VERBS:
+        sys.modules.pop(f"knn_lm_eval.cli.{name}", None)
 
 
 @pytest.mark.parametrize("args", [[], ["--help"], ["-h"]])
