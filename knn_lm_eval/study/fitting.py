@@ -35,18 +35,19 @@ class Sample:
         self.size, self.random = size, np.random.default_rng(seed)
         self.priority = np.empty(0)
         self.arrays: dict[Any, np.ndarray] = {}
+        self._chosen_priority = np.empty(0)  # of what ``choose`` chose, until it is added
 
     def choose(self, number: int) -> np.ndarray:
         """Which of the next tokens may come in (their places), and remember their random numbers."""
         priority = self.random.random(number)
         limit = self.priority.max() if len(self.priority) == self.size else 1.0
         chosen = np.flatnonzero(priority < limit)
-        self._new = priority[chosen]
+        self._chosen_priority = priority[chosen]
         return chosen
 
     def add(self, arrays: dict[Any, np.ndarray]) -> None:
         """Take the chosen tokens' data, float32 ``[chosen, ...]``; what has been kept so far makes room."""
-        priority = np.concatenate([self.priority, self._new])
+        priority = np.concatenate([self.priority, self._chosen_priority])
         kept = np.sort(np.argsort(priority, kind="stable")[: self.size])
         for name, new in arrays.items():
             self.arrays[name] = np.concatenate([self.arrays[name], new])[kept] if name in self.arrays else new[kept]
@@ -89,9 +90,10 @@ def fit_adaptive(
         Where no token of the sample has a neighbour.
     """
     temperature, k, lmbda = best.place
-    lm = sample.arrays["lm"].astype(np.float64)
-    features = np.concatenate([sample.arrays["lm features"], sample.arrays["features", number][:, k]], axis=1)
-    knn = sample.arrays["knn", number][:, :, k].astype(np.float64)
+    lm = sample.arrays["lm"].astype(np.float64)  # [tokens]
+    of_neighbours = sample.arrays["features", number][:, k]
+    features = np.concatenate([sample.arrays["lm features"], of_neighbours], axis=1)  # [tokens, FEATURES]
+    knn = sample.arrays["knn", number][:, :, k].astype(np.float64)  # [tokens, knn_temp]
 
     def mean_log_prob(weights: Tensor, knn_log_prob: np.ndarray) -> float:
         return -float(gate_loss(weights.double(), torch.from_numpy(lm), torch.from_numpy(knn_log_prob)))
@@ -172,29 +174,8 @@ def fit_gate(
     lm = torch.from_numpy(lm_log_prob[found]).double()
     knn = torch.from_numpy(knn_log_prob[found]).double()
 
-    generator = torch.Generator().manual_seed(seed)
-    hidden = torch.randn(HIDDEN_UNITS, len(names), generator=generator, dtype=torch.float64) / math.sqrt(len(names))
-    # From a constant weight on: the outputs of the hidden layer count for nothing at first.
-    parameters = [
-        hidden,
-        torch.zeros(HIDDEN_UNITS, dtype=torch.float64),
-        torch.zeros(HIDDEN_UNITS, dtype=torch.float64),
-        torch.zeros((), dtype=torch.float64),
-    ]
-    for parameter in parameters:
-        parameter.requires_grad_()
-    optimiser = torch.optim.LBFGS(
-        parameters, max_iter=300, history_size=20, tolerance_change=1e-10, line_search_fn="strong_wolfe"
-    )
-
-    def loss() -> Tensor:
-        optimiser.zero_grad()
-        decay = sum(parameter.square().sum() for parameter in parameters[:3])
-        value = gate_loss(gate_network(inputs, *parameters), lm, knn) + WEIGHT_DECAY * decay
-        value.backward()
-        return value
-
-    optimiser.step(loss)
+    parameters = _start_of_gate(len(names), seed)
+    _maximise_likelihood(parameters, inputs, lm, knn)
     hidden_rows, hidden_bias, output, bias = (parameter.tolist() for parameter in parameters)
     gate = Gate(
         tuple(names),
@@ -209,6 +190,37 @@ def fit_gate(
         return gate
     weights = gate.before_threshold(torch.from_numpy(features))
     return replace(gate, threshold=float(np.quantile(weights.numpy(), saved_searches)))
+
+
+def _start_of_gate(features: int, seed: int) -> list[Tensor]:
+    """``gate_network``'s parameters that make it a constant weight: the hidden layer's outputs count for nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(HIDDEN_UNITS, features, generator=generator, dtype=torch.float64) / math.sqrt(features)
+    parameters = [
+        hidden,
+        torch.zeros(HIDDEN_UNITS, dtype=torch.float64),
+        torch.zeros(HIDDEN_UNITS, dtype=torch.float64),
+        torch.zeros((), dtype=torch.float64),
+    ]
+    for parameter in parameters:
+        parameter.requires_grad_()
+    return parameters
+
+
+def _maximise_likelihood(parameters: list[Tensor], inputs: Tensor, lm: Tensor, knn: Tensor) -> None:
+    """Change a gate's parameters until tokens with these features ``[n, features]`` are likeliest."""
+    optimiser = torch.optim.LBFGS(
+        parameters, max_iter=300, history_size=20, tolerance_change=1e-10, line_search_fn="strong_wolfe"
+    )
+
+    def loss() -> Tensor:
+        optimiser.zero_grad()
+        decay = sum(parameter.square().sum() for parameter in parameters[:3])
+        value = gate_loss(gate_network(inputs, *parameters), lm, knn) + WEIGHT_DECAY * decay
+        value.backward()
+        return value
+
+    optimiser.step(loss)
 
 
 def gate_loss(lmbda: Tensor, lm_log_prob: Tensor, knn_log_prob: Tensor) -> Tensor:

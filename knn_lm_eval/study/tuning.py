@@ -142,8 +142,7 @@ def tune(
     score_tasks(lm, scorer, loaded_tasks, manager, limit)
     best = find_best(scorer.surfaces, scorer.tokens_scored, saved_searches)
     fit = None
-    if adaptive != "none":
-        assert scorer.sample is not None
+    if adaptive != "none" and scorer.sample is not None:
         number = next(i for i, surface in enumerate(scorer.surfaces) if surface is best.surface)
         fit = fit_adaptive(scorer.sample, best, number, adaptive, saved_searches, seed)
     tuned_for = {"tasks": list(tasks), "limit": limit, "seed": seed}
