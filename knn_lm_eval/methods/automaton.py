@@ -71,7 +71,8 @@ class Walk:
     found : what a search gives at each step, (distances ``[steps, k]``, entries ``[steps, k]``), where that is
         known beforehand; None searches as need arises.
     survivors_at_end : int64, nearest first: what a walk that goes on from here begins with.
-    log_p_knn : float64 ``[steps]``, log p_kNN of the targets; minus infinity where no candidate has the value.
+    log_p_knn : float64 ``[steps]``, log p_kNN of the targets; minus infinity where no candidate has the value, NaN
+        where there is no candidate.
     searched : bool ``[steps]``, where a full search was made.
     neighbours : per step (distances float32, entries int64), where asked for.
     """

@@ -135,7 +135,7 @@ def advance(distances, entries, counts, values, document_starts, targets, temper
 
     Returns
     -------
-    float64 ``[n]``; minus infinity where no candidate has the target as its value.
+    float64 ``[n]``; minus infinity where no candidate has the target as its value, NaN where there is no candidate.
     """
     n = len(distances)
     log_p = np.full(n, -math.inf)
@@ -143,6 +143,7 @@ def advance(distances, entries, counts, values, document_starts, targets, temper
         count = counts[i]
         survivor_counts[i] = 0
         if count == 0:
+            log_p[i] = math.nan
             continue
         nearest = distances[i, :count].min()
         total, mass = 0.0, 0.0

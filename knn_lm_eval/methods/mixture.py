@@ -4,7 +4,8 @@
     p(y)     = (1 - lmbda) p_LM(y) + lmbda p_kNN(y)
 
 All functions work on one block of ``n`` positions with ``k`` neighbours each; only ``mixed_log_probs`` builds a
-table over the vocabulary for p_kNN. A neighbour slot that holds nothing has distance infinity.
+table over the vocabulary for p_kNN. A neighbour slot that holds nothing has distance infinity. Where a position has no
+neighbour at all there is no p_kNN (its logarithm is NaN), and the mixture is the LM's own distribution.
 
 ``Mixture`` is a setting of the two, a weight (see ``adaptive``) and a temperature, for all who mix with one setting.
 """
@@ -115,20 +116,31 @@ def knn_log_prob(log_weights: Tensor, values: Tensor, targets: Tensor) -> Tensor
 
     Returns
     -------
-    float32 ``[n]``; minus infinity where no neighbour has the target as its value.
+    float32 ``[n]``; minus infinity where no neighbour has the target as its value, NaN where there is no neighbour.
     """
-    return log_weights.masked_fill(values != targets[:, None], -math.inf).logsumexp(dim=-1)
+    log_prob = log_weights.masked_fill(values != targets[:, None], -math.inf).logsumexp(dim=-1)
+    return log_prob.masked_fill(nothing_found(log_weights), math.nan)
+
+
+def nothing_found(log_weights: Tensor) -> Tensor:
+    """Which positions have no neighbour at all: bool ``[n]``."""
+    return torch.isneginf(log_weights.amax(dim=-1))
 
 
 def mix(lm_log_prob: Tensor, knn_log_prob: Tensor, lmbda: float | Tensor) -> Tensor:
-    """log((1 - lmbda) p_LM + lmbda p_kNN), elementwise, lmbda too; exact at lmbda 0 and 1."""
+    """log((1 - lmbda) p_LM + lmbda p_kNN), elementwise, lmbda too; exact at lmbda 0 and 1.
+
+    Where log p_kNN is NaN, there being no neighbour, it is log p_LM.
+    """
     if isinstance(lmbda, Tensor):
-        return torch.logaddexp(lm_log_prob + torch.log1p(-lmbda), knn_log_prob + lmbda.log())
-    if lmbda == 0:
+        mixed = torch.logaddexp(lm_log_prob + torch.log1p(-lmbda), knn_log_prob + lmbda.log())
+    elif lmbda == 0:
         return lm_log_prob
-    if lmbda == 1:
-        return knn_log_prob
-    return torch.logaddexp(lm_log_prob + math.log1p(-lmbda), knn_log_prob + math.log(lmbda))
+    elif lmbda == 1:
+        mixed = knn_log_prob
+    else:
+        mixed = torch.logaddexp(lm_log_prob + math.log1p(-lmbda), knn_log_prob + math.log(lmbda))
+    return torch.where(knn_log_prob.isnan(), lm_log_prob.to(mixed.dtype), mixed)
 
 
 def take_rows(lmbda: float | Tensor, rows: Tensor) -> float | Tensor:
@@ -150,11 +162,18 @@ def mixed_log_probs(lm_log_probs: Tensor, log_weights: Tensor, values: Tensor, l
     float32 ``[n, vocabulary]``.
     """
     values = values.long()
+    lmbda = _share_by_row(log_weights, lmbda)[:, None].to(lm_log_probs.dtype)
     p_knn = torch.zeros_like(lm_log_probs).scatter_add_(-1, values, log_weights.exp()).gather(-1, values)
     # Logarithms are taken of the neighbours' values alone: all other tokens have the LM's share.
-    lmbda = lmbda[:, None] if isinstance(lmbda, Tensor) else torch.tensor(lmbda)
     of_values = mix(lm_log_probs.gather(-1, values), p_knn.log(), lmbda)  # [n, k]
     return (lm_log_probs + torch.log1p(-lmbda)).scatter_(-1, values, of_values)
+
+
+def _share_by_row(log_weights: Tensor, lmbda: float | Tensor) -> Tensor:
+    """The weight of p_kNN at each position, ``[n]``: 0 where there is no neighbour."""
+    if not isinstance(lmbda, Tensor):
+        lmbda = torch.full((len(log_weights),), lmbda, dtype=torch.float64, device=log_weights.device)
+    return lmbda.masked_fill(nothing_found(log_weights), 0.0)
 
 
 def greedy_tokens(lm_log_probs: Tensor, log_weights: Tensor, values: Tensor, lmbda: float | Tensor) -> Tensor:
@@ -184,7 +203,7 @@ def greedy_tokens(lm_log_probs: Tensor, log_weights: Tensor, values: Tensor, lmb
     before = torch.zeros_like(running)
     before[:, 1:] = torch.where(run_ends, running, 0.0)[:, :-1].cummax(dim=-1).values
     knn_log_probs = torch.where(run_ends, running - before, 0.0).log()
-    share = torch.as_tensor(lmbda, dtype=torch.float64, device=lm_log_probs.device).expand(len(lm_log_probs))
+    share = _share_by_row(log_weights, lmbda).double()
     mixed = mix(lm_log_probs.gather(-1, values).double(), knn_log_probs, share[:, None])
     mixed = mixed.masked_fill(~run_ends, -math.inf)
     best, slot = mixed.max(dim=-1)
@@ -214,7 +233,8 @@ def knn_log_probs(
 
     Returns
     -------
-    float64 ``[n, knn_temp, k]``; minus infinity where no neighbour has the target as its value.
+    float64 ``[n, knn_temp, k]``; minus infinity where no neighbour has the target as its value, NaN where there
+    is no neighbour.
     """
     result = torch.empty(len(distances), len(knn_temp), len(k), dtype=torch.float64)
     segments = list(itertools.pairwise((0, *k)))
@@ -240,5 +260,5 @@ def knn_log_probs(
                 weight *= counts[rows, : k[-1]]
             sums = torch.stack([weight @ in_segment, weight.mul_(matches) @ in_segment]).double()
             total, mass = (sums[:, :, None, :] * (shrink / temperature).exp().tril()).sum(dim=-1)
-            result[rows, number] = torch.where(mass > 0, (mass / total).log(), -math.inf)
+            result[rows, number] = (mass / total).log()  # 0 / 0 where there is no neighbour
     return result

@@ -69,10 +69,47 @@ def retrieval_augmented(
     return MixedForward(lm, opened)
 
 
+class GenerationSteps:
+    """The sequences whose next token ``forward`` predicts, as ``generate`` hands them over from step to step.
+
+    Attributes
+    ----------
+    is_prompt : whether the step at hand reads a further chunk of the prompt (``prefill_chunk_size``).
+    is_noted : whether there is a step at hand.
+    """
+
+    def __init__(self) -> None:
+        self.is_prompt, self.is_noted = False, False
+        self._waiting: Tensor | None = None
+        self._read: Tensor | None = None
+
+    def note(self, input_ids: Tensor | None, cache: Any) -> None:
+        """Note what is about to be read: whole sequences, longer than those before, or a chunk of the prompt alone.
+
+        Parameters
+        ----------
+        input_ids : int64 ``[batch, time]``; None where sequences begin with embeddings.
+        cache : of what was read so far, as transformers has it, or None.
+        """
+        self.is_prompt = False
+        if input_ids is not None and self._read is not None and hasattr(cache, "get_seq_length"):
+            read = self._read.shape[1]
+            if input_ids.shape[1] <= read == int(cache.get_seq_length()):
+                input_ids, self.is_prompt = torch.cat([self._read, input_ids], dim=1), True
+        self._waiting = self._read = input_ids
+        self.is_noted = True
+
+    def take(self) -> Tensor | None:
+        """The sequences of the step at hand, int64 ``[batch, time]``, once; None where there are none."""
+        waiting, self._waiting, self.is_noted = self._waiting, None, False
+        return waiting
+
+
 class MixedForward:
     """The context manager behind ``retrieval_augmented``.
 
-    Inside, ``forward`` returns float32 log-probabilities of the mixture, over the whole vocabulary, for each
+    Inside, ``forward`` returns float32 log-probabilities of the mixture (in ``generate`` plus a constant per position,
+    so that they are on the level of the LM's logits), over the whole vocabulary, for each
     position for which the model returns logits; padding (by a 2-D attention mask) keeps the LM's alone. A loss
     (``labels``) is the mixture's. No gradients.
 
@@ -96,7 +133,7 @@ class MixedForward:
         self._timed = StageTimer(("forward", "mixture"), model.device)
         self._inside: ExitStack | None = None
         # In ``generate``: the sequences of the step at hand, and the candidates after each sequence of the last one.
-        self._sequences: Tensor | None = None
+        self._steps = GenerationSteps()
         self._candidates: dict[bytes, tuple[np.ndarray, np.ndarray]] = {}
 
     @property
@@ -151,7 +188,8 @@ class MixedForward:
             @functools.wraps(prepare)
             def noting_prepare(input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
                 # Token ids alone do not tell sequences apart that begin with embeddings.
-                self._sequences = input_ids if kwargs.get("inputs_embeds") is None else None
+                known = input_ids if kwargs.get("inputs_embeds") is None else None
+                self._steps.note(known, kwargs.get("past_key_values"))
                 return prepare(input_ids, *args, **kwargs)
 
             if "generation_config" not in kwargs:
@@ -160,7 +198,7 @@ class MixedForward:
                 with _replaced(inner, "prepare_inputs_for_generation", noting_prepare):
                     return generate(*args, **kwargs)
             finally:
-                self._sequences, self._candidates = None, {}
+                self._steps, self._candidates = GenerationSteps(), {}
 
         return noting_generate
 
@@ -172,7 +210,7 @@ class MixedForward:
         keys = keys.reshape(len(logits), -1, keys.shape[-1])  # some layers (OPT's) flatten batch and time
         length = keys.shape[1]
 
-        sequences, self._sequences = self._sequences, None
+        in_generate, sequences = self._steps.is_noted, self._steps.take()
         generating = sequences is not None
         # What generate does not ask for it does not look at: all positions of models that cannot keep a few.
         keep = arguments.get("logits_to_keep", 0)
@@ -186,6 +224,9 @@ class MixedForward:
         if sequences is None:
             sequences = arguments.get("input_ids")
         log_probs = self._mix(logits, keys[:, kept], real, kept.numpy() - length, sequences, generating)
+        if in_generate:
+            # Processors of logits, such as the repetition penalty, expect the level that the LM's logits have.
+            log_probs += logits.float().logsumexp(dim=-1, keepdim=True)
 
         loss = None
         if labels is not None:
@@ -293,7 +334,8 @@ class MixedForward:
             if known:
                 targets[: len(tokens[first + 1 : end + 1])] = tokens[first + 1 : end + 1]
             walk = Walk(vectors[stretch], targets)
-            if generating and (before := self._candidates.get(tokens[:first].tobytes())):
+            before = self._candidates.get(tokens[:first].tobytes())
+            if generating and before and not self._steps.is_prompt:
                 walk.survivors = automaton.survivors(*before, tokens[first])
             walks.append(walk)
             ends.append((tokens, first))

@@ -92,7 +92,7 @@ class HeldOutQueries:
         counts = entry_counts(self.datastore.weights, entries)
         log_weights = neighbour_log_weights(torch.from_numpy(distances), self.knn_temp, counts)  # [n, k]
         targets = torch.from_numpy(self.datastore.values[self.entries].copy())  # [n]
-        return knn_log_prob(log_weights, values, targets).exp(), entries
+        return knn_log_prob(log_weights, values, targets).exp().nan_to_num(0.0), entries
 
 
 def measure_quality(

@@ -139,6 +139,7 @@ class Surface:
     def add(self, lm_log_prob: Tensor, knn_log_prob: Tensor) -> None:
         """Add tokens: float64 ``[n]`` log p_LM, and float64 ``[n, knn_temp, k]`` log p_kNN."""
         lm = lm_log_prob[:, None, None]
+        knn_log_prob = torch.where(knn_log_prob.isnan(), lm, knn_log_prob)  # no neighbour: the LM alone
         larger = torch.maximum(lm, knn_log_prob)
         p_lm, difference = (lm - larger).exp(), (knn_log_prob - larger).exp_()
         difference -= p_lm

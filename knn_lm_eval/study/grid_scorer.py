@@ -224,7 +224,8 @@ class GridScorer(PassageScorer):
                     )
                     self.defaults.searches = found.surface.searches
                 if chosen is not None:
-                    kept["knn", number] = knn[chosen].float()
+                    known = torch.where(knn.isnan(), lm_log_prob[:, None, None], knn)  # no neighbour: the LM alone
+                    kept["knn", number] = known[chosen].float()
                     kept["features", number] = torch.stack(
                         [neighbour_features(found.distances[chosen, :n], found.values[chosen, :n]) for n in slots],
                         dim=1,

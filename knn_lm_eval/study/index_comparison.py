@@ -215,7 +215,7 @@ class IndexComparison:
     def _judge(self, result: Measurement, found: Found) -> None:
         exact = self._exact_found(result.k)
         (log_p, surface), exact_log_p = self._log_p_knn(found), self._log_p_knn(exact)[0]
-        result.p_knn_error = float((log_p.exp() - exact_log_p.exp()).abs().mean())
+        result.p_knn_error = float((log_p.exp().nan_to_num(0.0) - exact_log_p.exp()).abs().mean())
         # Exact search leaves no slot empty, so that empty ones are never taken for found.
         result.recall = knn_intersection_measure(exact.entries.numpy(), found.entries.numpy())
         mixed = mix(self.queries.lm_log_probs, log_p, self.lmbda)

@@ -51,7 +51,7 @@ def inspect_text(lm: KNNHF, text: str, *, num_neighbours: int = 8, context_token
                     InspectedToken(
                         text=lm.tokenizer.decode([int(target[row])]),
                         p_lm=float(figures.lm_log_prob[row].exp()),
-                        p_knn=float(figures.knn_log_prob[row].exp()),
+                        p_knn=float(figures.knn_log_prob[row].exp().nan_to_num(0.0)),
                         p=float(figures.log_prob[row].exp()),
                         searched=bool(figures.searched[row]),
                         neighbours=neighbours,

@@ -9,7 +9,14 @@ from helpers.oracle import mixture_weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from knn_lm_eval.methods.mixture import greedy_tokens, knn_log_prob, mix, mixed_log_probs, neighbour_log_weights
+from knn_lm_eval.methods.mixture import (
+    greedy_tokens,
+    knn_log_prob,
+    knn_log_probs,
+    mix,
+    mixed_log_probs,
+    neighbour_log_weights,
+)
 
 VOCABULARY = 7
 
@@ -84,7 +91,22 @@ def test_empty_slots_have_no_weight() -> None:
     log_weights = neighbour_log_weights(distances, 1.0, None)
     assert log_weights[0].tolist() == [0.0, -float("inf")]
     p = knn_log_prob(log_weights, torch.tensor([[2, 0], [0, 0]]), torch.tensor([2, 0])).exp()
-    assert p.tolist() == [1.0, 0.0]  # without a neighbour, p_kNN is 0 and not NaN
+    assert p[0] == 1.0 and p[1].isnan()  # without a neighbour there is no p_kNN
+
+
+@pytest.mark.parametrize("lmbda", [0.25, 1.0, torch.tensor([0.25, 1.0])], ids=str)
+def test_without_a_neighbour_the_mixture_is_the_lm(lmbda) -> None:
+    lm_log_probs = torch.randn(2, VOCABULARY, generator=torch.Generator().manual_seed(0)).log_softmax(-1)
+    lm_log_probs[:, 0] = -5.0  # the value that empty slots have is not the likeliest token
+    log_weights = neighbour_log_weights(torch.full((2, 3), float("inf")), 1.0, None)
+    values = torch.zeros(2, 3, dtype=torch.int32)
+    targets = torch.tensor([0, 4])
+    of_targets = lm_log_probs.gather(-1, targets[:, None])[:, 0]
+    assert mix(of_targets, knn_log_prob(log_weights, values, targets), lmbda).tolist() == of_targets.tolist()
+    assert mixed_log_probs(lm_log_probs, log_weights, values, lmbda).tolist() == lm_log_probs.tolist()
+    assert greedy_tokens(lm_log_probs, log_weights, values, lmbda).tolist() == lm_log_probs.argmax(-1).tolist()
+    distances = torch.full((2, 3), float("inf"))
+    assert knn_log_probs(distances, values, None, targets, (0.5, 2.0), (1, 3)).isnan().all()
 
 
 def test_mixture_is_exact_at_its_ends() -> None:

@@ -96,7 +96,8 @@ def compare(
     for step, (logits, oracle_logits) in enumerate(zip(actual.logits, expected.logits, strict=True)):
         if mode != "beams":
             tokens = actual.sequences[:, batch["input_ids"].shape[1] + step]
-            torch.testing.assert_close(logits[unfinished], oracle_logits[unfinished], rtol=0, atol=TOLERANCE)
+            log_probs = logits[unfinished].log_softmax(-1)
+            torch.testing.assert_close(log_probs, oracle_logits[unfinished], rtol=0, atol=TOLERANCE)
             unfinished &= (tokens != 1).numpy()
     if mode == "beams":
         assert actual.sequences_scores.tolist() == pytest.approx(expected.sequences_scores.tolist(), abs=TOLERANCE)
@@ -305,7 +306,7 @@ def test_adapted_models_generate_under_the_mixture(clustered, tokenizer, kind: s
         window = model(text, attention_mask=torch.ones_like(text), logits_to_keep=6).logits[0, -6:]
     assert float(window.logsumexp(-1).abs().max()) < 1e-5
     if settings is KNN or kind == "lora":  # where embeddings are given, a plain forward pass knows no tokens
-        torch.testing.assert_close(torch.cat(output.logits), window, rtol=0, atol=TOLERANCE)
+        torch.testing.assert_close(torch.cat(output.logits).log_softmax(-1), window, rtol=0, atol=TOLERANCE)
 
 
 # ------------------------------------------------------------------------------------ outside of the block
@@ -394,3 +395,73 @@ def test_nothing_but_infinity_is_lost_with_all_weight_on_retrieval(store: Datast
         logits = model(**batch).logits[batch["attention_mask"].bool()]
     assert not logits.isnan().any() and (logits == -math.inf).any()
     torch.testing.assert_close(logits.logsumexp(-1), torch.zeros(len(logits)), rtol=0, atol=1e-5)
+
+
+# ------------------------------------------------------------------- what processors of logits and prefill expect
+
+# Those of transformers' processors that see more than differences of logits, or that might.
+PROCESSED = {
+    "repetition penalty": {"repetition_penalty": 1.3},
+    "encoder repetition penalty": {"encoder_repetition_penalty": 1.3},
+    "exponential decay": {"exponential_decay_length_penalty": (2, 1.5)},
+    "sequence bias": {"sequence_bias": [[[5, 6], 2.0], [[7], -3.0]]},
+    "min_p": {"do_sample": True, "min_p": 0.05},
+    "typical_p": {"do_sample": True, "typical_p": 0.8},
+    "epsilon": {"do_sample": True, "epsilon_cutoff": 3e-3},
+    "eta": {"do_sample": True, "eta_cutoff": 3e-3},
+    "no repeated bigrams": {"no_repeat_ngram_size": 2},
+    "least length": {"min_new_tokens": 6},
+    "guidance": {"guidance_scale": 1.5},
+    "beams with a penalty": {"num_beams": 3, "repetition_penalty": 1.3},
+}
+
+
+@pytest.mark.parametrize("how", PROCESSED.values(), ids=PROCESSED.keys())
+def test_processors_of_logits_see_the_level_of_the_lms_logits(clustered: Datastore, tokenizer, how: dict) -> None:
+    """With next to no weight of p_kNN, the text is that of the LM alone."""
+    model, batch = make_llama(), encode(tokenizer)
+    how = {"max_new_tokens": 12, "pad_token_id": 1} | how
+    torch.manual_seed(5)
+    expected = model.generate(**batch, **how)
+    torch.manual_seed(5)
+    with retrieval_augmented(model, clustered.path, k=K, lmbda=1e-12):
+        actual = model.generate(**batch, **how)
+    assert actual.tolist() == expected.tolist()
+
+
+def test_a_penalty_acts_as_on_logits_of_the_mixture(clustered: Datastore, tokenizer) -> None:
+    """One step by hand: the mixture's log-probabilities, lifted to the logits' level, then divided or multiplied."""
+    model, batch = make_llama(), encode(tokenizer, PROMPTS[:1])
+    with retrieval_augmented(model, clustered.path, **KNN):
+        log_probs = model(**batch).logits[0, -1]
+        output = model.generate(
+            **batch,
+            max_new_tokens=1,
+            pad_token_id=1,
+            repetition_penalty=1.7,
+            do_sample=False,
+            output_scores=True,
+            return_dict_in_generate=True,
+        )
+    expected = log_probs + model(**batch).logits[0, -1].logsumexp(-1)
+    seen = batch["input_ids"][0].unique()
+    expected[seen] = torch.where(expected[seen] < 0, expected[seen] * 1.7, expected[seen] / 1.7)
+    torch.testing.assert_close(output.scores[0][0], expected, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("settings", [KNN, RETOMATON], ids=["knn-lm", "retomaton"])
+@pytest.mark.parametrize("left", [0, 1, 3], ids=lambda left: f"last chunk of {left or 'all'}")
+def test_a_prompt_read_in_chunks_is_gone_on_with_as_if_read_at_once(
+    clustered: Datastore, tokenizer, settings: dict, left: int
+) -> None:
+    model, batch = make_llama(), encode(tokenizer, PROMPTS[:1])
+    length = batch["input_ids"].shape[1]
+    chunk = length - left if left else (length + 1) // 2
+    how = {"max_new_tokens": 9, "pad_token_id": 1, "do_sample": False}
+    with retrieval_augmented(model, clustered.path, **settings) as mixed:
+        whole = model.generate(**batch, **how)
+        searches = mixed.augmentation.retriever.statistics.searches
+        in_chunks = model.generate(**batch, **how, prefill_chunk_size=chunk)
+    assert in_chunks.tolist() == whole.tolist()
+    # A search more for the chunk whose prediction nobody looks at.
+    assert mixed.augmentation.retriever.statistics.searches - searches == searches + 1

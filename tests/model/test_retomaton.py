@@ -10,6 +10,7 @@ from pathlib import Path
 import lm_eval
 import numpy as np
 import pytest
+import torch
 from helpers.oracle import continuation_score, lm_outputs
 from helpers.places import SCRIPTS, TASKS
 from helpers.slow_automaton import StoreForOracle, slow_walk
@@ -94,6 +95,21 @@ def test_without_pointers_it_is_knn_lm_exactly(store: Datastore) -> None:
     for settings in ({"no_pointer": True}, {"no_pointer": True, "min_knns": math.inf}):
         lm = make(store, **settings)
         assert [float(x) for x in rolling(lm)] == [float(x) for x in rolling(knn_lm)]
+
+
+def test_where_nothing_is_found_the_lm_is_alone(store: Datastore) -> None:
+    """With min_knns=0 no search is ever made, so that there is never a neighbour."""
+    alone, never = make(store, lmbda=0.0, retomaton=False), make(store, min_knns=0)
+    for one, other in zip(rolling(never), rolling(alone), strict=True):
+        assert float(one) == pytest.approx(float(other), rel=1e-6) and one.num_searches == 0
+    pairs = [Instance("loglikelihood", {}, pair, 0) for pair in ((TEXTS[1], " the"), (TEXTS[1], " of"), ("A", " b c"))]
+    for one, other in zip(never.loglikelihood(pairs), alone.loglikelihood(pairs), strict=True):
+        assert one == (pytest.approx(other[0], rel=1e-6), other[1])
+    prompt = Instance("generate_until", {}, (TEXTS[1][:60], {"until": [], "max_gen_toks": 8}), 0)
+    assert never.generate_until([prompt]) == alone.generate_until([prompt])
+    with never.mixed_forward:
+        tokens = torch.tensor([never.tok_encode(TEXTS[1])[:9]])
+        assert never.model(tokens).logits.exp().sum(-1) == pytest.approx(1.0, abs=1e-5)
 
 
 def test_windows_may_carry_the_walk_on(store: Datastore, monkeypatch) -> None:
