@@ -161,11 +161,11 @@ def _cells(content: dict[str, Any], path: Path) -> Iterator[Cell]:
         settings.setdefault("model", _kind(method, settings))
 
     for model, model_args in models.items():
-        theirs = [name for name, store in stores.items() if model in (_listed(store.get("models")) or models)]
+        of_model = [name for name, store in stores.items() if model in (_listed(store.get("models")) or models)]
         for task, task_settings in tasks.items():
             for method, settings in methods.items():
                 kind = settings["model"]
-                for store_name in theirs if kind == "knn-hf" else [None]:
+                for store_name in of_model if kind == "knn-hf" else [None]:
                     own = {key: value for key, value in settings.items() if key != "model"}
                     args = model_args | (_store_args(stores[store_name]) if store_name else {}) | own
                     args = {key: _filled(value, model, store_name) for key, value in args.items()}

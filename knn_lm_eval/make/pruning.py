@@ -137,11 +137,11 @@ def prune_greedy_merge(
     """
     output = _check(datastore, output)
     searched = NeighbourSearch.open(datastore, neighbours, index, probe)
-    how = {"method": "greedy_merge", "neighbours": neighbours} | {
+    method = {"method": "greedy_merge", "neighbours": neighbours} | {
         name: value for name, value in searched.settings.items() if name != "k"
     }
     states = SavedStates(
-        output.with_name(f".{output.name}.merging") / PROGRESS, {**how, "keys_sha256": datastore.keys_checksum}
+        output.with_name(f".{output.name}.merging") / PROGRESS, {**method, "keys_sha256": datastore.keys_checksum}
     )
     with disk_errors_in(states.folder):
         states.begin_or_resume(resume)
@@ -149,7 +149,7 @@ def prune_greedy_merge(
     counts = np.ones(len(datastore), dtype=np.int32) if datastore.weights is None else np.asarray(datastore.weights)
     weights = np.zeros(len(datastore), dtype=np.int32)
     _sum_weights(absorber, counts, weights)
-    pruned = _write(datastore, output, weights > 0, weights, how)
+    pruned = _write(datastore, output, weights > 0, weights, method)
     shutil.rmtree(states.folder)
     return pruned
 
@@ -184,12 +184,12 @@ def _check_keep(keep: float) -> None:
 
 
 def _write(
-    datastore: Datastore, output: Path, kept: np.ndarray, weights: np.ndarray | None, how: dict[str, Any]
+    datastore: Datastore, output: Path, kept: np.ndarray, weights: np.ndarray | None, method: dict[str, Any]
 ) -> Datastore:
     """Write the store of the entries ``kept``; ``weights`` None leaves them those that they have, if any."""
     keys, count = datastore.require_keys("pruning"), int(kept.sum())
     if count == 0:
-        raise UserError(f"Nothing would stay of the datastore {datastore.path} ({how}); keep more.")
+        raise UserError(f"Nothing would stay of the datastore {datastore.path} ({method}); keep more.")
     keys_file = datastore.manifest.keys or NPY_KEYS
     arrays = {keys_file.file: keys, VALUES: datastore.values}
     if (weights := datastore.weights if weights is None else weights) is not None:
@@ -202,7 +202,7 @@ def _write(
         np.save(folder / DOCUMENT_STARTS, np.zeros(1, dtype=np.int64))
         said = datastore.manifest
         pruned_from = {
-            **how,
+            **method,
             "path": str(datastore.path.resolve()),
             "count": said.count,
             "files": said.files,

@@ -56,33 +56,35 @@ class Weight(ABC):
         """``LM_FEATURES`` of the LM's distributions ``[n, vocabulary]``, where it looks at them; else None."""
         return lm_features(log_probs) if set(self.features) & set(LM_FEATURES) else None
 
-    def wants_search(self, of_lm: Tensor | None) -> Tensor | None:
+    def wants_search(self, lm_part: Tensor | None) -> Tensor | None:
         """Where retrieval is worth a search, bool ``[n]``; None is everywhere.
 
         Parameters
         ----------
-        of_lm : from ``lm_features``.
+        lm_part : from ``lm_features``.
         """
         if self.threshold is None:
             return None
-        assert of_lm is not None, "a weight with a threshold looks at the LM"
-        return self(torch.nn.functional.pad(of_lm, (0, len(NEIGHBOUR_FEATURES)))) > 0
+        assert lm_part is not None, "a weight with a threshold looks at the LM"
+        return self(torch.nn.functional.pad(lm_part, (0, len(NEIGHBOUR_FEATURES)))) > 0
 
-    def of_tokens(self, of_lm: Tensor | None, distances: Tensor, values: Tensor) -> float | Tensor:
+    def of_tokens(self, lm_part: Tensor | None, distances: Tensor, values: Tensor) -> float | Tensor:
         """The weight at each position: a number where it is the same for all, else float32 ``[n]``.
 
         A position without neighbours (none found, or not searched) is the LM's alone.
 
         Parameters
         ----------
-        of_lm : from ``lm_features``.
+        lm_part : from ``lm_features``.
         distances, values : ``[n, k]``, on the same device; infinity in empty slots.
         """
-        of_neighbours = neighbour_features(distances, values)  # [n, 4]
-        if of_lm is None:
-            of_lm = torch.zeros(len(distances), len(LM_FEATURES), device=distances.device)
-        nothing_found = torch.isinf(of_neighbours[:, 0])
-        return torch.where(nothing_found, 0.0, self(torch.cat([of_lm, of_neighbours], dim=-1).nan_to_num(posinf=0.0)))
+        neighbour_part = neighbour_features(distances, values)  # [n, 4]
+        if lm_part is None:
+            lm_part = torch.zeros(len(distances), len(LM_FEATURES), device=distances.device)
+        nothing_found = torch.isinf(neighbour_part[:, 0])
+        return torch.where(
+            nothing_found, 0.0, self(torch.cat([lm_part, neighbour_part], dim=-1).nan_to_num(posinf=0.0))
+        )
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ class Constant(Weight):
         """The weight."""
         return self.value
 
-    def of_tokens(self, of_lm: Tensor | None, distances: Tensor, values: Tensor) -> float:
+    def of_tokens(self, lm_part: Tensor | None, distances: Tensor, values: Tensor) -> float:
         """The weight, whatever there is."""
         return self.value
 

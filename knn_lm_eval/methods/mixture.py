@@ -70,14 +70,14 @@ class Mixture:
         log_weights = neighbour_log_weights(distances, self.knn_temp, counts)
         return WeighedNeighbours(distances, log_weights, values.to(device))
 
-    def lmbda(self, of_lm: Tensor | None, neighbours: WeighedNeighbours) -> float | Tensor:
+    def lmbda(self, lm_part: Tensor | None, neighbours: WeighedNeighbours) -> float | Tensor:
         """The weight at each position: one number for all, or float32 ``[n]``.
 
         Parameters
         ----------
-        of_lm : from ``weight.lm_features``.
+        lm_part : from ``weight.lm_features``.
         """
-        return self.weight.of_tokens(of_lm, neighbours.distances, neighbours.values)
+        return self.weight.of_tokens(lm_part, neighbours.distances, neighbours.values)
 
 
 def neighbour_log_weights(distances: Tensor, temperature: float, counts: Tensor | None) -> Tensor:

@@ -55,22 +55,22 @@ class KNNHF(ScoringLM):
     """
 
     def __init__(self, pretrained: str | transformers.PreTrainedModel | None = None, **arguments: Any) -> None:
-        given, of_lm = RetrievalSettings.take_from(arguments)
+        given, lm_arguments = RetrievalSettings.take_from(arguments)
         # All that can be wrong without the model is looked at before minutes are spent on loading it.
         opened = open_augmentation(given)
         if pretrained is None:
             store = opened.retriever.datastore
-            of_lm = recorded_arguments(store.manifest.model) | of_lm
-            pretrained = of_lm.pop("pretrained")
+            lm_arguments = recorded_arguments(store.manifest.model) | lm_arguments
+            pretrained = lm_arguments.pop("pretrained")
             if pretrained is None:
                 raise UserError(f"The datastore {store.path} does not know its model; give pretrained=MODEL.")
         # gguf_file, subfolder, quantisation and the like: what a cache of results must not mix up.
         self._loading = {
             name: str(value)
-            for name, value in of_lm.items()
+            for name, value in lm_arguments.items()
             if isinstance(value, (str, int, float)) and name not in ("batch_size", "max_batch_size", "device")
         }
-        super().__init__(pretrained, **of_lm)
+        super().__init__(pretrained, **lm_arguments)
         self.context_len = given.context_len
         self.check_context_len()
 

@@ -158,15 +158,15 @@ class MixedPairs:
             of_block = None if chooses else self._weigh(find(torch.arange(block_start, block_end)), device)
             for start, stop, table in self.reader.tables(hidden, block_start, block_end):
                 here, at = pairs.within(start, stop)
-                of_lm = self.mixture.weight.lm_features(table)
+                lm_part = self.mixture.weight.lm_features(table)
                 if of_block is not None:
                     neighbours = of_block.of_rows(slice(start - block_start, stop - block_start))
                 else:
-                    neighbours, wanted = self._where_wanted(of_lm, start, find, device)
+                    neighbours, wanted = self._where_wanted(lm_part, start, find, device)
                     assert searched is not None
                     searched[here] = wanted[at]
                 with self._timed("mixture"):
-                    lmbda = self.mixture.lmbda(of_lm, neighbours)
+                    lmbda = self.mixture.lmbda(lm_part, neighbours)
                     lm_log_probs = table[at, pairs.targets[here]].float()
                     log_probs[here] = self._mix(lm_log_probs, neighbours, at, pairs.targets[here], lmbda, block)
                     if greedy is not None:
@@ -196,10 +196,10 @@ class MixedPairs:
         return mix(lm_log_probs, knn_log_probs, take_rows(lmbda, at))
 
     def _where_wanted(
-        self, of_lm: Tensor | None, start: int, find: FindNeighbours, device: torch.device
+        self, lm_part: Tensor | None, start: int, find: FindNeighbours, device: torch.device
     ) -> tuple[WeighedNeighbours, Tensor]:
         """The neighbours of the rows from ``start`` on that want a search, and which do, bool ``[rows]``."""
-        wanted = self.mixture.weight.wants_search(of_lm)
+        wanted = self.mixture.weight.wants_search(lm_part)
         assert wanted is not None, "asked only of a weight with a threshold"
         self.rows_skipped += int((~wanted).sum())
         return self._weigh(_find_some(wanted.cpu(), start, find), device), wanted

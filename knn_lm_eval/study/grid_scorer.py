@@ -188,8 +188,10 @@ class GridScorer(PassageScorer):
         """Score batches with every setting."""
         if want_greedy:
             raise UserError("Tuning is for tasks that score whole texts (perplexity), such as wikitext103_valid.")
-        of_lm = [self._read_tables(reading) for reading in readings]
-        lm_log_prob, lm_feature = (torch.cat(part) for part in zip(*of_lm, strict=True))  # [tokens], [tokens, features]
+        lm_figures = [self._read_tables(reading) for reading in readings]
+        lm_log_prob, lm_feature = (
+            torch.cat(part) for part in zip(*lm_figures, strict=True)
+        )  # [tokens], [tokens, features]
         pairs = [reading.pairs() for reading in readings]
         queries = torch.cat(
             [reading.queries[rows].float().cpu() for reading, (rows, _) in zip(readings, pairs, strict=True)]

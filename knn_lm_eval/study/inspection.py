@@ -117,11 +117,11 @@ def _figures(mixture: Mixture, lm_log_probs: Tensor, found: FoundForTokens, targ
     neighbours = mixture.weigh(found.distances, found.values, found.counts, lm_log_probs.device)
     lm_log_prob = lm_log_probs.gather(-1, target[:, None])[:, 0]
     knn = knn_log_prob(neighbours.log_weights, neighbours.values, target)
-    of_lm = mixture.weight.lm_features(lm_log_probs)
-    mixed = mix(lm_log_prob.double(), knn.double(), mixture.lmbda(of_lm, neighbours))
+    lm_part = mixture.weight.lm_features(lm_log_probs)
+    mixed = mix(lm_log_prob.double(), knn.double(), mixture.lmbda(lm_part, neighbours))
     searched = found.searched
     if searched is None:
-        wanted = mixture.weight.wants_search(of_lm)
+        wanted = mixture.weight.wants_search(lm_part)
         searched = torch.ones(len(target), dtype=torch.bool) if wanted is None else wanted
     return Figures(neighbours.log_weights, lm_log_prob, knn, mixed, searched)
 
