@@ -39,6 +39,14 @@ class Loading(Exception):
     """Stands for a model that is being loaded."""
 
 
+@pytest.fixture(autouse=True)
+def levels_of_loggers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Verbs set the levels of some loggers for their process, which here goes on to other tests."""
+    for name in (None, "lm_eval", "knn_lm_eval", "faiss"):
+        logger = logging.getLogger(name)
+        monkeypatch.setattr(logger, "level", logger.level)
+
+
 @pytest.fixture
 def call(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Call:
     """Runs a verb as from a shell."""
