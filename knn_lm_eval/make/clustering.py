@@ -11,9 +11,9 @@ from __future__ import annotations
 from typing import Any
 
 import faiss
-import numba
 import numpy as np
 
+from knn_lm_eval.compiling import compiled
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.make.merging import NeighbourSearch, find_absorbers, number_clusters
 from knn_lm_eval.search.faiss_index import faiss_gpus
@@ -257,14 +257,14 @@ def members_by_cluster(cluster_of_entry: np.ndarray, num_clusters: int) -> tuple
     return member_starts, members
 
 
-@numba.njit(cache=True)
+@compiled
 def _count(cluster_of_entry: np.ndarray, counts: np.ndarray) -> None:
     for cluster in cluster_of_entry:
         if cluster >= 0:
             counts[cluster] += 1
 
 
-@numba.njit(cache=True)
+@compiled
 def _sort(cluster_of_entry: np.ndarray, free: np.ndarray, members: np.ndarray) -> None:
     """Put each entry in its cluster's first free place."""
     for entry in range(len(cluster_of_entry)):
@@ -274,7 +274,7 @@ def _sort(cluster_of_entry: np.ndarray, free: np.ndarray, members: np.ndarray) -
             free[cluster] += 1
 
 
-@numba.njit(cache=True)
+@compiled
 def _most_common_values(values: np.ndarray, member_starts: np.ndarray, members: np.ndarray) -> int:
     """How many entries have the most common value of their cluster."""
     total = 0

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numba
 import numpy as np
 
+from knn_lm_eval.compiling import compiled
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.make.clustering import UnfinishedClusters
 from knn_lm_eval.store.clusters import Clusters
@@ -269,7 +269,7 @@ def _place_rows(cluster_of_entry: np.ndarray, matrix: SparseMatrix) -> int:
     return _place(cluster_of_entry, matrix.by_row, matrix.indptr, matrix.indices, matrix.data != 0)
 
 
-@numba.njit(cache=True)
+@compiled
 def _place(
     cluster_of_entry: np.ndarray, by_row: bool, indptr: np.ndarray, indices: np.ndarray, is_member: np.ndarray
 ) -> int:

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import faiss
-import numba
 import numpy as np
 
+from knn_lm_eval.compiling import compiled
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.search.faiss_index import DEFAULT_PROBE, inverted_file, open_index, search, set_probe
 from knn_lm_eval.store.clusters import entry_dtype
@@ -62,7 +62,7 @@ def find_absorbers(searched: NeighbourSearch, states: SavedStates) -> np.ndarray
     return number_entries(keys, states, entry_dtype(len(datastore)), merge, "Merging near neighbours")
 
 
-@numba.njit(cache=True)
+@compiled
 def number_clusters(absorber: np.ndarray, cluster_of_entry: np.ndarray) -> int:
     """Number the entries that were not absorbed, in order; the others take their absorber's number."""
     clusters = 0
@@ -76,7 +76,7 @@ def number_clusters(absorber: np.ndarray, cluster_of_entry: np.ndarray) -> int:
     return clusters
 
 
-@numba.njit(cache=True)
+@compiled
 def merge_neighbours(absorber: np.ndarray, values: np.ndarray, neighbours: np.ndarray, begin: int) -> None:
     """Let the entries from ``begin`` on, whose neighbours are given, absorb them where they may.
 

@@ -15,10 +15,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numba
 import numpy as np
 from tqdm import tqdm
 
+from knn_lm_eval.compiling import compiled
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.lm.loading import CausalHFLM
 from knn_lm_eval.make.confidence import lm_log_probs
@@ -166,7 +166,7 @@ def positions_of_entries(entries: np.ndarray, seed: int) -> np.ndarray:
     return ((x ^ (x >> np.uint64(31))) >> np.uint64(11)) * 2.0**-53
 
 
-@numba.njit(cache=True)
+@compiled
 def _sum_weights(absorber: np.ndarray, counts: np.ndarray, weights: np.ndarray) -> None:
     """Add what each entry counts to itself, or to the entry that absorbed it."""
     for entry in range(len(absorber)):

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 
-import numba
 import numpy as np
+
+from knn_lm_eval.compiling import compiled
 
 
 # None of these is parallel: a step of few sequences takes less time than waking threads would.
-@numba.njit(cache=True)
+@compiled
 def _add(table, entry):
     """Add an entry to an open-addressing hash set; False where it was there already."""
     slot = (entry * 0x9E3779B1) & (len(table) - 1)
@@ -25,7 +26,7 @@ def _add(table, entry):
     return True
 
 
-@numba.njit(cache=True)
+@compiled
 def _hash_set(capacity):
     size = 8
     while size < 2 * capacity:
@@ -33,7 +34,7 @@ def _hash_set(capacity):
     return np.full(size, -1, dtype=np.int64)
 
 
-@numba.njit(cache=True)
+@compiled
 def follow(survivors, survivor_counts, cluster_of_entry, member_starts, members, max_knns, merge):
     """The survivors' pointers, then the other members of the pointers' clusters, ``max_knns`` at most.
 
@@ -90,7 +91,7 @@ def follow(survivors, survivor_counts, cluster_of_entry, member_starts, members,
     return pointers, counts
 
 
-@numba.njit(cache=True)
+@compiled
 def gather(found_distances, found_entries, pointer_distances, pointers, pointer_counts, merge, distances, entries):
     """The step's candidates: what the search found, then the pointers.
 
@@ -122,7 +123,7 @@ def gather(found_distances, found_entries, pointer_distances, pointers, pointer_
     return counts
 
 
-@numba.njit(cache=True)
+@compiled
 def advance(distances, entries, counts, values, document_starts, targets, temperature, survivors, survivor_counts):
     """log p_kNN of the targets, and the survivors: candidates with the target as value and a successor.
 

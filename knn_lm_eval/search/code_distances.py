@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import faiss
-import numba
 import numpy as np
 from tqdm import tqdm
 
+from knn_lm_eval.compiling import compiled
 from knn_lm_eval.search.faiss_index import split_parts
 from knn_lm_eval.store.datastore import Datastore
 from knn_lm_eval.store.index_files import IndexFiles, find_parts
@@ -155,7 +155,7 @@ class CodeDistances:
 
 
 # Not parallel: a step of few sequences is a fraction of a millisecond, less than waking threads takes.
-@numba.njit(cache=True, fastmath=True)
+@compiled(fastmath=True)
 def _look_up(  # type: ignore[no-untyped-def]
     queries, centroids, base_offsets, codebooks, entries, counts, lists, offsets, scales, codes, distances
 ):

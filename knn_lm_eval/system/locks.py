@@ -1,0 +1,70 @@
+"""Locks between processes, on one machine or on several that see the same disk: an output has one maker at a time.
+
+A lock is a file that exists while somebody holds it or died holding it; the operating system ends the lock with the
+process. Its content says who that is.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from knn_lm_eval.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+# Whoever finds an output taken waits a little, for one that is about to be finished, and then says so.
+WAIT_SECONDS = 30.0
+DAY = 86400.0
+
+
+@contextmanager
+def locked(path: Path, what: str, seconds: float | None = None) -> Iterator[None]:
+    """Hold the lock ``path``; where another process does, wait for it, and say so.
+
+    Parameters
+    ----------
+    path : the lock's file, in a folder that exists.
+    what : what is held, for messages: the output.
+    seconds : how long to wait; None is ``WAIT_SECONDS``.
+
+    Raises
+    ------
+    UserError
+        Where the other process still holds it then.
+    """
+    seconds = WAIT_SECONDS if seconds is None else seconds
+    lock = FileLock(path)
+    holder = _holder(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        logger.warning("Waiting for %s: %s is at work on it.", what, holder)
+        try:
+            lock.acquire(timeout=seconds)
+        except Timeout as error:
+            raise UserError(
+                f"{holder[0].upper()}{holder[1:]} is at work on {what}, and was not done within {seconds:g} seconds; "
+                f"wait for it to end, or end it, and run again."
+            ) from error
+    try:
+        path.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
+        yield
+    finally:
+        # While it is held: whoever waits sees that the file that it opened has no name any more, and tries again.
+        path.unlink(missing_ok=True)
+        lock.release()
+
+
+def _holder(path: Path) -> str:
+    """Who holds or held the lock, as far as its file says."""
+    try:
+        return path.read_text(encoding="utf-8") or "another process"
+    except (OSError, UnicodeDecodeError):
+        return "another process"
