@@ -218,7 +218,10 @@ def search(
     entries : int64 ``[n, k]``; -1 in empty slots.
     """
     faiss.cvar.indexIVF_stats.reset()  # type: ignore[attr-defined]
-    scores, entries = index.search(queries, k, params=parameters)
+    # Where somebody imports faiss.contrib.torch_utils, as the published code does, a search that takes no parameters
+    # stands in the place of faiss's own, which then has this name.
+    search_arrays = getattr(index, "search_numpy", index.search)
+    scores, entries = search_arrays(queries, k, params=parameters)
     distances = -scores if index.metric_type == faiss.METRIC_INNER_PRODUCT else scores
     distances[entries < 0] = np.inf
     return distances, entries

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -113,3 +115,20 @@ def test_an_automaton_without_codes_searches_with_another_retriever(store: Datas
     assert searching.recompute_dists and not own.recompute_dists
     own = LocalRetriever(store, k=20, index="rabitq")
     assert open_automaton(own, AutomatonSettings(k=20), None)[1] is own
+
+
+def test_a_search_has_its_probe_where_faiss_takes_tensors_as_well(store: Datastore) -> None:
+    """The import of faiss.contrib.torch_utils, which the published code needs, cannot be undone: in a process apart."""
+    source = """
+import sys
+import numpy as np
+from knn_lm_eval.search.retriever import LocalRetriever
+from knn_lm_eval.store.datastore import Datastore
+retriever = LocalRetriever(Datastore.open(sys.argv[1]), 20, index="sq").with_settings(probe=2)
+queries = np.random.default_rng(3).standard_normal((9, 16)).astype(np.float32)
+before = retriever.find(queries)
+import faiss.contrib.torch_utils
+for array, expected in zip(retriever.find(queries), before):
+    np.testing.assert_array_equal(array, expected)
+"""
+    subprocess.run([sys.executable, "-c", source, str(store.path)], check=True)
