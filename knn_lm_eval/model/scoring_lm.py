@@ -176,7 +176,7 @@ class ScoringLM(CausalHFLM):
         if not self.carry_state:
             # Longest first: similar lengths share a batch, and too large a batch shows at once.
             order.sort(key=lambda shared: -len(passages[shared].tokens))
-        groups = self._groups(passages, order, batch_size)
+        groups = self._groups(passages, order, batch_size, want_greedy)
         with tqdm(total=len(requests), disable=disable_tqdm or self.rank != 0, desc="Scoring with retrieval") as bar:
             upcoming = next(groups, None)
             while (group := upcoming) is not None:
@@ -187,12 +187,14 @@ class ScoringLM(CausalHFLM):
                     yield from zip(askers[shared], scores, strict=True)
                     bar.update(len(scores))
 
-    def _groups(self, passages: dict[Any, Passage], order: list[Any], batch_size: int | None) -> Iterator[Group]:
+    def _groups(
+        self, passages: dict[Any, Passage], order: list[Any], batch_size: int | None, want_greedy: bool
+    ) -> Iterator[Group]:
         """The passages in batches, as many batches together as the scorer wants."""
         start, rows = 0, 0
         group = Group([], [])
         while start < len(order):
-            names = order[start : start + (batch_size or self._size_of_batch(passages[order[start]]))]
+            names = order[start : start + (batch_size or self._size_of_batch(passages[order[start]], want_greedy))]
             group.names.extend(names)
             group.batches.append([passages[name] for name in names])
             rows += sum(max(map(len, passage.continuations)) for passage in group.batches[-1])
@@ -207,7 +209,7 @@ class ScoringLM(CausalHFLM):
         """The scorer's ``score``; the place for what has scores from elsewhere."""
         return self.scorer.score(batches, want_greedy, following)
 
-    def _size_of_batch(self, longest: Passage) -> int:
+    def _size_of_batch(self, longest: Passage, want_greedy: bool) -> int:
         if self.batch_size != "auto":
             return int(self.batch_size)
         length = len(longest.tokens)
@@ -219,7 +221,7 @@ class ScoringLM(CausalHFLM):
             @find_executable_batch_size(starting_batch_size=self.max_batch_size)
             def try_batch(batch_size: int) -> int:
                 # Two, for the second may be read ahead.
-                self.score_passages([[probe] * batch_size for _ in range(2)], want_greedy=True)
+                self.score_passages([[probe] * batch_size for _ in range(2)], want_greedy)
                 return batch_size
 
             # A size that holds for this length holds for all that follow, which are shorter.
