@@ -215,7 +215,8 @@ class ScoringLM(CausalHFLM):
         length = len(longest.tokens)
         if self.device.type == "cpu":
             return max(1, CPU_BATCH_TOKENS // length)
-        if length not in self.batch_sizes:
+        asked = length, want_greedy  # which takes more memory
+        if asked not in self.batch_sizes:
             probe = Passage([self.prefix_token_id] * length, [[self.prefix_token_id] * length])
 
             @find_executable_batch_size(starting_batch_size=self.max_batch_size)
@@ -225,8 +226,9 @@ class ScoringLM(CausalHFLM):
                 return batch_size
 
             # A size that holds for this length holds for all that follow, which are shorter.
-            self.batch_sizes[length] = max([try_batch(), *self.batch_sizes.values()])
-        return self.batch_sizes[length]
+            longer = [size for (_, greedy), size in self.batch_sizes.items() if greedy == want_greedy]
+            self.batch_sizes[asked] = max([try_batch(), *longer])
+        return self.batch_sizes[asked]
 
     def _detect_batch_size(self, requests: Any = None, pos: int = 0) -> int:
         # HFLM asks this where batch_size=auto and it generates.
