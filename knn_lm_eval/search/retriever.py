@@ -20,6 +20,7 @@ from torch import Tensor
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.search.code_distances import CodeDistances
 from knn_lm_eval.search.exact_distances import exact_distances
+from knn_lm_eval.search.factory_strings import has_exact_distances
 from knn_lm_eval.search.faiss_index import (
     DEFAULT_PROBE,
     bytes_held,
@@ -194,6 +195,12 @@ class Retriever(ABC):
     def recompute_dists(self) -> bool:
         """Whether the distances are exact ones, from the keys on disk, and not the index's."""
         return self._settings.recompute_dists
+
+    @property
+    def kind_of_distances(self) -> str:
+        """``exact``, from the keys or from an index that holds them; otherwise ``approximate``."""
+        exact = self.recompute_dists or has_exact_distances(self.metadata["factory"])
+        return "exact" if exact else "approximate"
 
     def with_settings(
         self: AnyRetriever, *, k: int | None = None, probe: int | None = None, recompute_dists: bool | None = None

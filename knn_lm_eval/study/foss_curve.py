@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -22,6 +23,8 @@ from knn_lm_eval.model.scoring import PassageScorer
 from knn_lm_eval.store.clusters import Clusters, cluster_names
 from knn_lm_eval.study.run import find_tasks, load_knn_hf, perplexity, score_tasks, scores_of_readings
 
+logger = logging.getLogger(__name__)
+
 POSITIONS_AT_ONCE = 2**13  # with all their neighbours in memory: 12 bytes each
 MIN_KNNS = (1, 8, 64, 256, 1024, math.inf)
 
@@ -36,12 +39,14 @@ class CurvePoint:
     clusters : the clustering's name; None without.
     min_knns : None where it does not apply.
     log_prob : the sum of all tokens' log-probabilities.
+    distances : ``exact`` or ``approximate``, those that p_kNN is made of; empty for the base LM.
     tokens, searches, candidates : counts.
     """
 
     method: str
     clusters: str | None = None
     min_knns: float | None = None
+    distances: str = ""
     log_prob: float = 0.0
     tokens: int = 0
     searches: int = 0
@@ -66,6 +71,7 @@ class CurvePoint:
             "token_perplexity": round(self.perplexity, 4),
             "saved_searches": round(self.saved_searches, 4) if self.method != "base" else "",
             "mean_candidates": round(self.candidates / self.tokens, 1) if self.method == "retomaton" else "",
+            "distances": self.distances,
             "tokens": self.tokens,
         }
 
@@ -101,6 +107,7 @@ def foss_curves(
     max_knns, duplicates : as for ``AutomatonSettings``.
     metadata, limit : as for lm-eval: what tasks ask for; documents per task.
     """
+    _check_model_args(model_args)
     lm = load_knn_hf(model_args)
     store = lm.retriever.datastore
     names = ["none", *cluster_names(store)] if clusters is None else clusters
@@ -111,6 +118,16 @@ def foss_curves(
         scorer = CurveScorer(lm, min_knns, clusterings, settings)
         score_tasks(lm, scorer, [task], manager, limit)
         yield Curve(task, lm.settings | {"limit": limit}, scorer.points)
+
+
+def _check_model_args(model_args: dict[str, Any]) -> None:
+    """Raise UserError for settings of a walk, which the curve sets itself, or which it has none of."""
+    for name in ("carry_state", "no_pointer"):
+        if model_args.get(name):
+            raise UserError(f"{name}=True is not for a curve: leave it out of --model_args.")
+    for name in ("min_knns", "max_knns", "clusters", "duplicates"):
+        if name in model_args:
+            raise UserError(f"{name} in --model_args would not count: give --{name} instead.")
 
 
 class CurveScorer(PassageScorer):
@@ -139,14 +156,22 @@ class CurveScorer(PassageScorer):
         self._values = np.asarray(lm.retriever.values)
         # What the walks search with may give other distances than kNN-LM has: exact ones, as their pointers'.
         self._retriever = self._walks_retriever = lm.retriever
-        self._base, self._knn_lm = CurvePoint("base"), CurvePoint("knn-lm")
+        self._base = CurvePoint("base")
+        self._knn_lm = CurvePoint("knn-lm", distances=lm.retriever.kind_of_distances)
         self._walkers: list[tuple[CurvePoint, Automaton]] = []
         for clusters in clusterings:
             name = None if clusters is None else clusters.path.name
             automaton, self._walks_retriever = open_automaton(lm.retriever, settings, clusters)
             for number in min_knns:
                 walker = automaton.with_settings(replace(settings, min_knns=number))
-                self._walkers.append((CurvePoint("retomaton", name, number), walker))
+                point = CurvePoint("retomaton", name, number, self._walks_retriever.kind_of_distances)
+                self._walkers.append((point, walker))
+        if len({point.distances for point in self.points[1:]}) > 1:
+            logger.warning(
+                "kNN-LM is scored with approximate distances and RetoMaton with exact ones, since the index %s gives "
+                "none to its pointers: for a curve that compares them add recompute_dists=True to --model_args.",
+                lm.retriever.metadata["factory"],
+            )
 
     @property
     def points(self) -> list[CurvePoint]:

@@ -25,7 +25,7 @@ class Grid:
 
     Attributes
     ----------
-    k : ascending; one search at the largest serves them all.
+    k : ascending; one search at the largest serves them all, unless the index searches otherwise for fewer.
     knn_temp, lmbda : ascending.
     probe : each takes a search of its own.
     min_knns, max_knns : for RetoMaton.

@@ -1,5 +1,7 @@
 """Scoring a text with every setting of a grid: one forward pass, and one search per ``probe``.
 
+Some indexes search otherwise for few neighbours than for many; there it is one search per ``probe`` and k.
+
 Per token and temperature, one pass over the neighbours gives log p_kNN of the target for every k; per setting, a
 sum is all that is kept. So memory depends on the grid and not on the text. Where an adaptive lmbda is to be
 fitted, a seeded sample of at most ``SAMPLE_TOKENS`` tokens is kept as well.
@@ -26,6 +28,7 @@ from knn_lm_eval.model.opening import open_automaton
 from knn_lm_eval.model.scores import Score
 from knn_lm_eval.model.scoring import NEIGHBOURS_PER_BLOCK, PassageScorer
 from knn_lm_eval.model.settings import DEFAULTS
+from knn_lm_eval.search.factory_strings import first_of_more_are_fewer
 from knn_lm_eval.search.retriever import Retriever
 from knn_lm_eval.store.clusters import Clusters
 from knn_lm_eval.study.fitting import SAMPLE_TOKENS, Sample
@@ -43,7 +46,7 @@ class FoundForSurface:
     Attributes
     ----------
     distances, values, counts : ``[n, slots]``, as a search gives them.
-    by_walk : a walk's neighbours were found with one k, and are more or fewer than that; of a search's, a smaller k
+    of_one_k : they were found for the surface's one k, and may be more or fewer (a walk's are); otherwise each k
         takes the first slots.
     """
 
@@ -51,17 +54,17 @@ class FoundForSurface:
     distances: Tensor
     values: Tensor
     counts: Tensor | None
-    by_walk: bool
+    of_one_k: bool
 
     def slots(self, k: tuple[int, ...]) -> tuple[int, ...]:
         """How many slots each k has."""
-        return (self.distances.shape[1],) if self.by_walk else k
+        return (self.distances.shape[1],) if self.of_one_k else k
 
     def has(self, other: Surface) -> bool:
         """Whether the one k of another surface is among those that this was found for."""
         if self.surface.fixed != other.fixed:
             return False
-        return self.surface.k == other.k if self.by_walk else self.surface.k[-1] >= other.k[0]
+        return self.surface.k == other.k if self.of_one_k else self.surface.k[-1] >= other.k[0]
 
 
 class NeighbourSource(Protocol):
@@ -78,13 +81,21 @@ class NeighbourSource(Protocol):
 
 
 class Searches:
-    """kNN-LM: a surface for each probe, all k from one search at the largest."""
+    """kNN-LM: a surface for each probe, all k from one search at the largest.
+
+    Where a search at a smaller k finds others than the first of a larger one, a search and a surface for each k, too.
+    """
 
     rows_at_once = 1
 
     def __init__(self, retriever: Retriever, grid: Grid) -> None:
-        self._retrievers = [_with_probe(retriever, probe) for probe in grid.probe]
-        self.surfaces = [Surface({"probe": r.probe}, grid.k, grid.knn_temp, grid.lmbda) for r in self._retrievers]
+        self._shared = first_of_more_are_fewer(retriever.metadata["factory"])
+        self._retrievers: list[Retriever] = []
+        self.surfaces: list[Surface] = []
+        for of_probe in [_with_probe(retriever, probe) for probe in grid.probe]:
+            for of_surface in [grid.k] if self._shared else [(k,) for k in grid.k]:
+                self._retrievers.append(_with_k(of_probe, of_surface[-1]))
+                self.surfaces.append(Surface({"probe": of_probe.probe}, of_surface, grid.knn_temp, grid.lmbda))
         self.block: int | None = max(1, NEIGHBOURS_PER_BLOCK // grid.k[-1])
 
     def find(
@@ -94,7 +105,7 @@ class Searches:
         for surface, retriever in zip(self.surfaces, self._retrievers, strict=True):
             with timed("search"):
                 distances, values, _, counts = retriever.search(queries)
-            yield FoundForSurface(surface, distances, values, counts, by_walk=False)
+            yield FoundForSurface(surface, distances, values, counts, of_one_k=not self._shared)
 
 
 class Walks:
@@ -106,7 +117,9 @@ class Walks:
     def __init__(self, retriever: Retriever, settings: dict[str, Any], grid: Grid) -> None:
         name = settings["clusters"]
         clusters = None if name is None else Clusters.open(retriever.datastore, str(name))
-        automaton, self._retriever = open_automaton(retriever, AutomatonSettings(), clusters)
+        automaton, retriever = open_automaton(retriever, AutomatonSettings(), clusters)
+        searched = grid.k[-1:] if first_of_more_are_fewer(retriever.metadata["factory"]) else grid.k
+        self._retrievers = {k: _with_k(retriever, k) for k in searched}
         self.surfaces: list[Surface] = []
         self._automata: list[Automaton] = []
         for k, min_knns, max_knns in itertools.product(grid.k, grid.min_knns, grid.max_knns):
@@ -125,19 +138,21 @@ class Walks:
     ) -> Iterator[FoundForSurface]:
         """As ``NeighbourSource.find``."""
         with timed("search"):
-            found_distances, found_entries = self._retriever.find(queries.numpy())  # [n, k]
+            found = {k: retriever.find(queries.numpy()) for k, retriever in self._retrievers.items()}  # [n, k]
         ends = np.cumsum(lengths)
         for surface, automaton in zip(self.surfaces, self._automata, strict=True):
+            (k,) = surface.k
+            distances_of_k, entries_of_k = (array[:, :k] for array in found.get(k, found[max(found)]))  # [n, k]
             walks = []
             for here in (slice(end - length, end) for end, length in zip(ends, lengths, strict=True)):
-                found = found_distances[here, : surface.k[0]], found_entries[here, : surface.k[0]]
-                walks.append(Walk(queries[here].numpy(), targets[here].numpy(), found=found))
+                found_here = distances_of_k[here], entries_of_k[here]
+                walks.append(Walk(queries[here].numpy(), targets[here].numpy(), found=found_here))
             with timed("walk"):
                 automaton.walk(walks, keep_neighbours=True)
                 steps = [neighbours for walk in walks for neighbours in walk.neighbours]
                 distances, values = padded_neighbours(steps, automaton.values)
             surface.searches += sum(walk.searches for walk in walks)
-            yield FoundForSurface(surface, distances, values, None, by_walk=True)
+            yield FoundForSurface(surface, distances, values, None, of_one_k=True)
 
 
 class GridScorer(PassageScorer):
@@ -251,6 +266,10 @@ class GridScorer(PassageScorer):
             if self.sample is not None:
                 features[here] = lm_features(table)[at].cpu()
         return pairs.as_given(log_prob), pairs.as_given(features)
+
+
+def _with_k(retriever: Retriever, k: int) -> Retriever:
+    return retriever if retriever.k == k else retriever.with_settings(k=k)
 
 
 def _with_probe(retriever: Retriever, probe: int | None) -> Retriever:

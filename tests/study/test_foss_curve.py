@@ -1,72 +1,50 @@
-"""The curve's points against evaluations of their own, where kNN-LM and RetoMaton have other distances."""
+"""What a curve's rows are made of where RetoMaton's distances are not the index's, and what a curve refuses."""
 
 from __future__ import annotations
 
+import logging
 import math
 import shutil
+from pathlib import Path
 
 import pytest
 from helpers.tiny_model import EVAL_TEXT
 from lm_eval.api.instance import Instance
 
-from knn_lm_eval import KNNHF, Datastore
+from knn_lm_eval import KNNHF, Datastore, UserError
 from knn_lm_eval.methods.automaton import AutomatonSettings
 from knn_lm_eval.search.indexing import build_index
-from knn_lm_eval.study.foss_curve import CurvePoint, CurveScorer
-
-SETTINGS = {"k": 20, "lmbda": 0.4, "knn_temp": 5.0, "batch_size": 2}
-REQUEST = Instance("loglikelihood_rolling", {}, (EVAL_TEXT,), 0)
+from knn_lm_eval.study.foss_curve import CurveScorer, foss_curves
 
 
-def perplexity(lm: KNNHF) -> float:
-    (score,) = lm.loglikelihood_rolling([REQUEST], disable_tqdm=True)
-    return math.exp(-score / score.num_tokens)
+def log_prob(lm: KNNHF) -> float:
+    return sum(lm.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (EVAL_TEXT,), 0)]))
 
 
-@pytest.fixture(scope="module")
-def coarse(store: Datastore, tmp_path_factory: pytest.TempPathFactory) -> Datastore:
-    """With an index whose distances are rough, and which has none to entries that are given."""
-    copy = Datastore.open(shutil.copytree(store.path, tmp_path_factory.mktemp("coarse") / "store"))
-    build_index(copy, "IVF4,SQ4", name="rough", quality_queries=0)
-    return copy
-
-
-def test_each_row_is_scored_by_the_distances_that_its_settings_name(coarse: Datastore) -> None:
-    rough = {"datastore": coarse.path, "index": "rough", "probe": 4}
-    lm = KNNHF(**rough, **SETTINGS)
-    scorer = CurveScorer(lm, [1, math.inf], [None], AutomatonSettings(20, 5.0))
+@pytest.mark.parametrize(("recompute", "kinds"), [(False, ["approximate", "exact"]), (True, ["exact", "exact"])])
+def test_each_row_says_which_distances_it_has(
+    store: Datastore, tmp_path: Path, caplog, recompute: bool, kinds: list[str]
+) -> None:
+    shutil.copytree(store.path, tmp_path / "store")
+    copy = Datastore.open(tmp_path / "store")
+    build_index(copy, "IVF16,PQ8x4fs", name="fs", quality_queries=0)
+    common = {"datastore": copy.path, "index": "fs", "k": 20, "lmbda": 0.9, "knn_temp": 5.0, "batch_size": 2}
+    lm = KNNHF(**common, recompute_dists=recompute)
+    with caplog.at_level(logging.WARNING):
+        scorer = CurveScorer(lm, [math.inf], [None], AutomatonSettings(20, 5.0))
+    assert ("add recompute_dists=True" in caplog.text) == (not recompute)
     with lm.scored_by(scorer):
-        perplexity(lm)
-    base, knn_lm, *walks = scorer.points
-    assert knn_lm.perplexity == pytest.approx(perplexity(lm), rel=1e-5)
-    assert not lm.retriever.recompute_dists and not lm.settings["recompute_dists"]
-    exact = perplexity(KNNHF(**rough, **SETTINGS, recompute_dists=True))
-    assert abs(knn_lm.perplexity / exact - 1) > 1e-3  # the two can be told apart
-    for point in walks:
-        walking = KNNHF(**rough, **SETTINGS, retomaton=True, min_knns=point.min_knns)
-        assert point.perplexity == pytest.approx(perplexity(walking), rel=1e-5)
-    assert base.row()["saved_searches"] == "" and base.perplexity > knn_lm.perplexity
+        log_prob(lm)
+    base, knn_lm, walk = scorer.points
+    assert [base.row()["distances"], knn_lm.row()["distances"], walk.row()["distances"]] == ["", *kinds]
+    assert knn_lm.log_prob == pytest.approx(log_prob(lm), rel=1e-5)
+    walking = KNNHF(**common, recompute_dists=recompute, retomaton=True, min_knns=math.inf)
+    assert walk.log_prob == pytest.approx(log_prob(walking), rel=1e-5)
 
 
-def test_rows_leave_out_what_does_not_apply() -> None:
-    point = CurvePoint("retomaton", "kmeans", 8.0, log_prob=-20.0, tokens=10, searches=4, candidates=55)
-    assert point.row() == {
-        "method": "retomaton",
-        "clusters": "kmeans",
-        "min_knns": 8.0,
-        "token_perplexity": round(math.exp(2), 4),
-        "saved_searches": 0.6,
-        "mean_candidates": 5.5,
-        "tokens": 10,
-    }
-    knn_lm = CurvePoint("knn-lm", log_prob=-20.0, tokens=10, searches=10).row()
-    assert [knn_lm[name] for name in ("clusters", "min_knns", "mean_candidates")] == ["", "", ""]
-
-
-def test_a_curve_has_its_own_searches_statistics_only(coarse: Datastore) -> None:
-    """What a study searches for with other settings is not counted as the LM's."""
-    lm = KNNHF(datastore=coarse.path, index="rough", probe=4, **SETTINGS)
-    scorer = CurveScorer(lm, [1], [None], AutomatonSettings(20, 5.0))
-    with lm.scored_by(scorer):
-        perplexity(lm)
-    assert lm.retriever.statistics.searches == scorer.tokens_scored
+def test_settings_of_walks_that_would_not_count_are_refused() -> None:
+    with pytest.raises(UserError, match="carry_state=True is not for a curve"):
+        next(foss_curves({"datastore": "D", "retomaton": True, "carry_state": True}, ["law"]))
+    for name, value in {"min_knns": 4, "max_knns": 9, "clusters": "kmeans", "duplicates": "keep"}.items():
+        with pytest.raises(UserError, match=f"give --{name} instead"):
+            next(foss_curves({"datastore": "D", "retomaton": True, name: value}, ["law"]))

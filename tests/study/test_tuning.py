@@ -78,6 +78,56 @@ def test_grid_values_equal_separate_evaluations(several_indexes: Datastore, chan
     assert log_prob == pytest.approx(separately(several_indexes, settings, **changes)[0], rel=1e-6)
 
 
+# What ``choose_factory`` gives with and without a budget (at this width), and what people use. Whether a search for
+# few neighbours finds the first of those that a search for many finds differs between them.
+FACTORIES = [
+    "Flat",
+    "IVF16,Flat",
+    "IVF16,SQ8",
+    "IVF16,PQ8",
+    "OPQ8,IVF16,PQ8",
+    "IVF16,PQ8x4fs",
+    "IVF16,PQ8x4fs,RFlat",
+    "IVF16,PQ8,RFlat",
+    "PQ8x4fs,RFlat",
+    "RR32,IVF16,RaBitQ",
+    "RR32,IVF16,RaBitQ4",
+    "RR32,IVF16,RaBitQfs",
+    "RR32,IVF16,RaBitQfs2",
+    "RR32,IVF16,RaBitQfs4",
+    "PCAR24,IVF16,RaBitQfs",
+    "IVF16_HNSW32,SQ8",
+]
+
+
+@pytest.mark.parametrize("factory", FACTORIES)
+def test_each_k_is_a_search_of_its_own_whatever_the_index(store: Datastore, tmp_path: Path, factory: str) -> None:
+    shutil.copytree(store.path, tmp_path / "store")
+    copy = Datastore.open(tmp_path / "store")
+    build_index(copy, factory, name="of", quality_queries=0)
+    grid = Grid(k=(1, 4, 16, 300), knn_temp=(4.0,), lmbda=(0.9,))
+    scorer = tune(copy, grid, index="of")
+    settings = some(scorer, 1)
+    assert [one["k"] for one, _ in settings] == [1, 4, 16, 300]
+    for one, log_prob in settings:
+        assert log_prob == pytest.approx(separately(copy, one, index="of")[0], rel=1e-6), one
+    ((one, log_prob),) = scorer.defaults.settings()
+    assert one["k"] == 300 and log_prob == pytest.approx(separately(copy, one, index="of")[0], rel=1e-6)
+
+
+@pytest.mark.parametrize("factory", ["IVF16,PQ8x4fs,RFlat", "RR32,IVF16,RaBitQfs4"])
+def test_each_k_of_a_walk_is_searched_with(store: Datastore, tmp_path: Path, factory: str) -> None:
+    shutil.copytree(store.path, tmp_path / "store")
+    copy = Datastore.open(tmp_path / "store")
+    build_index(copy, factory, name="of", quality_queries=0)
+    grid = Grid((2, 20), (4.0,), (0.9,), min_knns=(1, math.inf))
+    scorer = tune(copy, grid, index="of", retomaton=True)
+    for surface in scorer.surfaces:
+        ((one, log_prob),) = surface.settings()
+        expected, searches = separately(copy, one, index="of", retomaton=True)
+        assert log_prob == pytest.approx(expected, rel=1e-6) and surface.searches == searches
+
+
 def test_each_probe_is_searched_with(several_indexes: Datastore) -> None:
     grid = Grid(k=(5, 40), knn_temp=(4.0,), lmbda=(0.5,), probe=(1, 3))
     scorer = tune(several_indexes, grid, index="pq")
