@@ -161,7 +161,8 @@ def _check_budget(budget: Budget, quality_queries: int, lm_microseconds: Callabl
 
 
 def _check_place(files: IndexFiles, count: int, parts: int | None, ray: str | None, overwrite: bool) -> None:
-    """Raise UserError where the index exists, or ``count`` entries do not make so many parts."""
+    """Raise UserError where it cannot be called so, exists, or ``count`` entries do not make so many parts."""
+    files.check_new()
     if (files.index.exists() or files.part(0).exists()) and not overwrite:
         raise UserError(f"The index {files.index} exists already; choose another --name or give --overwrite.")
     if ray is not None and parts is None:

@@ -23,6 +23,7 @@ import numpy as np
 
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.store.datastore import Datastore
+from knn_lm_eval.store.names import check_plain_name
 from knn_lm_eval.system.checkpoints import PROGRESS
 from knn_lm_eval.system.files import read_json
 
@@ -103,9 +104,7 @@ class Clusters:
 
 def clusters_folder(datastore: Datastore, name: str) -> Path:
     """Where the clustering ``name`` lies; raises UserError where the name is no plain folder name."""
-    if not name or Path(name).name != name or name == "..":
-        raise UserError(f"{name!r} cannot name clusters: it should be a plain folder name.")
-    return datastore.path / "clusters" / name
+    return datastore.path / "clusters" / check_plain_name(name, "clusters")
 
 
 def cluster_names(datastore: Datastore) -> list[str]:

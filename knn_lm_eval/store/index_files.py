@@ -16,6 +16,7 @@ from typing import Any
 
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.store.datastore import Datastore
+from knn_lm_eval.store.names import check_new_name, check_plain_name
 from knn_lm_eval.system.files import read_json
 
 DEFAULT_INDEX = "index"
@@ -40,14 +41,26 @@ class IndexPart:
 
 @dataclass(frozen=True)
 class IndexFiles:
-    """Where the index called ``name`` of a datastore lies."""
+    """Where the index called ``name`` of a datastore lies; raises UserError where that is no name."""
 
     folder: Path
     name: str = DEFAULT_INDEX
 
+    def __post_init__(self) -> None:
+        check_plain_name(self.name, "an index")
+
+    def check_new(self) -> None:
+        """Raise UserError where an index that is to be made cannot have this name."""
+        check_new_name(self.name, "an index")
+
     @property
     def index(self) -> Path:
         return self.folder / f"{self.name}.faiss"
+
+    @property
+    def codes(self) -> Path:
+        """The folder of its codes in text order; see ``search/code_distances.py``."""
+        return self.index.with_suffix(".codes")
 
     @property
     def metadata(self) -> Path:
