@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import glob
 import logging
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -350,6 +351,7 @@ def _install(datastore: Datastore, files: IndexFiles, written: dict[Path, Path],
     The metadata goes last: whoever finds both finds a finished index.
     """
     files.metadata.unlink(missing_ok=True)
+    shutil.rmtree(files.codes, ignore_errors=True)  # of the index that is replaced
     for old in (files.index, *files.folder.glob(f"{files.name}.[0-9][0-9][0-9].faiss")):
         old.unlink(missing_ok=True)
     for finished, final in written.items():

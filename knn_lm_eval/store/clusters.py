@@ -23,6 +23,7 @@ import numpy as np
 
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.store.datastore import Datastore
+from knn_lm_eval.store.manifest import checksums_of_derived
 from knn_lm_eval.store.names import check_plain_name
 from knn_lm_eval.system.checkpoints import PROGRESS
 from knn_lm_eval.system.files import read_json
@@ -96,6 +97,13 @@ class Clusters:
         if arrays["member_starts"][0] != 0 or arrays["member_starts"][-1] != len(arrays["members"]):
             raise UserError(f"{path / 'member_starts.npy'} is damaged; cluster the datastore again.")
         return cls(path=path, metadata=metadata, **arrays)
+
+    def checksums(self) -> dict[str, str]:
+        """The SHA-256 of each of its files, by the files' names: the manifest's, or, where ``clusters.json`` is not
+        the one that it records, read."""
+        folder = f"clusters/{self.path.name}"
+        arrays = [f"{folder}/{name}.npy" for name in ARRAYS]
+        return checksums_of_derived(self.path.parent.parent, f"{folder}/{METADATA}", arrays)
 
     def __len__(self) -> int:
         """The number of clusters."""

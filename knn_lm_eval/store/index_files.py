@@ -16,6 +16,7 @@ from typing import Any
 
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.store.datastore import Datastore
+from knn_lm_eval.store.manifest import checksums_of_derived
 from knn_lm_eval.store.names import check_new_name, check_plain_name
 from knn_lm_eval.system.files import read_json
 
@@ -95,6 +96,16 @@ def find_parts(datastore: Datastore, name: str = DEFAULT_INDEX) -> tuple[dict[st
             )
         parts.append(IndexPart(path, run["start"], run["stop"], run["start"] if relative else 0))
     return metadata, parts
+
+
+def index_checksums(datastore: Datastore, name: str = DEFAULT_INDEX) -> dict[str, str]:
+    """The SHA-256 of each file of the index ``name`` and of its metadata, by the files' names: what it holds.
+
+    They are the manifest's, whose metadata's must hold; where it has none, as in stores of others, files are read.
+    """
+    files = IndexFiles(datastore.path, name)
+    parts = [part.path.name for part in find_parts(datastore, name)[1]]
+    return checksums_of_derived(datastore.path, files.metadata.name, parts)
 
 
 def index_names(datastore: Datastore) -> list[str]:
