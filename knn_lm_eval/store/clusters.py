@@ -96,6 +96,7 @@ class Clusters:
         arrays = {name: _open_array(path / f"{name}.npy", sizes[name], dtypes[name], shapes[name]) for name in ARRAYS}
         if arrays["member_starts"][0] != 0 or arrays["member_starts"][-1] != len(arrays["members"]):
             raise UserError(f"{path / 'member_starts.npy'} is damaged; cluster the datastore again.")
+        _check_bounds(path, arrays)
         return cls(path=path, metadata=metadata, **arrays)
 
     def checksums(self) -> dict[str, str]:
@@ -123,6 +124,24 @@ def cluster_names(datastore: Datastore) -> list[str]:
 def entry_dtype(count: int) -> type[np.signedinteger[Any]]:
     """The integers that name the entries of a datastore of ``count``."""
     return np.int32 if count < 2**31 else np.int64
+
+
+def _check_bounds(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Raise UserError where a number names no entry or no cluster: compiled code follows them unseen."""
+    starts, clusters = arrays["member_starts"], len(arrays["member_starts"]) - 1
+    count = len(arrays["cluster_of_entry"])
+    wrong = [
+        name
+        for name, least, beyond in (("cluster_of_entry", -1, clusters), ("members", 0, count))
+        if len(arrays[name]) and not (least <= arrays[name].min() and arrays[name].max() < beyond)
+    ]
+    if (starts[1:] < starts[:-1]).any():
+        wrong.append("member_starts")
+    if wrong:
+        raise UserError(
+            f"{path / wrong[0]}.npy is damaged: it has numbers of entries or clusters that do not exist; cluster the "
+            f"datastore again."
+        )
 
 
 def _only_name(datastore: Datastore) -> str:
