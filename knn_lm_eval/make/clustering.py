@@ -31,6 +31,7 @@ from knn_lm_eval.store.datastore import Datastore
 from knn_lm_eval.store.index_files import DEFAULT_INDEX
 from knn_lm_eval.store.key_stream import number_entries
 from knn_lm_eval.store.manifest import now, record_derived
+from knn_lm_eval.store.names import check_new_name
 from knn_lm_eval.system.checkpoints import PROGRESS, SavedStates
 from knn_lm_eval.system.files import (
     check_free_space,
@@ -193,7 +194,7 @@ class UnfinishedClusters:
 
     def __init__(self, datastore: Datastore, name: str, settings: dict[str, Any], overwrite: bool) -> None:
         """Raises UserError where the name is no name, or is taken."""
-        self.folder = clusters_folder(datastore, name)
+        self.folder = clusters_folder(datastore, check_new_name(name, "clusters"))
         if (self.folder / METADATA).exists() and not overwrite:
             raise UserError(f"The clusters {self.folder} exist already; choose another --name or give --overwrite.")
         self._datastore, self._name = datastore, name

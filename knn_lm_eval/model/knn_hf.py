@@ -30,6 +30,8 @@ from knn_lm_eval.model.scoring import KNNScorer, LMScorer, PassageScorer
 from knn_lm_eval.model.scoring_lm import ScoringLM
 from knn_lm_eval.model.settings import RetrievalSettings
 from knn_lm_eval.search.retriever import Retriever
+from knn_lm_eval.store.clusters import Clusters
+from knn_lm_eval.store.index_files import index_checksums
 
 logger = logging.getLogger(__name__)
 
@@ -138,7 +140,7 @@ class KNNHF(ScoringLM):
 
     def _identity(self) -> dict[str, Any]:
         """What the results depend on."""
-        store = self.retriever.datastore
+        store, clusters = self.retriever.datastore, self.settings.get("clusters")
         return {
             **self.settings,
             "fingerprint": store.manifest.fingerprint,
@@ -150,8 +152,10 @@ class KNNHF(ScoringLM):
             "max_length": self.max_length,
             "add_bos_token": self.add_bos_token,
             "prefix_token_id": self.prefix_token_id,
-            "keys": store.keys_checksum,
+            "files": store.manifest.files,
             "index_type": self.retriever.metadata,
+            "index_files": index_checksums(store, self.retriever.index_name),
+            "clusters_files": None if clusters is None else Clusters.open(store, str(clusters)).checksums(),
             "loading": self._loading,
         }
 

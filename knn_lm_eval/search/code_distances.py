@@ -26,7 +26,7 @@ from tqdm import tqdm
 from knn_lm_eval.compiling import compiled
 from knn_lm_eval.search.faiss_index import split_parts
 from knn_lm_eval.store.datastore import Datastore
-from knn_lm_eval.store.index_files import IndexFiles, find_parts
+from knn_lm_eval.store.index_files import IndexFiles, index_checksums
 from knn_lm_eval.system.files import check_free_space, disk_errors_in, read_json, replace_file, write_json
 
 CHUNK = 2**16
@@ -100,11 +100,8 @@ class CodeDistances:
         tables = CodeTables.of(parts[0][0])
         if tables is None or not all(_mean_the_same(parts[0][0], part) for part, _ in parts[1:]):
             return None
-        folder = IndexFiles(datastore.path, name).index.with_suffix(".codes")
-        identity = {
-            "keys_sha256": datastore.keys_checksum,
-            "index_bytes": sum(part.path.stat().st_size for part in find_parts(datastore, name)[1]),
-        }
+        folder = IndexFiles(datastore.path, name).codes
+        identity = {"keys_sha256": datastore.keys_checksum, "index_files": index_checksums(datastore, name)}
         if not (folder / "codes.json").exists() or read_json(folder / "codes.json") != identity:
             with disk_errors_in(folder):
                 _write(folder, datastore, parts, tables)
@@ -116,7 +113,7 @@ class CodeDistances:
         """Map the code files that ``open`` made; any part of the index gives the tables, and serves all entries."""
         tables = CodeTables.of(part)
         assert tables is not None
-        folder = IndexFiles(datastore.path, name).index.with_suffix(".codes")
+        folder = IndexFiles(datastore.path, name).codes
         arrays = {array: np.load(folder / f"{array}.npy", mmap_mode="r") for array in ARRAYS}
         by_component = np.ascontiguousarray(tables.codebooks.transpose(0, 2, 1))  # [code bytes, width, 256]
         squared_norms = (tables.centroids**2).sum(1)  # [lists]

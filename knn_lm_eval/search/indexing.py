@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import glob
 import logging
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -161,7 +162,8 @@ def _check_budget(budget: Budget, quality_queries: int, lm_microseconds: Callabl
 
 
 def _check_place(files: IndexFiles, count: int, parts: int | None, ray: str | None, overwrite: bool) -> None:
-    """Raise UserError where the index exists, or ``count`` entries do not make so many parts."""
+    """Raise UserError where it cannot be called so, exists, or ``count`` entries do not make so many parts."""
+    files.check_new()
     if (files.index.exists() or files.part(0).exists()) and not overwrite:
         raise UserError(f"The index {files.index} exists already; choose another --name or give --overwrite.")
     if ray is not None and parts is None:
@@ -349,6 +351,7 @@ def _install(datastore: Datastore, files: IndexFiles, written: dict[Path, Path],
     The metadata goes last: whoever finds both finds a finished index.
     """
     files.metadata.unlink(missing_ok=True)
+    shutil.rmtree(files.codes, ignore_errors=True)  # of the index that is replaced
     for old in (files.index, *files.folder.glob(f"{files.name}.[0-9][0-9][0-9].faiss")):
         old.unlink(missing_ok=True)
     for finished, final in written.items():

@@ -23,6 +23,8 @@ import numpy as np
 
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.store.datastore import Datastore
+from knn_lm_eval.store.manifest import checksums_of_derived
+from knn_lm_eval.store.names import check_plain_name
 from knn_lm_eval.system.checkpoints import PROGRESS
 from knn_lm_eval.system.files import read_json
 
@@ -94,7 +96,15 @@ class Clusters:
         arrays = {name: _open_array(path / f"{name}.npy", sizes[name], dtypes[name], shapes[name]) for name in ARRAYS}
         if arrays["member_starts"][0] != 0 or arrays["member_starts"][-1] != len(arrays["members"]):
             raise UserError(f"{path / 'member_starts.npy'} is damaged; cluster the datastore again.")
+        _check_bounds(path, arrays)
         return cls(path=path, metadata=metadata, **arrays)
+
+    def checksums(self) -> dict[str, str]:
+        """The SHA-256 of each of its files, by the files' names: the manifest's, or, where ``clusters.json`` is not
+        the one that it records, read."""
+        folder = f"clusters/{self.path.name}"
+        arrays = [f"{folder}/{name}.npy" for name in ARRAYS]
+        return checksums_of_derived(self.path.parent.parent, f"{folder}/{METADATA}", arrays)
 
     def __len__(self) -> int:
         """The number of clusters."""
@@ -103,9 +113,7 @@ class Clusters:
 
 def clusters_folder(datastore: Datastore, name: str) -> Path:
     """Where the clustering ``name`` lies; raises UserError where the name is no plain folder name."""
-    if not name or Path(name).name != name or name == "..":
-        raise UserError(f"{name!r} cannot name clusters: it should be a plain folder name.")
-    return datastore.path / "clusters" / name
+    return datastore.path / "clusters" / check_plain_name(name, "clusters")
 
 
 def cluster_names(datastore: Datastore) -> list[str]:
@@ -116,6 +124,24 @@ def cluster_names(datastore: Datastore) -> list[str]:
 def entry_dtype(count: int) -> type[np.signedinteger[Any]]:
     """The integers that name the entries of a datastore of ``count``."""
     return np.int32 if count < 2**31 else np.int64
+
+
+def _check_bounds(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Raise UserError where a number names no entry or no cluster: compiled code follows them unseen."""
+    starts, clusters = arrays["member_starts"], len(arrays["member_starts"]) - 1
+    count = len(arrays["cluster_of_entry"])
+    wrong = [
+        name
+        for name, least, beyond in (("cluster_of_entry", -1, clusters), ("members", 0, count))
+        if len(arrays[name]) and not (least <= arrays[name].min() and arrays[name].max() < beyond)
+    ]
+    if (starts[1:] < starts[:-1]).any():
+        wrong.append("member_starts")
+    if wrong:
+        raise UserError(
+            f"{path / wrong[0]}.npy is damaged: it has numbers of entries or clusters that do not exist; cluster the "
+            f"datastore again."
+        )
 
 
 def _only_name(datastore: Datastore) -> str:

@@ -16,6 +16,8 @@ from typing import Any
 
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.store.datastore import Datastore
+from knn_lm_eval.store.manifest import checksums_of_derived
+from knn_lm_eval.store.names import check_new_name, check_plain_name
 from knn_lm_eval.system.files import read_json
 
 DEFAULT_INDEX = "index"
@@ -40,14 +42,26 @@ class IndexPart:
 
 @dataclass(frozen=True)
 class IndexFiles:
-    """Where the index called ``name`` of a datastore lies."""
+    """Where the index called ``name`` of a datastore lies; raises UserError where that is no name."""
 
     folder: Path
     name: str = DEFAULT_INDEX
 
+    def __post_init__(self) -> None:
+        check_plain_name(self.name, "an index")
+
+    def check_new(self) -> None:
+        """Raise UserError where an index that is to be made cannot have this name."""
+        check_new_name(self.name, "an index")
+
     @property
     def index(self) -> Path:
         return self.folder / f"{self.name}.faiss"
+
+    @property
+    def codes(self) -> Path:
+        """The folder of its codes in text order; see ``search/code_distances.py``."""
+        return self.index.with_suffix(".codes")
 
     @property
     def metadata(self) -> Path:
@@ -82,6 +96,16 @@ def find_parts(datastore: Datastore, name: str = DEFAULT_INDEX) -> tuple[dict[st
             )
         parts.append(IndexPart(path, run["start"], run["stop"], run["start"] if relative else 0))
     return metadata, parts
+
+
+def index_checksums(datastore: Datastore, name: str = DEFAULT_INDEX) -> dict[str, str]:
+    """The SHA-256 of each file of the index ``name`` and of its metadata, by the files' names: what it holds.
+
+    They are the manifest's, whose metadata's must hold; where it has none, as in stores of others, files are read.
+    """
+    files = IndexFiles(datastore.path, name)
+    parts = [part.path.name for part in find_parts(datastore, name)[1]]
+    return checksums_of_derived(datastore.path, files.metadata.name, parts)
 
 
 def index_names(datastore: Datastore) -> list[str]:

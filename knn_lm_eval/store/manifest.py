@@ -214,6 +214,19 @@ def record_derived(folder: Path, names: Iterable[str]) -> None:
     replace(manifest, derived=manifest.derived | {name: file_record(folder / name) for name in names}).write(folder)
 
 
+def checksums_of_derived(folder: Path, head: str, names: Iterable[str]) -> dict[str, str]:
+    """The SHA-256 of files that were made from the store, by their paths in it.
+
+    They are the manifest's where the file ``head``, which was written with them and is read, is the one that the
+    manifest records; otherwise, as in stores that record none, all are read.
+    """
+    derived, found = Manifest.read(folder).derived, {head: sha256(folder / head)}
+    is_recorded = head in derived and derived[head]["sha256"] == found[head]
+    for name in names:
+        found[name] = derived[name]["sha256"] if is_recorded and name in derived else sha256(folder / name)
+    return found
+
+
 def now() -> str:
     """The time for ``created``."""
     return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")

@@ -16,6 +16,8 @@ from tqdm import tqdm
 
 from knn_lm_eval.errors import UserError
 
+MOST_JSON_BYTES = 2**26
+
 
 def fsync(path: Path) -> None:
     """Make what was written to ``path`` (a file or a folder) survive a power cut."""
@@ -46,10 +48,13 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object; raises UserError where the file is not one."""
+    """Read a JSON object; raises UserError where the file is not one, or too large, too deep or with numbers of too
+    many digits for anything that is written here."""
+    if (size := path.stat().st_size) > MOST_JSON_BYTES:
+        raise UserError(f"{path} is damaged: it has {size:,} bytes, and no file of its kind has {MOST_JSON_BYTES:,}.")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # JSON's and UTF-8's errors; a number of thousands of digits
         raise UserError(f"{path} is damaged: it is not valid JSON ({error}).") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} is damaged: it should hold a JSON object.")

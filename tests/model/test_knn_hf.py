@@ -24,6 +24,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from transformers import AutoTokenizer
 
 from knn_lm_eval import KNNHF, UserError
+from knn_lm_eval.make.clustering import cluster_kmeans
 from knn_lm_eval.search.indexing import build_index
 from knn_lm_eval.store.datastore import Datastore
 
@@ -251,6 +252,26 @@ def test_limit_log_samples_and_caches_give_the_same_numbers(
     with pytest.raises(UserError, match="holds results of another model or of other settings"):
         arguments["model_args"]["lmbda"] = 0.5
         run_law(law_data, **arguments, limit=3, use_cache=str(tmp_path / "cache"))
+
+
+def test_a_cache_is_not_that_of_clusters_made_anew_under_the_same_name(
+    law_data, store, model_folder, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setattr("lm_eval.caching.cache.PATH", str(tmp_path / "requests"))
+    shutil.copytree(store.path, tmp_path / "store")
+    own = Datastore.open(tmp_path / "store")
+    retrieval = {"k": 50, "retomaton": True, "clusters": "again"}
+    arguments = {
+        "model_args": {"pretrained": str(model_folder), "datastore": str(own.path), **retrieval},
+        "limit": 1,
+        "use_cache": str(tmp_path / "cache"),
+    }
+    cluster_kmeans(own, "again", num_clusters=20, seed=1)
+    for _ in range(2):
+        run_law(law_data, **arguments)
+    cluster_kmeans(own, "again", num_clusters=20, seed=2, overwrite=True)
+    with pytest.raises(UserError, match="holds results of another model or of other settings"):
+        run_law(law_data, **arguments)
 
 
 # ------------------------------------------------------------------------------------------------ bad input
