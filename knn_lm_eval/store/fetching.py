@@ -23,10 +23,17 @@ from knn_lm_eval.errors import UserError
 from knn_lm_eval.store.datastore import Datastore
 from knn_lm_eval.store.download import download, hub_checksum, locate
 from knn_lm_eval.store.manifest import FORMAT, MALFORMED, MANIFEST, FileRecord, Manifest
-from knn_lm_eval.system.files import check_free_space, disk_errors_in, read_json, replace_file, sha256, write_json
+from knn_lm_eval.system.files import (
+    cache_root,
+    check_free_space,
+    disk_errors_in,
+    read_json,
+    replace_file,
+    sha256,
+    write_json,
+)
 
 DATASTORE_VARIABLE = "KNN_LM_EVAL_DATASTORE"
-CACHE_VARIABLE = "KNN_LM_EVAL_CACHE"
 ORIGIN = "fetched.json"
 PLAIN_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")
 PUBLISHED_SUFFIXES = (".npy", ".index", ".indexed", ".pkl")
@@ -139,9 +146,8 @@ def fetch_files(addresses: Sequence[str], output: str | Path | None = None) -> P
 
 def cache_folder(address: str) -> Path:
     """Where what comes from ``address`` lies in the cache."""
-    cache = Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "knn_lm_eval").expanduser()
     readable = re.sub(r"[^A-Za-z0-9.-]+", "_", address.partition("://")[2].partition("?")[0])[:80].strip("_.")
-    return cache / "datastores" / f"{readable}-{hashlib.sha256(address.encode()).hexdigest()[:12]}"
+    return cache_root() / "datastores" / f"{readable}-{hashlib.sha256(address.encode()).hexdigest()[:12]}"
 
 
 @contextmanager
