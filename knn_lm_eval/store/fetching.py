@@ -17,11 +17,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from filelock import FileLock
-
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.store.datastore import Datastore
-from knn_lm_eval.store.download import download, hub_checksum, locate
+from knn_lm_eval.store.download import download, forget_part, hub_checksum, locate
 from knn_lm_eval.store.manifest import FORMAT, MALFORMED, MANIFEST, FileRecord, Manifest
 from knn_lm_eval.system.files import (
     cache_root,
@@ -32,6 +30,7 @@ from knn_lm_eval.system.files import (
     sha256,
     write_json,
 )
+from knn_lm_eval.system.locks import DAY, locked
 
 DATASTORE_VARIABLE = "KNN_LM_EVAL_DATASTORE"
 ORIGIN = "fetched.json"
@@ -89,8 +88,8 @@ def fetch_datastore(address: str, output: str | Path | None = None) -> Path:
 
 def _fetch_manifest(address: str, pending: Path) -> dict[str, Any]:
     """Put the manifest there is now at ``pending``; returns its content."""
-    for name in (pending.name, f"{pending.name}.part"):  # of a run that was interrupted: there may be a newer one
-        pending.with_name(name).unlink(missing_ok=True)
+    pending.unlink(missing_ok=True)  # of a run that was interrupted: there may be a newer one
+    forget_part(pending)
     try:
         download(locate(address, MANIFEST), pending)
     except FileNotFoundError as error:
@@ -104,6 +103,8 @@ def _fetch_manifest(address: str, pending: Path) -> dict[str, Any]:
 def _fetch_missing(address: str, folder: Path, files: dict[str, FileRecord]) -> None:
     """Download the files that are not there, or not as they should be."""
     missing = {name: record for name, record in files.items() if not _is_there(folder / name, record)}
+    for name in files.keys() - missing.keys():
+        forget_part(folder / name)  # of a run that ended between the file's name and the part's last trace
     parts = (folder / f"{name}.part" for name in missing)
     have = sum(part.stat().st_size for part in parts if part.is_file())
     needed = sum(record["bytes"] for record in missing.values())
@@ -135,7 +136,9 @@ def fetch_files(addresses: Sequence[str], output: str | Path | None = None) -> P
             raise UserError(f"{name!r} cannot name a file of its own in {folder}; leave it out.")
     with _claimed(folder, list(addresses)):
         for address, name in zip(addresses, names, strict=True):
-            if not (folder / name).is_file():
+            if (folder / name).is_file():
+                forget_part(folder / name)
+            else:
                 remote = locate(address)
                 try:
                     download(remote, folder / name, None, hub_checksum(address, remote))
@@ -159,11 +162,11 @@ def _claimed(folder: Path, addresses: list[str]) -> Iterator[None]:
     """
     with disk_errors_in(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / ".lock"):
+        with locked(folder / ".lock", str(folder), seconds=DAY):
             if (folder / ORIGIN).is_file():
                 if (others := read_json(folder / ORIGIN).get("addresses")) != addresses:
                     raise UserError(f"{folder} holds what was fetched from {others}; choose another --output.")
-            elif any(path.name != ".lock" for path in folder.iterdir()):
+            elif any(path.name not in (".lock", f"{ORIGIN}.tmp") for path in folder.iterdir()):
                 raise UserError(f"{folder} holds files that were not fetched; choose another --output.")
             else:
                 write_json(folder / ORIGIN, {"addresses": addresses})
