@@ -94,6 +94,17 @@ def check_free_space(folder: Path, needed: int, purpose: str) -> None:
         )
 
 
+def check_writable(file: Path) -> None:
+    """Raise UserError where ``file`` could not be written, before the work whose result it is; makes its folder."""
+    with disk_errors_in(file.parent):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        trial = file.with_name(f".{file.name}.{os.getpid()}.trial")
+        try:
+            trial.write_bytes(bytes(2**16))
+        finally:
+            trial.unlink(missing_ok=True)
+
+
 def check_new_folder(output: str | Path) -> Path:
     """The absolute path of a folder to be made; raises UserError where something is there already."""
     output = Path(os.path.abspath(output))  # "." has no name of its own
