@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
+import threading
 from collections.abc import Callable
-from types import TracebackType
+from types import FrameType, TracebackType
 
 ExceptHook = Callable[[type[BaseException], BaseException, TracebackType | None], object]
 
@@ -14,17 +17,39 @@ class UserError(ValueError):
 
 
 class _Hook:
-    def __init__(self, previous: ExceptHook) -> None:
-        self.previous = previous
+    def __init__(self, previous: ExceptHook, kept: str) -> None:
+        self.previous, self.kept = previous, kept
 
     def __call__(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         if isinstance(error, UserError):
             print(f"error: {error}", file=sys.stderr)
+        elif issubclass(kind, KeyboardInterrupt):
+            say_interrupted(self.kept)
         else:
             self.previous(kind, error, trace)
 
 
-def report_user_errors() -> None:
-    """Let an uncaught UserError end the program with its message alone (and exit status 1, as ever)."""
-    if not isinstance(sys.excepthook, _Hook):
-        sys.excepthook = _Hook(sys.excepthook)
+def report_user_errors(kept: str = "No results were written; start again.") -> None:
+    """Let an uncaught UserError end the program with its message alone (and exit status 1, as ever), and Ctrl-C and
+    SIGTERM with one sentence, which says what is ``kept`` and how to go on (and with exit status 130 and 143)."""
+    if isinstance(sys.excepthook, _Hook):
+        sys.excepthook.kept = kept
+    else:
+        sys.excepthook = _Hook(sys.excepthook, kept)
+    alone = threading.current_thread() is threading.main_thread()
+    if alone and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, _end)
+
+
+def say_interrupted(kept: str) -> None:
+    """Say once for all processes of a launch that this was interrupted."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"\ninterrupted: {kept}", file=sys.stderr)
+
+
+def _end(signal_number: int, frame: FrameType | None) -> None:
+    """On SIGTERM: leave all that is begun in order, as on any error, and end."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if isinstance(sys.excepthook, _Hook):
+        say_interrupted(sys.excepthook.kept)
+    raise SystemExit(128 + signal_number)

@@ -10,8 +10,6 @@ import functools
 import gc
 import json
 import logging
-import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -28,7 +26,8 @@ from knn_lm_eval.benchmark.matrix import Cell, Matrix
 from knn_lm_eval.benchmark.shared_pass import LoadedModel, ReadingEnds, SharedBaseLM, SharedLM, SharedPass
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.model.scoring import LMScorer
-from knn_lm_eval.system.files import disk_errors_in, fsync
+from knn_lm_eval.system.files import disk_errors_in, unfinished_folder
+from knn_lm_eval.system.locks import locked
 
 logger = logging.getLogger(__name__)
 
@@ -211,19 +210,16 @@ def _evaluate(matrix: Matrix, cell: Cell, lm: SharedLM, **changes: Any) -> dict[
 def _write(matrix: Matrix, cell: Cell, results: dict[str, Any]) -> None:
     """Write what ``lm_eval --output_path FOLDER --log_samples`` writes, all at once."""
     folder = matrix.output / cell.folder
-    unfinished = folder.with_name(f".{folder.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
     samples = results.pop("samples")
     results["config"] |= _description(cell)
-    _save_as_lm_eval(unfinished, cell, results, samples)
-    if finished_results(unfinished, cell.checksum()) is None:  # lm-eval only warns
-        raise UserError(f"The results of {cell} could not be written below {matrix.output}; is the disk full?")
-    for file in unfinished.glob("*/*"):
-        fsync(file)
-    if folder.exists():
-        shutil.rmtree(folder)
-    os.replace(unfinished, folder)
-    fsync(folder.parent)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with locked(folder.with_name(f".{folder.name}.lock"), str(folder)):
+        if finished_results(folder, cell.checksum()) is not None:
+            return  # another benchmark of the same cell was faster
+        with unfinished_folder(folder) as unfinished:
+            _save_as_lm_eval(unfinished, cell, results, samples)
+            if finished_results(unfinished, cell.checksum()) is None:  # lm-eval only warns
+                raise UserError(f"The results of {cell} could not be written below {matrix.output}; is the disk full?")
 
 
 def _description(cell: Cell) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from knn_lm_eval.cli.main import verb
+from knn_lm_eval.cli.main import SAME_COMMAND, verb
 from knn_lm_eval.errors import UserError
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-@verb(parse_arguments)
+@verb(parse_arguments, kept=SAME_COMMAND)
 def main(arguments: argparse.Namespace) -> None:
     if arguments.verbose:
         logging.getLogger("knn_lm_eval").setLevel(logging.DEBUG)

@@ -7,7 +7,7 @@ import logging
 from typing import Any
 
 from knn_lm_eval.cli.arguments import add_datastore
-from knn_lm_eval.cli.main import verb
+from knn_lm_eval.cli.main import WITH_RESUME, verb
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -51,7 +51,7 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-@verb(parse_arguments, "INFO")
+@verb(parse_arguments, "INFO", kept=WITH_RESUME)
 def main(arguments: argparse.Namespace) -> None:
     logging.getLogger("faiss").setLevel(logging.WARNING)
 

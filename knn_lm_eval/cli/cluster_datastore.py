@@ -7,7 +7,7 @@ import logging
 from pathlib import Path
 
 from knn_lm_eval.cli.arguments import add_datastore, check_options
-from knn_lm_eval.cli.main import verb
+from knn_lm_eval.cli.main import WITH_RESUME, verb
 
 # Which arguments go with which method; the functions know the defaults.
 OPTIONS = {
@@ -44,7 +44,7 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-@verb(parse_arguments, "INFO")
+@verb(parse_arguments, "INFO", kept=WITH_RESUME)
 def main(arguments: argparse.Namespace) -> None:
     settings = vars(arguments)
     logging.getLogger("faiss").setLevel(logging.WARNING)

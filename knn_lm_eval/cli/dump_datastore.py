@@ -16,7 +16,7 @@ from knn_lm_eval.cli.arguments import (
     read_model_args,
     whole_number,
 )
-from knn_lm_eval.cli.main import verb
+from knn_lm_eval.cli.main import WITH_RESUME, verb
 from knn_lm_eval.errors import UserError
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def check(arguments: argparse.Namespace) -> None:
     check_at_least_one(arguments, "workers")
 
 
-@verb(parse_arguments)
+@verb(parse_arguments, kept=WITH_RESUME)
 def main(arguments: argparse.Namespace) -> None:
     # Of several processes the first one says what is wrong, and the launcher ends the others.
     if os.environ.get("RANK", "0") == "0":

@@ -6,7 +6,7 @@ import argparse
 from urllib.parse import urlsplit
 
 from knn_lm_eval.cli.arguments import add_output
-from knn_lm_eval.cli.main import verb
+from knn_lm_eval.cli.main import SAME_COMMAND, verb
 from knn_lm_eval.errors import UserError
 
 
@@ -23,7 +23,7 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-@verb(parse_arguments)
+@verb(parse_arguments, kept=SAME_COMMAND)
 def main(arguments: argparse.Namespace) -> None:
 
     from knn_lm_eval.store.datastore import Datastore

@@ -14,23 +14,27 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from knn_lm_eval.errors import report_user_errors
+from knn_lm_eval.errors import report_user_errors, say_interrupted
 from knn_lm_eval.version import __version__
 
 if TYPE_CHECKING:
     import argparse
 
 PROG = "knn-lm-eval"
+NOTHING_KEPT = "nothing was written; start again."
+WITH_RESUME = "what is done is kept; go on with the same command and --resume."
+SAME_COMMAND = "what is done is kept; the same command goes on."
 NOT_VERBS = ("__init__", "__main__", "arguments", "main")
 RENAMED = {"bench": "speed"}  # old names, which still answer
 
 
 def verb(
-    parse_arguments: Callable[[], argparse.Namespace], log_level: str = "WARNING"
+    parse_arguments: Callable[[], argparse.Namespace], log_level: str = "WARNING", kept: str = NOTHING_KEPT
 ) -> Callable[[Callable[[argparse.Namespace], None]], Callable[[], None]]:
     """Make a verb's ``main`` of a function that takes the parsed arguments.
 
-    User errors end the program with one sentence, and messages of ``log_level`` and above go to standard error.
+    User errors, Ctrl-C and SIGTERM end the program with one sentence, which says of the latter what is ``kept`` and how
+    to go on, and messages of ``log_level`` and above go to standard error.
     """
 
     def decorate(work: Callable[[argparse.Namespace], None]) -> Callable[[], None]:
@@ -39,9 +43,13 @@ def verb(
             import logging
 
             arguments = parse_arguments()
-            report_user_errors()
+            report_user_errors(kept)
             logging.basicConfig(level=log_level, format="%(levelname)s %(message)s")
-            work(arguments)
+            try:
+                work(arguments)
+            except KeyboardInterrupt:
+                say_interrupted(kept)
+                raise SystemExit(130) from None
 
         return main
 
@@ -95,5 +103,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{PROG}: no verb '{args[0]}'; did you mean {' or '.join(near)}?", file=sys.stderr)
         return 2
     sys.argv = [f"{PROG} {name}", *args[1:]]  # argparse names the program by it
-    import_module(f"knn_lm_eval.cli.{name}").main()
+    try:
+        import_module(f"knn_lm_eval.cli.{name}").main()
+    except KeyboardInterrupt:  # while its modules were read
+        say_interrupted(NOTHING_KEPT)
+        return 130
     return 0

@@ -61,6 +61,10 @@ def main(arguments: argparse.Namespace) -> None:
     axes = {name: axis for name in AXES if (axis := getattr(arguments, name)) is not None}
     model_args = read_model_args(arguments)
 
+    from knn_lm_eval.system.files import check_writable
+
+    check_writable(arguments.output)  # before hours of evaluation
+
     from knn_lm_eval.study.tuning import tune
 
     found = tune(

@@ -8,6 +8,8 @@ are taken over by ``knn_lm_eval.make.members``.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import faiss
@@ -30,7 +32,7 @@ from knn_lm_eval.store.clusters import (
 from knn_lm_eval.store.datastore import Datastore
 from knn_lm_eval.store.index_files import DEFAULT_INDEX
 from knn_lm_eval.store.key_stream import number_entries
-from knn_lm_eval.store.manifest import now, record_derived
+from knn_lm_eval.store.manifest import forget_derived, now, record_derived
 from knn_lm_eval.store.names import check_new_name
 from knn_lm_eval.system.checkpoints import PROGRESS, SavedStates
 from knn_lm_eval.system.files import (
@@ -40,6 +42,7 @@ from knn_lm_eval.system.files import (
     write_json,
     write_npy_header,
 )
+from knn_lm_eval.system.locks import locked
 
 ENTRIES_PER_CLUSTER = 100  # on average, by default; Alon et al. 2022, figures 8 and 9
 
@@ -95,9 +98,8 @@ def cluster_kmeans(
         "iterations": iterations,
         "seed": seed,
     }
-    unfinished = UnfinishedClusters(datastore, name, settings, overwrite)
-    with disk_errors_in(unfinished.folder):
-        unfinished.begin(resume)
+    unfinished = UnfinishedClusters(datastore, name, settings, overwrite, resume)
+    with unfinished.begun():
         centroids = train_kmeans(keys, num_clusters, sample, iterations, seed, unfinished.states)
         index: faiss.Index = faiss.IndexFlatL2(datastore.dimension)
         if faiss_gpus():
@@ -147,9 +149,8 @@ def cluster_greedy_merge(
     datastore.require_keys("clustering")
     datastore.require_text_order("clustering, which is for RetoMaton,")
     searched = NeighbourSearch.open(datastore, k, index, probe)
-    unfinished = UnfinishedClusters(datastore, name, {"method": "greedy_merge", **searched.settings}, overwrite)
-    with disk_errors_in(unfinished.folder):
-        unfinished.begin(resume)
+    unfinished = UnfinishedClusters(datastore, name, {"method": "greedy_merge", **searched.settings}, overwrite, resume)
+    with unfinished.begun():
         absorber = find_absorbers(searched, unfinished.states)
         cluster_of_entry = np.empty(len(datastore), dtype=np.int32)
         return unfinished.finish(cluster_of_entry, number_clusters(absorber, cluster_of_entry))
@@ -192,32 +193,50 @@ class UnfinishedClusters:
     folder : the clustering's.
     """
 
-    def __init__(self, datastore: Datastore, name: str, settings: dict[str, Any], overwrite: bool) -> None:
+    def __init__(
+        self, datastore: Datastore, name: str, settings: dict[str, Any], overwrite: bool, resume: bool = False
+    ) -> None:
         """Raises UserError where the name is no name, or is taken."""
         self.folder = clusters_folder(datastore, check_new_name(name, "clusters"))
-        if (self.folder / METADATA).exists() and not overwrite:
-            raise UserError(f"The clusters {self.folder} exist already; choose another --name or give --overwrite.")
-        self._datastore, self._name = datastore, name
+        self._datastore, self._name, self._overwrite, self._resume = datastore, name, overwrite, resume
         self._settings = {**settings, "keys_sha256": datastore.keys_checksum}
         self.states = SavedStates(self.folder / PROGRESS, self._settings, others=["*.npy.tmp", "*.json.tmp"])
+        self._check_place()
 
-    def begin(self, resume: bool = False) -> None:
-        """Begin it or go on with it; raises UserError where it was begun with other settings or the disk is full."""
-        self.states.begin_or_resume(resume)
-        # Cluster and place in the members' list of each entry, and a saved state of it and its successor.
-        check_free_space(self.folder, 4 * 4 * len(self._datastore), "the clusters' arrays")
+    def _check_place(self) -> None:
+        unfinished = self._resume and self.states.file.exists()  # it may lack its last step only
+        if (self.folder / METADATA).exists() and not self._overwrite and not unfinished:
+            raise UserError(f"The clusters {self.folder} exist already; choose another --name or give --overwrite.")
+
+    @contextmanager
+    def begun(self) -> Iterator[None]:
+        """Begin it or go on with it, and hold it: one process at a time is at work on a clustering.
+
+        Raises UserError where it was begun with other settings, another process made it, or the disk is full.
+        """
+        with disk_errors_in(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with locked(self.folder / ".lock", f"the clusters {self.folder}"):
+                self._check_place()
+                self.states.begin_or_resume(self._resume)
+                # Cluster and place in the members' list of each entry, and a saved state of it and its successor.
+                check_free_space(self.folder, 4 * 4 * len(self._datastore), "the clusters' arrays")
+                yield
 
     def finish(self, cluster_of_entry: np.ndarray, num_clusters: int, **made_from: Any) -> Clusters:
         """Write the arrays and, last, ``clusters.json``, which says ``made_from`` beside the settings."""
         member_starts, members = members_by_cluster(cluster_of_entry, num_clusters)
         arrays = dict(zip(ARRAYS, (cluster_of_entry, member_starts, members), strict=True))
-        (self.folder / METADATA).unlink(missing_ok=True)
-        for name, array in arrays.items():
-            path = self.folder / f"{name}.npy"
-            with open(path.with_name(path.name + ".tmp"), "wb") as file:
+        written = {self.folder / f"{name}.npy.tmp": self.folder / f"{name}.npy" for name in arrays}
+        for temporary, array in zip(written, arrays.values(), strict=True):
+            with open(temporary, "wb") as file:
                 write_npy_header(file, array.dtype, array.shape)
                 file.write(array.data)
-            replace_file(path.with_name(path.name + ".tmp"), path)
+        names = [f"clusters/{self._name}/{name}" for name in (METADATA, *(path.name for path in written.values()))]
+        forget_derived(self._datastore.path, names)
+        (self.folder / METADATA).unlink(missing_ok=True)
+        for temporary, path in written.items():
+            replace_file(temporary, path)
         metadata = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
@@ -232,8 +251,7 @@ class UnfinishedClusters:
             "faiss": faiss.__version__,
         }
         write_json(self.folder / METADATA, metadata)
-        names = [METADATA, *metadata["files"]]
-        record_derived(self._datastore.path, [f"clusters/{self._name}/{name}" for name in names])
+        record_derived(self._datastore.path, names)
         self.states.remove()
         return Clusters.open(self._datastore, self._name)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,7 @@ from knn_lm_eval.store.manifest import (
 )
 from knn_lm_eval.system.checkpoints import SavedStates
 from knn_lm_eval.system.files import check_free_space, disk_errors_in, replace_file, write_npy_header
+from knn_lm_eval.system.locks import locked
 from knn_lm_eval.system.processes import Processes
 from knn_lm_eval.version import __version__
 
@@ -111,10 +112,23 @@ def dump_datastore(
             model_args=model_args,
         )
     )
-    processes.first_does(lambda: dump.prepare(pieces, resume))
-    processes.each_does(lambda: dump.write_share(processes.rank, processes.count, show_progress=processes.rank == 0))
-    processes.first_does(lambda: finish_dump(Path(output)))
+    with ExitStack() as held:
+        processes.first_does(lambda: held.enter_context(one_dump_in(Path(output))))
+        processes.first_does(lambda: dump.prepare(pieces, resume))
+        processes.each_does(
+            lambda: dump.write_share(processes.rank, processes.count, show_progress=processes.rank == 0)
+        )
+        processes.first_does(lambda: finish_dump(Path(output)))
     return Datastore.open(output)
+
+
+@contextmanager
+def one_dump_in(output: Path) -> Iterator[None]:
+    """Hold the folder ``output`` for this dump, whatever processes share it; raises UserError where another does."""
+    with disk_errors_in(output):
+        output.mkdir(parents=True, exist_ok=True)
+        with locked(output / ".lock", f"the dump in {output}"):
+            yield
 
 
 class Dump:

@@ -20,7 +20,7 @@ from knn_lm_eval.errors import UserError
 from knn_lm_eval.make.clustering import UnfinishedClusters
 from knn_lm_eval.store.clusters import Clusters
 from knn_lm_eval.store.datastore import Datastore
-from knn_lm_eval.system.files import disk_errors_in, sha256
+from knn_lm_eval.system.files import sha256
 
 logger = logging.getLogger(__name__)
 
@@ -59,8 +59,7 @@ def import_members(datastore: Datastore, name: str, pickle_file: str | Path, ove
         raise UserError(f"{pickle_file} has entry {entry} in more than one cluster; each may be in one only.")
     if outside := int((cluster_of_entry < 0).sum()):
         logger.warning("%d of %d entries are in no cluster of %s.", outside, len(datastore), pickle_file)
-    with disk_errors_in(unfinished.folder):
-        unfinished.begin()
+    with unfinished.begun():
         return unfinished.finish(cluster_of_entry, rows, file_sha256=sha256(pickle_file))
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from tqdm import tqdm
 
 from knn_lm_eval.lm.loading import CausalHFLM
-from knn_lm_eval.make.dump import Dump, finish_dump
+from knn_lm_eval.make.dump import Dump, finish_dump, one_dump_in
 from knn_lm_eval.make.dump_progress import entries_done, entries_in_all
 from knn_lm_eval.make.text import TextSource
 from knn_lm_eval.store.datastore import Datastore
@@ -66,11 +66,14 @@ def dump_on_ray(address: str, plan: DumpPlan, workers: int | None = None, resume
     gpus = int(ray.cluster_resources().get("GPU", 0))
     workers = workers or max(1, gpus)
     needs = {"num_cpus": 1, "num_gpus": 1 if gpus else 0}
-    # Tokenizing is not begun again by itself: what a first try left would be in the way.
-    _wait_for(ray, [ray.remote(max_retries=0, **needs)(_prepare).remote(plan, resume)], "Tokenizing", plan.output)
-    write_share = ray.remote(max_retries=RETRIES, **needs)(_write_share)
-    _wait_for(ray, [write_share.remote(plan, share, workers) for share in range(workers)], "Dumping keys", plan.output)
-    finish_dump(plan.output)
+    with one_dump_in(plan.output):
+        # Tokenizing is not begun again by itself: what a first try left would be in the way.
+        _wait_for(ray, [ray.remote(max_retries=0, **needs)(_prepare).remote(plan, resume)], "Tokenizing", plan.output)
+        write_share = ray.remote(max_retries=RETRIES, **needs)(_write_share)
+        _wait_for(
+            ray, [write_share.remote(plan, share, workers) for share in range(workers)], "Dumping keys", plan.output
+        )
+        finish_dump(plan.output)
     return Datastore.open(plan.output)
 
 

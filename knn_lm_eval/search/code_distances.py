@@ -15,6 +15,11 @@ is the one difference. Where the index rotates or projects its vectors first, so
 
 from __future__ import annotations
 
+import errno
+import hashlib
+import json
+import logging
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,12 +29,26 @@ import numpy as np
 from tqdm import tqdm
 
 from knn_lm_eval.compiling import compiled
+from knn_lm_eval.errors import UserError
 from knn_lm_eval.search.faiss_index import split_parts
-from knn_lm_eval.store.datastore import Datastore
+from knn_lm_eval.store.datastore import Datastore, open_array
 from knn_lm_eval.store.index_files import IndexFiles, index_checksums
-from knn_lm_eval.system.files import check_free_space, disk_errors_in, read_json, replace_file, write_json
+from knn_lm_eval.system.files import (
+    CACHE_VARIABLE,
+    cache_root,
+    check_free_space,
+    disk_errors_in,
+    read_json,
+    unfinished_folder,
+    write_json,
+)
+from knn_lm_eval.system.locks import DAY, locked
+
+logger = logging.getLogger(__name__)
 
 CHUNK = 2**16
+IDENTITY = "codes.json"
+NOT_WRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM)
 ARRAYS = {"lists": np.int32, "offsets": np.float32, "scales": np.float32, "codes": np.uint8}
 
 
@@ -100,21 +119,35 @@ class CodeDistances:
         tables = CodeTables.of(parts[0][0])
         if tables is None or not all(_mean_the_same(parts[0][0], part) for part, _ in parts[1:]):
             return None
-        folder = IndexFiles(datastore.path, name).codes
-        identity = {"keys_sha256": datastore.keys_checksum, "index_files": index_checksums(datastore, name)}
-        if not (folder / "codes.json").exists() or read_json(folder / "codes.json") != identity:
-            with disk_errors_in(folder):
-                _write(folder, datastore, parts, tables)
-                write_json(folder / "codes.json", identity)
-        return cls.read(datastore, parts[0][0], name)
+        folder = _find(datastore, name) or _lay_out(datastore, name, parts, tables)
+        return cls._map(folder, len(datastore), parts[0][0], tables)
 
     @classmethod
     def read(cls, datastore: Datastore, part: faiss.Index, name: str) -> CodeDistances:
-        """Map the code files that ``open`` made; any part of the index gives the tables, and serves all entries."""
+        """Map the code files that ``open`` made; any part of the index gives the tables, and serves all entries.
+
+        Raises UserError where this machine does not see them.
+        """
         tables = CodeTables.of(part)
         assert tables is not None
-        folder = IndexFiles(datastore.path, name).codes
-        arrays = {array: np.load(folder / f"{array}.npy", mmap_mode="r") for array in ARRAYS}
+        if (folder := _find(datastore, name)) is None:
+            raise UserError(
+                f"{socket.gethostname()} does not see the codes of the index {name!r} of {datastore.path} in text "
+                f"order; evaluate once where the datastore can be written to, or set {CACHE_VARIABLE} to a folder "
+                f"that all nodes share."
+            )
+        return cls._map(folder, len(datastore), part, tables)
+
+    @classmethod
+    def _map(cls, folder: Path, count: int, part: faiss.Index, tables: CodeTables) -> CodeDistances:
+        """Map the files of ``count`` entries' codes; raises UserError where they are damaged."""
+        shapes = {"codes": (count, len(tables.codebooks))}
+        arrays = {
+            array: open_array(folder / f"{array}.npy", dtype, shapes.get(array, (count,)))
+            for array, dtype in ARRAYS.items()
+        }
+        if not (arrays["lists"].min() >= 0 and arrays["lists"].max() < len(tables.centroids)):
+            raise UserError(f"{folder / 'lists.npy'} is damaged: it has lists that do not exist; delete {folder}.")
         by_component = np.ascontiguousarray(tables.codebooks.transpose(0, 2, 1))  # [code bytes, width, 256]
         squared_norms = (tables.centroids**2).sum(1)  # [lists]
         base_offsets = squared_norms if tables.is_rabitq else np.zeros_like(squared_norms)
@@ -220,15 +253,62 @@ def _mean_the_same(part: faiss.Index, other: faiss.Index) -> bool:
     )
 
 
+def _identity(datastore: Datastore, name: str) -> dict[str, Any]:
+    """What the codes of the index ``name`` were made from."""
+    return {"keys_sha256": datastore.keys_checksum, "index_files": index_checksums(datastore, name)}
+
+
+def _places(datastore: Datastore, name: str, identity: dict[str, Any]) -> tuple[Path, Path]:
+    """The folders where codes may lie: beside the index and, where that cannot be written to, in the cache."""
+    files = IndexFiles(datastore.path, name)
+    said = json.dumps([str(files.index.resolve()), identity], sort_keys=True)
+    cached = f"{name}-{hashlib.sha256(said.encode()).hexdigest()[:24]}"
+    return files.codes, cache_root() / "codes" / cached
+
+
+def _find(datastore: Datastore, name: str) -> Path | None:
+    """The folder with the codes of the index ``name``; None where there is none, or of another index only."""
+    identity = _identity(datastore, name)
+    return next((folder for folder in _places(datastore, name, identity) if _is_of(folder, identity)), None)
+
+
+def _is_of(folder: Path, identity: dict[str, Any]) -> bool:
+    return (folder / IDENTITY).is_file() and read_json(folder / IDENTITY) == identity
+
+
+def _lay_out(datastore: Datastore, name: str, parts: list[tuple[faiss.Index, int]], tables: CodeTables) -> Path:
+    """Make the folder with the codes, unless another process just did: one does it, and the others wait."""
+    identity = _identity(datastore, name)
+
+    def lay_out(folder: Path) -> Path:
+        with locked(folder.with_name(f".{folder.name}.lock"), f"the codes {folder}", seconds=DAY):
+            if not _is_of(folder, identity):
+                with unfinished_folder(folder) as unfinished:
+                    _write(unfinished, datastore, parts, tables)
+                    write_json(unfinished / IDENTITY, identity)
+        return folder
+
+    beside, cached = _places(datastore, name, identity)
+    with disk_errors_in(beside):
+        try:
+            return lay_out(beside)
+        except OSError as error:
+            if error.errno not in NOT_WRITABLE:
+                raise
+    logger.warning("%s cannot be written to: RetoMaton's codes of its index go to %s.", datastore.path, cached)
+    with disk_errors_in(cached):
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        return lay_out(cached)
+
+
 def _write(folder: Path, datastore: Datastore, parts: list[tuple[faiss.Index, int]], tables: CodeTables) -> None:
     """Lay out the codes, lists, offsets and scales of all entries in text order."""
     count, code_bytes = len(datastore), len(tables.codebooks)
     keys = datastore.require_keys("RetoMaton with a RaBitQ index") if tables.is_rabitq else None
-    folder.mkdir(exist_ok=True)
     check_free_space(folder, count * (12 + code_bytes), "the codes in text order")
     shapes = {"codes": (count, code_bytes)}
     arrays = {
-        name: np.lib.format.open_memmap(folder / f"{name}.npy.tmp", "w+", dtype, shapes.get(name, (count,)))
+        name: np.lib.format.open_memmap(folder / f"{name}.npy", "w+", dtype, shapes.get(name, (count,)))
         for name, dtype in ARRAYS.items()
     }
     for index, first_id in parts:
@@ -245,9 +325,8 @@ def _write(folder: Path, datastore: Datastore, parts: list[tuple[faiss.Index, in
             decoded = tables.codebooks[np.arange(code_bytes), codes].reshape(len(codes), -1)  # [chunk, dimension]
             arrays["scales"][rows] = -2
             arrays["offsets"][rows] = ((decoded + centroids) ** 2).sum(1)
-    for name, array in arrays.items():
+    for array in arrays.values():
         array.flush()
-        replace_file(folder / f"{name}.npy.tmp", folder / f"{name}.npy")
 
 
 def _copy_lists(index: faiss.Index, first_id: int, lists: np.ndarray, codes: np.ndarray | None) -> None:

@@ -35,9 +35,10 @@ from knn_lm_eval.search.quality import fastest_enough, measure_quality
 from knn_lm_eval.store.datastore import Datastore
 from knn_lm_eval.store.index_files import DEFAULT_INDEX, IndexFiles
 from knn_lm_eval.store.key_stream import key_chunks, keys_of
-from knn_lm_eval.store.manifest import record_derived
+from knn_lm_eval.store.manifest import forget_derived, record_derived
 from knn_lm_eval.system.checkpoints import SavedStates
 from knn_lm_eval.system.files import check_free_space, disk_errors_in, replace_file, write_json
+from knn_lm_eval.system.locks import locked
 from knn_lm_eval.system.ray_cluster import run_tasks
 
 logger = logging.getLogger(__name__)
@@ -97,7 +98,8 @@ def build_index(
     factory = _checked_factory(datastore, factory, sim_func, budget)
     _check_budget(budget, quality_queries, lm_microseconds)
     files = IndexFiles(datastore.path, name)
-    _check_place(files, len(datastore), parts, ray, overwrite)
+    files.check_new()
+    _check_parts(len(datastore), parts, ray)
     settings: dict[str, Any] = {
         "factory": factory,
         "sim_func": sim_func,
@@ -107,7 +109,11 @@ def build_index(
         **({} if parts is None else {"parts": parts}),
     }
     unfinished = _Unfinished(files, settings)
-    with disk_errors_in(datastore.path):
+    lock = files.index.with_name(f".{files.index.name}.lock")
+    with disk_errors_in(datastore.path), locked(lock, f"the index {files.index}"):
+        if resume and (finished := unfinished.metadata()):
+            return _install(datastore, files, unfinished, finished)
+        _check_place(files, overwrite, unfinished)
         index = unfinished.load() if resume else None
         if index is None:
             unfinished.states.remove()
@@ -137,9 +143,8 @@ def build_index(
         written = unfinished.finished_files()
         metadata |= {"bytes": sum(path.stat().st_size for path in written), **layout}
         metadata["bytes_held"] = sum(bytes_held(read_index(path)) for path in written)
-        _install(datastore, files, written, metadata)
-        unfinished.states.remove()  # of an index in parts: the trained one
-    return metadata
+        unfinished.states.note(seconds=unfinished.seconds, metadata=metadata)
+        return _install(datastore, files, unfinished, metadata)
 
 
 def _checked_factory(datastore: Datastore, factory: str, sim_func: str, budget: Budget) -> str:
@@ -161,11 +166,15 @@ def _check_budget(budget: Budget, quality_queries: int, lm_microseconds: Callabl
         raise UserError("A slowdown as budget is of the LM's own time: give lm_microseconds as well.")
 
 
-def _check_place(files: IndexFiles, count: int, parts: int | None, ray: str | None, overwrite: bool) -> None:
-    """Raise UserError where it cannot be called so, exists, or ``count`` entries do not make so many parts."""
-    files.check_new()
+def _check_place(files: IndexFiles, overwrite: bool, unfinished: _Unfinished) -> None:
+    """Raise UserError where the index exists."""
     if (files.index.exists() or files.part(0).exists()) and not overwrite:
-        raise UserError(f"The index {files.index} exists already; choose another --name or give --overwrite.")
+        resume = "" if not unfinished.states.file.exists() else " (or --resume, to end what was interrupted)"
+        raise UserError(f"The index {files.index} exists already; choose another --name or give --overwrite{resume}.")
+
+
+def _check_parts(count: int, parts: int | None, ray: str | None) -> None:
+    """Raise UserError where ``count`` entries do not make so many parts."""
     if ray is not None and parts is None:
         raise UserError("Ray builds an index part by part: say in how many, with --parts.")
     if parts is not None and not 1 <= parts <= min(MOST_PARTS, count):
@@ -204,6 +213,10 @@ class _Unfinished:
         if (parts := self.states.settings.get("parts")) is None:
             return {self.index: self._files.index}
         return {self.part(number): self._files.part(number) for number in range(parts)}
+
+    def metadata(self) -> dict[str, Any] | None:
+        """The metadata of an index that is finished and has not got all its names yet; None of any other."""
+        return (self.states.resumed() or {}).get("metadata")
 
     def load(self) -> faiss.Index | None:
         """The index to go on with; None where there is none.
@@ -345,19 +358,28 @@ def _build_part(
     return {"start": start, "stop": stop, "bytes": part.stat().st_size}
 
 
-def _install(datastore: Datastore, files: IndexFiles, written: dict[Path, Path], metadata: dict[str, Any]) -> None:
-    """Give finished files their final names, in the place of an index of that name.
+def _install(
+    datastore: Datastore, files: IndexFiles, unfinished: _Unfinished, metadata: dict[str, Any]
+) -> dict[str, Any]:
+    """Give finished files their final names, in the place of an index of that name; returns the metadata.
 
-    The metadata goes last: whoever finds both finds a finished index.
+    The metadata goes last: whoever finds both finds a finished index. Wherever this ends, it can be done again.
     """
+    written = unfinished.finished_files()
+    finals = [final.name for final in written.values()]
+    old = {path.name for path in (files.index, *files.folder.glob(f"{files.name}.[0-9][0-9][0-9].faiss"))}
+    forget_derived(datastore.path, [files.metadata.name, *old])
     files.metadata.unlink(missing_ok=True)
     shutil.rmtree(files.codes, ignore_errors=True)  # of the index that is replaced
-    for old in (files.index, *files.folder.glob(f"{files.name}.[0-9][0-9][0-9].faiss")):
-        old.unlink(missing_ok=True)
     for finished, final in written.items():
-        replace_file(finished, final)
+        if finished.exists():
+            replace_file(finished, final)
     write_json(files.metadata, metadata)
-    record_derived(datastore.path, [files.metadata.name, *(final.name for final in written.values())])
+    for name in old - set(finals):
+        (files.folder / name).unlink(missing_ok=True)
+    record_derived(datastore.path, [files.metadata.name, *finals])
+    unfinished.states.remove()  # with it, of an index in parts, the trained one
+    return metadata
 
 
 def _write(index: faiss.Index, path: Path) -> None:

@@ -124,6 +124,12 @@ def download(remote: Remote, target: Path, size: int | None = None, checksum: st
     transfer.finish()
 
 
+def forget_part(target: Path) -> None:
+    """Remove what an interrupted download of ``target`` left."""
+    for end in (".part", ".part.version"):
+        target.with_name(target.name + end).unlink(missing_ok=True)
+
+
 class _Transfer:
     """A download under way: the part file, and how far it is.
 

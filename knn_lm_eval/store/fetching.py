@@ -17,16 +17,22 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from filelock import FileLock
-
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.store.datastore import Datastore
-from knn_lm_eval.store.download import download, hub_checksum, locate
+from knn_lm_eval.store.download import download, forget_part, hub_checksum, locate
 from knn_lm_eval.store.manifest import FORMAT, MALFORMED, MANIFEST, FileRecord, Manifest
-from knn_lm_eval.system.files import check_free_space, disk_errors_in, read_json, replace_file, sha256, write_json
+from knn_lm_eval.system.files import (
+    cache_root,
+    check_free_space,
+    disk_errors_in,
+    read_json,
+    replace_file,
+    sha256,
+    write_json,
+)
+from knn_lm_eval.system.locks import DAY, locked
 
 DATASTORE_VARIABLE = "KNN_LM_EVAL_DATASTORE"
-CACHE_VARIABLE = "KNN_LM_EVAL_CACHE"
 ORIGIN = "fetched.json"
 PLAIN_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")
 PUBLISHED_SUFFIXES = (".npy", ".index", ".indexed", ".pkl")
@@ -82,8 +88,8 @@ def fetch_datastore(address: str, output: str | Path | None = None) -> Path:
 
 def _fetch_manifest(address: str, pending: Path) -> dict[str, Any]:
     """Put the manifest there is now at ``pending``; returns its content."""
-    for name in (pending.name, f"{pending.name}.part"):  # of a run that was interrupted: there may be a newer one
-        pending.with_name(name).unlink(missing_ok=True)
+    pending.unlink(missing_ok=True)  # of a run that was interrupted: there may be a newer one
+    forget_part(pending)
     try:
         download(locate(address, MANIFEST), pending)
     except FileNotFoundError as error:
@@ -97,6 +103,8 @@ def _fetch_manifest(address: str, pending: Path) -> dict[str, Any]:
 def _fetch_missing(address: str, folder: Path, files: dict[str, FileRecord]) -> None:
     """Download the files that are not there, or not as they should be."""
     missing = {name: record for name, record in files.items() if not _is_there(folder / name, record)}
+    for name in files.keys() - missing.keys():
+        forget_part(folder / name)  # of a run that ended between the file's name and the part's last trace
     parts = (folder / f"{name}.part" for name in missing)
     have = sum(part.stat().st_size for part in parts if part.is_file())
     needed = sum(record["bytes"] for record in missing.values())
@@ -128,7 +136,9 @@ def fetch_files(addresses: Sequence[str], output: str | Path | None = None) -> P
             raise UserError(f"{name!r} cannot name a file of its own in {folder}; leave it out.")
     with _claimed(folder, list(addresses)):
         for address, name in zip(addresses, names, strict=True):
-            if not (folder / name).is_file():
+            if (folder / name).is_file():
+                forget_part(folder / name)
+            else:
                 remote = locate(address)
                 try:
                     download(remote, folder / name, None, hub_checksum(address, remote))
@@ -139,9 +149,8 @@ def fetch_files(addresses: Sequence[str], output: str | Path | None = None) -> P
 
 def cache_folder(address: str) -> Path:
     """Where what comes from ``address`` lies in the cache."""
-    cache = Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "knn_lm_eval").expanduser()
     readable = re.sub(r"[^A-Za-z0-9.-]+", "_", address.partition("://")[2].partition("?")[0])[:80].strip("_.")
-    return cache / "datastores" / f"{readable}-{hashlib.sha256(address.encode()).hexdigest()[:12]}"
+    return cache_root() / "datastores" / f"{readable}-{hashlib.sha256(address.encode()).hexdigest()[:12]}"
 
 
 @contextmanager
@@ -153,11 +162,11 @@ def _claimed(folder: Path, addresses: list[str]) -> Iterator[None]:
     """
     with disk_errors_in(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / ".lock"):
+        with locked(folder / ".lock", str(folder), seconds=DAY):
             if (folder / ORIGIN).is_file():
                 if (others := read_json(folder / ORIGIN).get("addresses")) != addresses:
                     raise UserError(f"{folder} holds what was fetched from {others}; choose another --output.")
-            elif any(path.name != ".lock" for path in folder.iterdir()):
+            elif any(path.name not in (".lock", f"{ORIGIN}.tmp") for path in folder.iterdir()):
                 raise UserError(f"{folder} holds files that were not fetched; choose another --output.")
             else:
                 write_json(folder / ORIGIN, {"addresses": addresses})

@@ -7,7 +7,8 @@ written them. ``files`` and what else is nested are plain dictionaries, as they 
 from __future__ import annotations
 
 import datetime
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
@@ -17,6 +18,7 @@ import numpy as np
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.system.checkpoints import PROGRESS
 from knn_lm_eval.system.files import read_json, sha256, write_json
+from knn_lm_eval.system.locks import locked
 
 FORMAT = "knn_lm_eval datastore"
 FORMAT_VERSION = 1
@@ -210,8 +212,26 @@ def record_derived(folder: Path, names: Iterable[str]) -> None:
     folder : the store's.
     names : the files' paths in it, with forward slashes.
     """
-    manifest = Manifest.read(folder)
-    replace(manifest, derived=manifest.derived | {name: file_record(folder / name) for name in names}).write(folder)
+    records = {name: file_record(folder / name) for name in names}
+    with _changing(folder) as manifest:
+        replace(manifest, derived=manifest.derived | records).write(folder)
+
+
+def forget_derived(folder: Path, names: Iterable[str]) -> None:
+    """Take files that are about to be replaced off the manifest's ``derived``, so that it never says what is not so."""
+    gone = set(names)
+    if gone.isdisjoint(Manifest.read(folder).derived):
+        return
+    with _changing(folder) as manifest:
+        derived = {name: record for name, record in manifest.derived.items() if name not in gone}
+        replace(manifest, derived=derived).write(folder)
+
+
+@contextmanager
+def _changing(folder: Path) -> Iterator[Manifest]:
+    """The manifest as it is, to be changed by one process at a time."""
+    with locked(folder / f".{MANIFEST}.lock", str(folder / MANIFEST)):
+        yield Manifest.read(folder)
 
 
 def checksums_of_derived(folder: Path, head: str, names: Iterable[str]) -> dict[str, str]:

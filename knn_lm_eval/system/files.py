@@ -15,6 +15,9 @@ import numpy as np
 from tqdm import tqdm
 
 from knn_lm_eval.errors import UserError
+from knn_lm_eval.system.locks import locked
+
+CACHE_VARIABLE = "KNN_LM_EVAL_CACHE"
 
 MOST_JSON_BYTES = 2**26
 
@@ -96,6 +99,17 @@ def check_free_space(folder: Path, needed: int, purpose: str) -> None:
         )
 
 
+def check_writable(file: Path) -> None:
+    """Raise UserError where ``file`` could not be written, before the work whose result it is; makes its folder."""
+    with disk_errors_in(file.parent):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        trial = file.with_name(f".{file.name}.{os.getpid()}.trial")
+        try:
+            trial.write_bytes(bytes(2**16))
+        finally:
+            trial.unlink(missing_ok=True)
+
+
 def check_new_folder(output: str | Path) -> Path:
     """The absolute path of a folder to be made; raises UserError where something is there already."""
     output = Path(os.path.abspath(output))  # "." has no name of its own
@@ -106,18 +120,51 @@ def check_new_folder(output: str | Path) -> Path:
 
 @contextmanager
 def finished_folder(output: Path) -> Iterator[Path]:
-    """A hidden folder beside ``output`` to write into, which takes its place when all went well; else it is removed."""
-    folder = output.with_name(f".{output.name}.unfinished")
+    """A hidden folder to write a new ``output`` into, as ``unfinished_folder``, by one process at a time.
+
+    Raises UserError where another process is at work on it, or finished it in the meantime.
+    """
     output.parent.mkdir(parents=True, exist_ok=True)
+    with locked(output.with_name(f".{output.name}.lock"), str(output)):
+        check_new_folder(output)
+        with unfinished_folder(output) as folder:
+            yield folder
+
+
+@contextmanager
+def unfinished_folder(output: Path) -> Iterator[Path]:
+    """A hidden folder beside ``output`` to write into, which takes its place when all went well; else it is removed.
+
+    Its name is always the same, so whoever calls this holds a lock.
+    """
+    folder = output.with_name(f".{output.name}.unfinished")
     shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
     folder.mkdir()
     try:
         yield folder
-        os.replace(folder, output)
-        fsync(output.parent)
+        for path in folder.rglob("*"):
+            if path.is_file() and not path.is_symlink():
+                fsync(path)
+        replace_folder(folder, output)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
+
+
+def replace_folder(finished: Path, final: Path) -> None:
+    """Put a finished folder in the place of ``final``; what was there goes when that is done."""
+    replaced = final.with_name(f".{final.name}.replaced")
+    if final.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+        os.replace(final, replaced)
+    os.replace(finished, final)
+    fsync(final.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def cache_root() -> Path:
+    """Where what can be made or fetched again is kept: ``$KNN_LM_EVAL_CACHE``, or ~/.cache/knn_lm_eval."""
+    return Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "knn_lm_eval").expanduser()
 
 
 @contextmanager

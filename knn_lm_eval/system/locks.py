@@ -13,8 +13,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from knn_lm_eval.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -39,6 +37,8 @@ def locked(path: Path, what: str, seconds: float | None = None) -> Iterator[None
     UserError
         Where the other process still holds it then.
     """
+    from filelock import FileLock, Timeout  # a tenth of a second, which commands that only read need not wait
+
     seconds = WAIT_SECONDS if seconds is None else seconds
     lock = FileLock(path)
     holder = _holder(path)

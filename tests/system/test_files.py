@@ -15,6 +15,7 @@ from knn_lm_eval.errors import UserError
 from knn_lm_eval.system.files import (
     check_free_space,
     check_new_folder,
+    check_writable,
     disk_errors_in,
     finished_folder,
     read_json,
@@ -105,3 +106,11 @@ def test_checksums_and_headers_are_the_usual_ones(tmp_path: Path) -> None:
     write_npy_header(longer, np.float16, (3_000_000_000, 2))
     assert len(longer.getvalue()) == len(file.getvalue())
     assert sha256(tmp_path / "a.npy") == hashlib.sha256((tmp_path / "a.npy").read_bytes()).hexdigest()
+
+
+def test_an_output_is_tried_before_the_work(tmp_path: Path) -> None:
+    check_writable(tmp_path / "new" / "params.json")
+    assert not list((tmp_path / "new").iterdir())
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="Cannot write to .*file"):
+        check_writable(tmp_path / "file" / "params.json")
