@@ -24,8 +24,9 @@ import numpy as np
 from tqdm import tqdm
 
 from knn_lm_eval.compiling import compiled
+from knn_lm_eval.errors import UserError
 from knn_lm_eval.search.faiss_index import split_parts
-from knn_lm_eval.store.datastore import Datastore
+from knn_lm_eval.store.datastore import Datastore, open_array
 from knn_lm_eval.store.index_files import IndexFiles, index_checksums
 from knn_lm_eval.system.files import check_free_space, disk_errors_in, read_json, replace_file, write_json
 
@@ -114,7 +115,13 @@ class CodeDistances:
         tables = CodeTables.of(part)
         assert tables is not None
         folder = IndexFiles(datastore.path, name).codes
-        arrays = {array: np.load(folder / f"{array}.npy", mmap_mode="r") for array in ARRAYS}
+        shapes = {"codes": (len(datastore), len(tables.codebooks))}
+        arrays = {
+            array: open_array(folder / f"{array}.npy", dtype, shapes.get(array, (len(datastore),)))
+            for array, dtype in ARRAYS.items()
+        }
+        if not (arrays["lists"].min() >= 0 and arrays["lists"].max() < len(tables.centroids)):
+            raise UserError(f"{folder / 'lists.npy'} is damaged: it has lists that do not exist; delete {folder}.")
         by_component = np.ascontiguousarray(tables.codebooks.transpose(0, 2, 1))  # [code bytes, width, 256]
         squared_norms = (tables.centroids**2).sum(1)  # [lists]
         base_offsets = squared_norms if tables.is_rabitq else np.zeros_like(squared_norms)
