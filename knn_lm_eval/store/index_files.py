@@ -85,6 +85,11 @@ def find_parts(datastore: Datastore, name: str = DEFAULT_INDEX) -> tuple[dict[st
         )
     runs = metadata.get("parts") or [{"start": 0, "stop": len(datastore), "bytes": metadata.get("bytes")}]
     paths = [files.part(number) for number in range(len(runs))] if "parts" in metadata else [files.index]
+    if "parts" in metadata and metadata.get("part_ids") not in ("relative", "absolute"):
+        raise UserError(
+            f"{files.metadata} is damaged: part_ids={metadata.get('part_ids')!r} is neither relative nor absolute; "
+            f"build the index again."
+        )
     relative, parts = metadata.get("part_ids") == "relative", []
     for path, run in zip(paths, runs, strict=True):
         if not path.is_file():

@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 from helpers.stores import make_store
 
+from knn_lm_eval.errors import UserError
 from knn_lm_eval.search.code_distances import CodeDistances
 from knn_lm_eval.search.indexing import build_index
 from knn_lm_eval.search.retriever import LocalRetriever
@@ -46,3 +48,14 @@ def test_codes_of_another_index_that_were_left_are_laid_out_anew(tmp_path: Path)
     build(store, 2)
     (tmp_path / "left").rename(store.path / "index.codes")
     assert wrong_by(store) < 1e-3
+
+
+def test_codes_name_lists_that_exist(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "store")
+    build(store, 1)
+    assert wrong_by(store) < 1e-3
+    lists = np.load(store.path / "index.codes" / "lists.npy", mmap_mode="r+")
+    lists[5] = 10**6
+    lists.flush()
+    with pytest.raises(UserError, match=r"lists.npy is damaged"):
+        wrong_by(store)
