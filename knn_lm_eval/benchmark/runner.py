@@ -25,6 +25,7 @@ from knn_lm_eval._startup import tasks_dir
 from knn_lm_eval.benchmark.matrix import Cell, Matrix
 from knn_lm_eval.benchmark.shared_pass import LoadedModel, ReadingEnds, SharedBaseLM, SharedLM, SharedPass
 from knn_lm_eval.errors import UserError
+from knn_lm_eval.model.knn_hf import KNNHF
 from knn_lm_eval.model.scoring import LMScorer
 from knn_lm_eval.system.files import disk_errors_in, unfinished_folder
 from knn_lm_eval.system.locks import locked
@@ -103,7 +104,9 @@ def run_matrix(matrix: Matrix, report: Callable[[Outcome], None]) -> list[Outcom
                     pending.append(cell)
                 else:
                     outcomes.tell(cell, "finished")
-            for group in _sharing(_open_cells(matrix, pending, loaded, outcomes)):
+            opened = _open_cells(matrix, pending, loaded, outcomes)
+            _warn_of_distances(opened)
+            for group in _sharing(opened):
                 _run_group(matrix, group, outcomes)
         del loaded
         gc.collect()
@@ -119,6 +122,25 @@ def _open_cells(matrix: Matrix, cells: Sequence[Cell], loaded: LoadedModel, outc
         except Exception as error:
             outcomes.tell(cell, "failed", error)
     return opened
+
+
+def _warn_of_distances(opened: Sequence[OpenedCell]) -> None:
+    """Warn where RetoMaton has other distances than kNN-LM over the same datastore."""
+    kinds: dict[tuple[str | None, bool], dict[str, OpenedCell]] = {}
+    for one in opened:
+        if isinstance(one.lm, KNNHF) and one.lm.settings["lmbda"] != 0:
+            walks = one.lm.augmentation.automaton is not None
+            kinds.setdefault((one.cell.datastore, walks), {})[one.lm.retriever.kind_of_distances] = one
+    for (datastore, walks), of_walks in kinds.items():
+        of_searches = kinds.get((datastore, False), {})
+        if walks and of_searches and of_walks.keys() != of_searches.keys():
+            logger.warning(
+                "%s has %s distances and %s %s ones: to compare them give both methods recompute_dists: true.",
+                next(iter(of_walks.values())).cell,
+                " and ".join(sorted(of_walks)),
+                next(iter(of_searches.values())).cell,
+                " and ".join(sorted(of_searches)),
+            )
 
 
 def _run_group(matrix: Matrix, group: Sequence[OpenedCell], outcomes: Outcomes) -> None:

@@ -1,4 +1,4 @@
-"""Draw perplexity against the datastore's size, from one forward pass and one search per text."""
+"""Draw perplexity against the datastore's size, from one forward pass per text."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--searched",
         type=int,
-        help="neighbours that the one search finds, of which a part keeps at most k (default: 4 k)",
+        help="neighbours that the first search finds; where a part has fewer than k, wider ones follow (default: 4 k)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the random choice of entries (default: %(default)s)")
     add_output(parser, "the folder for a JSON file per task")

@@ -71,6 +71,7 @@ def describe_store(retriever: Retriever) -> dict[str, Any]:
         },
         "index_factory": retriever.metadata["factory"],
         "index_bytes": retriever.metadata["bytes"],
+        "distances": retriever.kind_of_distances,
         "memory": _memory(retriever),
     }
 

@@ -152,6 +152,7 @@ def _add_rows(
         task.rows.append(row)
     for row in task.rows:
         _warn_of_differences(task, row)
+    _warn_of_distances(task)
     task.rows.sort(key=lambda row: not row.is_baseline)
 
 
@@ -163,6 +164,26 @@ def _warn_of_differences(task: TaskComparison, row: Row) -> None:
     if reference is not row:
         for difference in differences(row.result, reference.result, task.metric):
             _add(task.warnings, f"{row.label} and {reference.label} may not compare: {difference}")
+
+
+def _warn_of_distances(task: TaskComparison) -> None:
+    """Warnings where RetoMaton has other distances than kNN-LM over the same datastore, whatever the baseline is."""
+    for walk in task.rows:
+        for search in task.rows:
+            one, other = walk.result, search.result
+            if (
+                one.retomaton
+                and not other.retomaton
+                and one.distances
+                and other.distances
+                and one.distances != other.distances
+                and (one.model, one.datastore) == (other.model, other.datastore)
+            ):
+                _add(
+                    task.warnings,
+                    f"{walk.label} and {search.label} may not compare: {one.distances} and {other.distances} distances "
+                    f"(give both recompute_dists=True)",
+                )
 
 
 def differences(one: Result, other: Result, metric: str) -> list[str]:

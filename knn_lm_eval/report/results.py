@@ -34,6 +34,8 @@ class Result:
     date : seconds since 1970; 0 where unknown.
     limit, version, num_fewshot, documents, max_length, context_len, special_tokens : what must agree before two
         results can be compared; None where the file does not say.
+    retomaton : whether it is RetoMaton's.
+    distances : ``exact`` or ``approximate``; None without retrieval, or where the file does not say.
     tokens_per_second, saved_searches, retrieval_bytes : None where the file does not say. Speed is that of the
         whole run; bytes are those of index and values.
     """
@@ -55,6 +57,8 @@ class Result:
     max_length: int | None = None
     context_len: int | None = None
     special_tokens: str | None = None
+    retomaton: bool = False
+    distances: str | None = None
     tokens_per_second: float | None = None
     saved_searches: float | None = None
     retrieval_bytes: int | None = None
@@ -171,6 +175,8 @@ def _results(file: Path, content: dict[str, Any]) -> Iterator[Result]:
             max_length=content.get("max_length"),
             context_len=knn.get("context_len", 1 if kind == "hf" else None),
             special_tokens=None if tokens == [None] * 3 else json.dumps(tokens),
+            retomaton=bool(knn.get("retomaton")),
+            distances=knn.get("distances"),
             tokens_per_second=_tokens_per_second(knn),
             saved_searches=metrics.get("saved_searches", knn.get("saved_searches")),
             retrieval_bytes=knn["index_bytes"] + 4 * store["entries"] if "index_bytes" in knn else None,

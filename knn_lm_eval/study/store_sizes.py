@@ -1,9 +1,8 @@
-"""Perplexity with a part of the datastore, for parts of several sizes, from one forward pass and one search.
+"""Perplexity with a part of the datastore, for parts of several sizes, from one forward pass.
 
 A part is a random choice of entries, and smaller parts lie inside larger ones. One search finds the nearest entries
-of the whole store; a part's neighbours are those among them that belong to it, at most k. So a small part has fewer
-than k neighbours, the nearest ones (exactly these where the search is exact): the heaviest of those that a search in
-the part alone would find.
+of the whole store; a part's neighbours are the k nearest of those among them that belong to it. Where fewer belong to
+it, wider searches follow, for these tokens and this part, until there are k (or all of the store was searched).
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from knn_lm_eval.methods.mixture import knn_log_prob, mix, neighbour_log_weights
 from knn_lm_eval.model.knn_hf import KNNHF
 from knn_lm_eval.model.scores import Score, sum_up
 from knn_lm_eval.model.scoring import NEIGHBOURS_PER_BLOCK, PassageScorer
-from knn_lm_eval.search.retriever import Found
+from knn_lm_eval.search.retriever import Found, Retriever
 from knn_lm_eval.study.run import find_tasks, load_knn_hf, perplexity, score_tasks
 
 DEFAULT_SEED = 0
@@ -32,13 +31,17 @@ FRACTIONS = (0.01, 0.03, 0.1, 0.3, 1.0)
 
 @dataclass
 class SizePoint:
-    """A part of the store, and its sums over all that was scored; ``fraction`` 0 is the LM alone."""
+    """A part of the store, and its sums over all that was scored; ``fraction`` 0 is the LM alone.
+
+    ``neighbours`` are those that p_kNN is made of, ``searched`` those among which they were found.
+    """
 
     fraction: float
     entries: int
     log_prob: float = 0.0
     tokens: int = 0
     neighbours: int = 0
+    searched: int = 0
 
     @property
     def perplexity(self) -> float:
@@ -52,6 +55,7 @@ class SizePoint:
             "entries": self.entries,
             "token_perplexity": round(self.perplexity, 4),
             "mean_neighbours": round(self.neighbours / self.tokens, 1),
+            "mean_searched": round(self.searched / self.tokens, 1),
             "tokens": self.tokens,
         }
 
@@ -82,7 +86,7 @@ def store_sizes(
     model_args : as for ``KNNHF``; a part's neighbours are at most its ``k``.
     tasks : perplexity tasks.
     fractions : the parts' sizes, above 0 and at most 1.
-    searched : neighbours that the one search finds; None is 4 k.
+    searched : neighbours that the first search finds; None is 4 k.
     seed : of the choice of entries.
     metadata, limit : as for lm-eval: what tasks ask for; documents per task.
     """
@@ -105,7 +109,7 @@ class StoreSizeScorer(PassageScorer):
     ----------
     lm : a loaded ``knn-hf``, whose LM, retriever and mixture settings are used; a part has at most its k neighbours.
     fractions : the parts' sizes, above 0 and at most 1.
-    searched : neighbours that the one search finds, at least k, as None is.
+    searched : neighbours that the first search finds, at least k, as None is.
     seed : of the choice of entries.
     """
 
@@ -123,6 +127,7 @@ class StoreSizeScorer(PassageScorer):
         self._lmbda, self._knn_temp = lmbda, lm.augmentation.mixture.knn_temp
         self._k, self._seed = lm.retriever.k, seed
         self._retriever = lm.retriever.with_settings(k=searched)
+        self._widened: dict[tuple[int, int | None], Retriever] = {}
         count = len(lm.retriever.datastore)
         self._base = SizePoint(0.0, 0)
         self._parts = [SizePoint(fraction, round(fraction * count)) for fraction in sorted(set(fractions))]
@@ -133,7 +138,7 @@ class StoreSizeScorer(PassageScorer):
         return [self._base, *self._parts]
 
     def score_readings(self, readings: Sequence[Reading], want_greedy: bool) -> list[list[Score]]:
-        """Score batches with every part; the index is searched once."""
+        """Score batches with every part."""
         if want_greedy:
             raise UserError("Sizes are compared on tasks that score whole texts (perplexity), such as law.")
         return [scores for reading in readings for scores in self._score_sizes(reading)]
@@ -146,20 +151,50 @@ class StoreSizeScorer(PassageScorer):
         for start in range(0, len(rows), block):
             here = slice(start, start + block)
             queries = reading.queries[rows[here].to(reading.queries.device)]
-            self._add(self._retriever.search(queries), targets[here], base[here].double())
+            self._add(self._parts, self._retriever, queries, targets[here], base[here].double())
         self.tokens_scored += len(rows)
         for point in self.points:
             point.tokens = self.tokens_scored
         return sum_up(reading, base)
 
-    def _add(self, found: Found, targets: Tensor, base: Tensor) -> None:
-        """Add tokens to each part's sums."""
+    def _add(
+        self, parts: Sequence[SizePoint], retriever: Retriever, queries: Tensor, targets: Tensor, base: Tensor
+    ) -> None:
+        """Add tokens to the sums of some parts, by one search, and by wider ones for those that lack neighbours."""
+        found = retriever.search(queries)
+        empty = bool((found.entries < 0).any())
         positions = torch.from_numpy(positions_of_entries(found.entries.numpy(), self._seed))  # [tokens, searched]
-        for part in self._parts:
+        for part in parts:
             inside = (positions < part.fraction) & (found.entries >= 0)
             inside &= inside.cumsum(dim=-1) <= self._k
-            distances = found.distances.masked_fill(~inside, math.inf)
-            log_weights = neighbour_log_weights(distances, self._knn_temp, found.counts)
-            log_p_knn = knn_log_prob(log_weights, found.values, targets)
-            part.log_prob += float(mix(base, log_p_knn.double(), self._lmbda).sum())
-            part.neighbours += int(inside.sum())
+            lacking = inside.sum(dim=-1) < min(self._k, part.entries)  # [tokens]
+            wider = self._wider(retriever, empty) if lacking.any() else None
+            if wider is None:
+                lacking[:] = False
+            self._add_found(part, found, inside, targets, base, ~lacking)
+            if wider is not None:
+                (some,) = lacking.nonzero(as_tuple=True)
+                for few in some.split(max(1, NEIGHBOURS_PER_BLOCK // wider.k)):
+                    self._add([part], wider, queries[few.to(queries.device)], targets[few], base[few])
+
+    def _add_found(
+        self, part: SizePoint, found: Found, inside: Tensor, targets: Tensor, base: Tensor, tokens: Tensor
+    ) -> None:
+        """Add those of the ``tokens``, bool ``[n]``, to a part, by the neighbours that are ``inside`` of it."""
+        counts = None if found.counts is None else found.counts[tokens]
+        distances = found.distances.masked_fill(~inside, math.inf)[tokens]
+        log_weights = neighbour_log_weights(distances, self._knn_temp, counts)
+        log_p_knn = knn_log_prob(log_weights, found.values[tokens], targets[tokens])
+        part.log_prob += float(mix(base[tokens], log_p_knn.double(), self._lmbda).sum())
+        part.neighbours += int(inside[tokens].sum())
+        part.searched += int((found.entries[tokens] >= 0).sum())
+
+    def _wider(self, retriever: Retriever, empty: bool) -> Retriever | None:
+        """A retriever for twice the neighbours, and from twice the lists where those searched hold no more; None where
+        all of the store was searched."""
+        k, probe = retriever.k, retriever.probe
+        wider_k = min(2 * k, len(retriever.datastore))
+        wider_probe = 2 * probe if empty and probe is not None else probe
+        if (wider := self._widened.get((k, wider_probe))) is None:
+            wider = self._widened[k, wider_probe] = retriever.with_settings(k=wider_k, probe=wider_probe)
+        return None if (wider.k, wider.probe) == (k, probe) else wider

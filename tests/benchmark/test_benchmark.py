@@ -27,6 +27,8 @@ from knn_lm_eval.lm.loading import CausalHFLM
 from knn_lm_eval.make.clustering import cluster_kmeans
 from knn_lm_eval.make.dump import dump_datastore
 from knn_lm_eval.make.text import cut_into_documents
+from knn_lm_eval.report.comparison import compare
+from knn_lm_eval.report.results import read_folder
 from knn_lm_eval.search.indexing import build_index
 
 CHOICES = LOCAL_TASKS / "choose.jsonl"
@@ -141,6 +143,24 @@ def test_stores_of_other_keys_do_not_share_a_pass(content, tmp_path, store, lm, 
         assert set(run(matrix).values()) == {"done"}
         found.append(figures(matrix.output / matrix.cells[-1].folder)[1])
     assert [sample["filtered_resps"] for sample in found[0]] == [sample["filtered_resps"] for sample in found[1]]
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_distances_of_two_kinds_are_told(content, tmp_path, store, caplog, recompute: bool) -> None:
+    shutil.copytree(store.path, tmp_path / "store")
+    build_index(Datastore.open(tmp_path / "store"), "IVF16,PQ8x4fs", name="fs", quality_queries=0)
+    changes = {"index": "fs", "recompute_dists": recompute}
+    methods = {"base": METHODS["base"]} | {name: METHODS[name] | changes for name in ("knn", "retomaton")}
+    content |= {"datastores": {"topics": str(tmp_path / "store")}, "methods": methods, "tasks": {"law": {"limit": 3}}}
+    matrix = matrix_of(content, tmp_path)
+    with caplog.at_level("WARNING"):
+        assert set(run(matrix).values()) == {"done"}
+    assert ("give both methods recompute_dists: true" in caplog.text) == (not recompute)
+    results, _ = read_folder([matrix.output])
+    kinds = {result.method: result.distances for result in results}
+    assert kinds == {"base": None, "knn": "exact" if recompute else "approximate", "retomaton": "exact"}
+    (task,) = compare(results, "base").tasks
+    assert any("exact and approximate distances" in warning for warning in task.warnings) == (not recompute)
 
 
 def test_texts_are_read_once_for_all_methods_and_the_model_loaded_once(content, tmp_path, monkeypatch) -> None:

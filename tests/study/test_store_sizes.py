@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,11 +15,13 @@ import pytest
 from helpers.oracle import knn_lm_distributions
 from helpers.places import SCRIPTS, TASKS
 from helpers.tiny_model import EVAL_TEXT
+from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 
-from knn_lm_eval import KNNHF
+from knn_lm_eval import KNNHF, Datastore
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.make.pruning import positions_of_entries
+from knn_lm_eval.search.indexing import build_index
 from knn_lm_eval.study.store_sizes import StoreSizeScorer
 
 
@@ -32,11 +35,13 @@ def law(tmp_path: Path) -> TaskManager:
     return TaskManager(include_path=str(TASKS), include_defaults=False, metadata={"data_dir": str(tmp_path)})
 
 
-def test_a_part_of_the_store_is_a_store_of_its_entries(store, model_folder, tmp_path, monkeypatch) -> None:
+@pytest.mark.parametrize("searched", [20, 80, 10**9])
+def test_a_part_of_the_store_is_a_store_of_its_entries(
+    store, model_folder, tmp_path, monkeypatch, searched: int
+) -> None:
     monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda _: None)
     lm = KNNHF(str(model_folder), datastore=store.path, k=20, lmbda=0.4, knn_temp=3.0, batch_size=2)
-    # All are found, so that parts lack none.
-    scorer = StoreSizeScorer(lm, [0.1, 1.0], seed=3, searched=len(store))
+    scorer = StoreSizeScorer(lm, [0.1, 1.0], seed=3, searched=min(searched, len(store)))
     with lm.scored_by(scorer):
         lm_eval.simple_evaluate(
             model=lm, tasks=["law"], task_manager=law(tmp_path), bootstrap_iters=0, log_samples=False
@@ -84,7 +89,7 @@ def test_the_script_for_sizes_writes_what_the_report_draws(store, tmp_path) -> N
     assert process.returncode == 0, process.stderr
     content = json.loads((tmp_path / "sizes" / "law.json").read_text())
     assert [row["fraction"] for row in content["store_sizes"]] == [0.0, 0.05, 1.0]
-    assert content["store_sizes"][1]["mean_neighbours"] == pytest.approx(4, abs=1.5)  # of 80 that were found
+    assert content["store_sizes"][1]["mean_neighbours"] == 20 < 80 < content["store_sizes"][1]["mean_searched"]
     assert content["settings"]["searched"] == 80 and content["settings"]["seed"] == 0
 
 
@@ -95,3 +100,14 @@ def test_sizes_out_of_range_are_named(store, model_folder) -> None:
     walking = KNNHF(str(model_folder), datastore=store.path, k=20, retomaton=True)
     with pytest.raises(UserError, match="leave retomaton out"):
         StoreSizeScorer(walking, [0.5])
+
+
+def test_small_parts_have_k_neighbours_where_the_lists_searched_hold_fewer(store, model_folder, tmp_path) -> None:
+    shutil.copytree(store.path, tmp_path / "store")
+    build_index(Datastore.open(tmp_path / "store"), "IVF16,Flat", name="lists", quality_queries=0)
+    lm = KNNHF(str(model_folder), datastore=tmp_path / "store", index="lists", probe=1, k=20, lmbda=0.4, knn_temp=3.0)
+    scorer = StoreSizeScorer(lm, [0.02, 1.0])
+    with lm.scored_by(scorer):
+        lm.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (EVAL_TEXT[:90],), 0)])
+    assert [point.neighbours for point in scorer.points[1:]] == [20 * scorer.tokens_scored] * 2
+    assert scorer.points[1].searched > scorer.points[2].searched
