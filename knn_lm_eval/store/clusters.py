@@ -32,6 +32,7 @@ FORMAT = "knn_lm_eval clusters"
 FORMAT_VERSION = 1
 METADATA = "clusters.json"
 ARRAYS = ("cluster_of_entry", "member_starts", "members")
+BLOCK = 2**20  # numbers that are looked at together
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,8 @@ def _check_bounds(path: Path, arrays: dict[str, np.ndarray]) -> None:
         for name, least, beyond in (("cluster_of_entry", -1, clusters), ("members", 0, count))
         if len(arrays[name]) and not (least <= arrays[name].min() and arrays[name].max() < beyond)
     ]
-    if (starts[1:] < starts[:-1]).any():
+    blocks = (starts[begin : begin + BLOCK + 1] for begin in range(0, clusters, BLOCK))
+    if any((block[1:] < block[:-1]).any() for block in blocks):
         wrong.append("member_starts")
     if wrong:
         raise UserError(

@@ -21,7 +21,7 @@ from knn_lm_eval.make.text import cut_into_documents
 from knn_lm_eval.search.code_distances import ARRAYS as CODE_ARRAYS
 from knn_lm_eval.search.indexing import build_index
 from knn_lm_eval.store.clusters import FORMAT as CLUSTERS_FORMAT
-from knn_lm_eval.store.manifest import FORMAT, FORMAT_VERSION
+from knn_lm_eval.store.manifest import FORMAT, FORMAT_VERSION, file_record
 from knn_lm_eval.system.files import write_json
 
 VOCABULARY, MAX_LENGTH, BATCH_SIZE, K, ENTRIES = 256_000, 4096, 4, 1024, 4000
@@ -108,8 +108,7 @@ def make_large_store(folder: Path, keys: np.ndarray, index_file: bytes, count: i
         sparse_array(folder / "index.codes" / f"{name}.npy", dtype, shapes.get(name, (count,)))
     clusters = folder / "clusters" / "large"
     sparse_array(clusters / "cluster_of_entry.npy", np.int32, (count,), np.arange(near) // 10)
-    sparse_array(clusters / "member_starts.npy", np.int64, (count // 10 + 1,), np.arange(near // 10 + 1) * 10)
-    np.lib.format.open_memmap(clusters / "member_starts.npy", "r+")[-1] = count
+    np.save(clusters / "member_starts.npy", np.arange(count // 10 + 1, dtype=np.int64) * 10)
     sparse_array(clusters / "members.npy", np.int32, (count,), np.arange(near))
 
     # Entries to a header's count, and a list of the others after the first one.
@@ -127,11 +126,14 @@ def make_large_store(folder: Path, keys: np.ndarray, index_file: bytes, count: i
         file.write(struct.pack("<Q", code_bytes))
         file.truncate(file.tell() + code_bytes)
     index_bytes = (folder / "index.faiss").stat().st_size
-    write_json(folder / "index.codes" / "codes.json", {"keys_sha256": "keys", "index_bytes": index_bytes})
     metadata = {"keys_sha256": "keys", "sim_func": "l2", "factory": "IVF2,RaBitQfs", "bytes": index_bytes}
     write_json(folder / "index.json", metadata)
     files = {file.name: {"bytes": file.stat().st_size, "sha256": file.stem} for file in folder.glob("*.npy")}
-    shape = {"count": count, "dimension": DIMENSION}
+    # As recorded, so that files of so many bytes are not read for their checksums.
+    derived = {"index.json": file_record(folder / "index.json"), "index.faiss": {"bytes": index_bytes, "sha256": "i"}}
+    checksums = {name: record["sha256"] for name, record in derived.items()}
+    write_json(folder / "index.codes" / "codes.json", {"keys_sha256": "keys", "index_files": checksums})
+    shape = {"count": count, "dimension": DIMENSION, "derived": derived}
     write_json(folder / "manifest.json", {"format": FORMAT, "format_version": FORMAT_VERSION, **shape, "files": files})
     metadata = {"format": CLUSTERS_FORMAT, "format_version": 1, "keys_sha256": "keys", "num_clusters": count // 10}
     sizes = {file.name: file.stat().st_size for file in clusters.glob("*.npy")}
