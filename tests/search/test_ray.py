@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -91,13 +92,15 @@ def text_store(tmp_path_factory: pytest.TempPathFactory, store: Datastore) -> Da
 
 
 def kill_during_a_search(retriever: RayRetriever, monkeypatch: pytest.MonkeyPatch, number: int = 0) -> None:
-    """Have the shard die while its queries are on their way."""
+    """Have the shard die while its queries are on their way: it is stopped from now on, or it might answer before."""
     shards = retriever.shards
     ask = shards.ask
+    pid = ray.get(shards.actors[number].__ray_call__.remote(lambda _: os.getpid()))
+    os.kill(pid, signal.SIGSTOP)
 
     def kill_and_ask(calls: dict) -> dict:
         monkeypatch.setattr(shards, "ask", ask)
-        ray.kill(shards.actors[number], no_restart=False)
+        os.kill(pid, signal.SIGKILL)
         return ask(calls)
 
     monkeypatch.setattr(shards, "ask", kill_and_ask)
