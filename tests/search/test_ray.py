@@ -210,7 +210,7 @@ def test_a_shard_that_is_lost_for_good_ends_the_run(
         retriever.find(QUERIES)
 
 
-@pytest.mark.xfail(strict=False, reason="now and then Ray restarts the shard although all its CPUs are taken")
+@pytest.mark.xfail(strict=False, reason="often no error comes: the search succeeds; why is not known")
 def test_a_shard_without_a_place_ends_the_run(
     address: str, in_parts: Datastore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
