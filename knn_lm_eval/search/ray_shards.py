@@ -143,7 +143,7 @@ class Shards:
     ------
     UserError
         Where no cluster answers, a node does not see the datastore's folder, or, at any time, a shard is lost for
-        good or finds no place on a node within ``PLACE_SECONDS``.
+        good or does not start on a node in twice ``PLACE_SECONDS``.
     """
 
     def __init__(self, store: Path, index_name: str, parts: list[IndexPart], address: str) -> None:
@@ -224,7 +224,7 @@ class Shards:
         return answers
 
     def _check_there(self, numbers: Iterable[int]) -> None:
-        """Raise UserError where one of these shards has no place: on no node can Ray (re)start it."""
+        """Raise UserError where one of these shards is on no node: Ray has not (re)started it."""
         waiting = {self.actors[number].is_there.remote(): number for number in numbers}
         if not waiting:
             return
@@ -233,8 +233,8 @@ class Shards:
             self._get(waiting[reference], reference)
         if missing:
             raise UserError(
-                f"{self._name(waiting[missing[0]])}: there has been no free CPU on a node for it within "
-                f"{2 * PLACE_SECONDS:g} seconds; add nodes or free some, and run again."
+                f"{self._name(waiting[missing[0]])}: it has not started on any node within {2 * PLACE_SECONDS:g} "
+                f"seconds: none has a CPU for it, or they are too busy; see to the nodes, and run again."
             )
 
     def _get(self, number: int, reference: Any) -> Any:

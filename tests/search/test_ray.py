@@ -210,27 +210,15 @@ def test_a_shard_that_is_lost_for_good_ends_the_run(
         retriever.find(QUERIES)
 
 
-@pytest.mark.xfail(strict=False, reason="often no error comes: the search succeeds; why is not known")
-def test_a_shard_without_a_place_ends_the_run(
+def test_a_shard_that_does_not_start_again_in_time_ends_the_run(
     address: str, in_parts: Datastore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-
-    class Occupant:
-        def here(self) -> bool:
-            return True
-
     retriever = RayRetriever(in_parts, k=5, index="whole", address=address)
     expected = retriever.find(QUERIES)
-    occupants = [ray.remote(Occupant).options(num_cpus=1).remote() for _ in range(2)]
-    assert ray.get([occupant.here.remote() for occupant in occupants]) == [True, True]
     kill_during_a_search(retriever, monkeypatch)
-    monkeypatch.setattr(ray_shards, "PLACE_SECONDS", 1.0)
-    try:
-        with pytest.raises(UserError, match=r"whole\.faiss .*: there has been no free CPU on a node for it within 2 s"):
-            retriever.find(QUERIES)
-    finally:
-        for occupant in occupants:
-            ray.kill(occupant)
+    monkeypatch.setattr(ray_shards, "PLACE_SECONDS", 0.1)  # importing torch and faiss takes longer
+    with pytest.raises(UserError, match=r"whole\.faiss .*: it has not started on any node within 0\.2 seconds"):
+        retriever.find(QUERIES)
     monkeypatch.setattr(ray_shards, "PLACE_SECONDS", 60.0)
     np.testing.assert_array_equal(retriever.find(QUERIES)[0], expected[0])
     assert retriever.statistics.restarts == 1
