@@ -19,8 +19,10 @@ def parse_arguments() -> argparse.Namespace:
     add_output(parser, "the file for Markdown, CSV or LaTeX (default: print it)", required=False)
     parser.add_argument("--report", type=Path, help="write a page with tables and charts to this HTML file as well")
     parser.add_argument("--no_published", action="store_true", help="leave out published figures")
-    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (default: %(default)s)")
-    parser.add_argument("--resamples", type=int, default=10_000, help="of the bootstrap (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the draws (default: %(default)s)")
+    parser.add_argument(
+        "--resamples", type=int, default=10_000, help="draws for intervals and p (default: %(default)s)"
+    )
     parser.add_argument("--confidence", type=float, default=0.95, help="of the intervals (default: %(default)s)")
     return parser.parse_args()
 

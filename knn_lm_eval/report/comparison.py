@@ -12,13 +12,12 @@ from typing import Any
 import numpy as np
 
 from knn_lm_eval.errors import UserError
-from knn_lm_eval.report.bootstrap import (
+from knn_lm_eval.report.intervals import (
     DEFAULT_RESAMPLES,
     DEFAULT_SEED,
     TRANSFORMS,
     Interval,
-    Transform,
-    paired_bootstrap,
+    paired_interval,
 )
 from knn_lm_eval.report.published_figures import PUBLISHED_FIGURES, PublishedFigure
 from knn_lm_eval.report.results import Result
@@ -95,7 +94,7 @@ def compare(
         baseline; an LM without one takes the only one that there is.
     metric : for all tasks that have it; None chooses for each task.
     published : add published figures for the tasks at hand.
-    seed, resamples, confidence : of the bootstrap.
+    seed, resamples, confidence : of intervals and p-values.
 
     Raises
     ------
@@ -136,7 +135,7 @@ def _check_baseline(results: Sequence[Result], baseline: str) -> None:
 def _add_rows(
     task: TaskComparison, labelled: Sequence[tuple[str, Result]], baseline: str | None, draws: dict[str, Any]
 ) -> None:
-    """Each result beside its baseline, the baselines first; ``draws`` are settings of the bootstrap."""
+    """Each result beside its baseline, the baselines first; ``draws`` are settings of the intervals."""
     baselines = [result for _, result in labelled if baseline is not None and _is_baseline(result, baseline)]
     for label, result in labelled:
         row = Row(label, result, result.metrics[task.metric])
@@ -213,13 +212,13 @@ def differences(one: Result, other: Result, metric: str) -> list[str]:
     return reasons
 
 
-def document_values(result: Result, metric: str) -> tuple[dict[tuple[int, str], list[float]], Transform] | None:
+def document_values(result: Result, metric: str) -> tuple[dict[tuple[int, str], list[float]], str] | None:
     """How a metric comes about from its documents; None where samples are missing, or where it is no mean of them.
 
     Returns
     -------
     values : what each document contributes, [a, b] by its number and hash.
-    transform : the metric as a function of sum a / sum b.
+    aggregation : the metric as a function of sum a / sum b, by its name in ``TRANSFORMS``.
     """
     name, _, filter_name = metric.partition(",")
     values = {}
@@ -236,11 +235,11 @@ def document_values(result: Result, metric: str) -> tuple[dict[tuple[int, str], 
         values[int(sample["doc_id"]), str(sample.get("doc_hash", ""))] = pair
     if not values:
         return None
-    transform = _transform(result, metric, np.array(list(values.values())).sum(axis=0))
-    return None if transform is None else (values, transform)
+    aggregation = _aggregation(result, metric, np.array(list(values.values())).sum(axis=0))
+    return None if aggregation is None else (values, aggregation)
 
 
-def _transform(result: Result, metric: str, sums: np.ndarray) -> Transform | None:
+def _aggregation(result: Result, metric: str, sums: np.ndarray) -> str | None:
     """What gives the reported figure from the sums ``[2]``: the files name the aggregation, but not always."""
     listed = result.aggregations.get(metric.partition(",")[0], "")
     for aggregation in dict.fromkeys([listed, *TRANSFORMS]):
@@ -249,7 +248,7 @@ def _transform(result: Result, metric: str, sums: np.ndarray) -> Transform | Non
             with np.errstate(over="ignore"):
                 value = float(transform(np.array(sums[0] / sums[1])))
             if math.isclose(value, result.metrics[metric], rel_tol=1e-6, abs_tol=1e-9):
-                return transform
+                return aggregation
     return None
 
 
@@ -259,7 +258,7 @@ def _interval(task: TaskComparison, result: Result, reference: Result, draws: di
     if found is None or found_of_reference is None:
         _add(task.notes, "no intervals where samples were not logged (--log_samples) or the metric is no mean of them")
         return None
-    (values, transform), (reference_values, _) = found, found_of_reference
+    (values, aggregation), (reference_values, _) = found, found_of_reference
     if values.keys() != reference_values.keys():
         _add(task.warnings, f"{result.method} and {reference.method} were run on other documents: no interval")
         return None
@@ -268,7 +267,17 @@ def _interval(task: TaskComparison, result: Result, reference: Result, draws: di
         return None
     documents = sorted(values)
     pairs, reference_pairs = (np.array([of[key] for key in documents]) for of in (values, reference_values))
-    return paired_bootstrap(pairs, reference_pairs, transform, **draws)
+    if not (np.isfinite(pairs).all() and np.isfinite(reference_pairs).all()):
+        _add(task.notes, f"no intervals: documents of {result.method} or {reference.method} have no finite score")
+        return None
+    interval = paired_interval(pairs, reference_pairs, aggregation, **draws)
+    if interval is None:
+        _add(task.notes, "no intervals: one document only that is not empty")
+    elif interval.p_value is None:
+        _add(
+            task.notes, f"no p: with {len(documents)} documents not even the clearest difference could have a small one"
+        )
+    return interval
 
 
 def _add(sentences: list[str], sentence: str) -> None:

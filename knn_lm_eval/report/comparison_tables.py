@@ -55,8 +55,8 @@ def detail_table(comparison: Comparison, task: TaskComparison) -> Table:
     notes += [f"{note[0].upper()}{note[1:]}." for note in task.notes]
     if any(row.interval is not None for row in task.rows):
         notes.append(
-            f"Intervals and p: paired bootstrap over documents, {comparison.resamples:,} resamples, "
-            f"seed {comparison.seed}."
+            "Intervals over documents: jackknife and bootstrap-t; p: exchange of the methods in documents; "
+            f"{comparison.resamples:,} draws, seed {comparison.seed}."
         )
     if sources:
         listed = "; ".join(f"[{number}] {source}" for source, number in sources.items())
@@ -95,7 +95,7 @@ def as_csv(comparison: Comparison) -> str:
     for task in comparison.tasks:
         for row in task.rows:
             result, interval = row.result, row.interval
-            bounds = [interval.low, interval.high, interval.p_value] if interval else ["", "", ""]
+            bounds = [interval.low, interval.high, _blank(interval.p_value)] if interval else ["", "", ""]
             writer.writerow(
                 [task.task, task.metric, result.model, result.datastore, result.method, row.value]
                 + [comparison.baseline or "", "" if row.difference is None else row.difference, *bounds]
@@ -130,8 +130,8 @@ def _signed(value: float, task: TaskComparison) -> str:
     return f"{value:+,.{_decimals(task)}f}".replace("-", MINUS)
 
 
-def _p(value: float) -> str:
-    return "<0.001" if value < 0.001 else f"{value:.3f}"
+def _p(value: float | None) -> str:
+    return "-" if value is None else "<0.001" if value < 0.001 else f"{value:.3f}"
 
 
 def _interval(row: Row, task: TaskComparison) -> str:

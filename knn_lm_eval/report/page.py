@@ -70,7 +70,7 @@ def report_page(comparison: Comparison, others: Sequence[dict[str, Any]], grids:
     sections += [section for section in found if section.charts or section.token_views]
     baseline = f"Baseline: {comparison.baseline}. " if comparison.baseline else ""
     counted = "1 task" if len(comparison.tasks) == 1 else f"{len(comparison.tasks)} tasks"
-    subtitle = f"{baseline}{counted}, bootstrap seed {comparison.seed}."
+    subtitle = f"{baseline}{counted}, seed {comparison.seed}."
     return render("report.html.j2", title=title, subtitle=subtitle, sections=sections, warning=WARNING)
 
 

@@ -19,9 +19,9 @@ from helpers.places import SCRIPTS
 from helpers.results import documents, knn_config, write_results
 
 from knn_lm_eval.errors import UserError
-from knn_lm_eval.report.bootstrap import TRANSFORMS, paired_bootstrap
 from knn_lm_eval.report.comparison import compare, differences
 from knn_lm_eval.report.comparison_tables import as_csv, tables_of
+from knn_lm_eval.report.intervals import TRANSFORMS, paired_interval
 from knn_lm_eval.report.results import read_folder
 from knn_lm_eval.report.tables import as_latex, as_markdown
 
@@ -30,8 +30,8 @@ def test_the_interval_of_a_mean_is_the_normal_one() -> None:
     generator = np.random.default_rng(1)
     ours, baseline = generator.normal(0.6, 1, 2000), generator.normal(0.5, 1, 2000)
     ones = np.ones_like(ours)
-    interval = paired_bootstrap(
-        np.stack([ours, ones], axis=1), np.stack([baseline, ones], axis=1), TRANSFORMS["mean"], resamples=20_000
+    interval = paired_interval(
+        np.stack([ours, ones], axis=1), np.stack([baseline, ones], axis=1), "mean", resamples=20_000
     )
     difference, error = np.mean(ours - baseline), np.std(ours - baseline) / math.sqrt(2000)
     assert interval.difference == pytest.approx(difference)
@@ -44,7 +44,7 @@ def test_the_interval_of_a_mean_is_the_normal_one() -> None:
 def test_the_interval_of_a_ratio_is_scipys(aggregation: str) -> None:
     ours, baseline = documents(150, 0.1)
     transform = TRANSFORMS[aggregation]
-    interval = paired_bootstrap(ours, baseline, transform, resamples=20_000, confidence=0.9)
+    interval = paired_interval(ours, baseline, aggregation, resamples=20_000, confidence=0.9)
 
     def statistic(a: np.ndarray, b: np.ndarray, c: np.ndarray, axis: int) -> np.ndarray:
         return transform(a.sum(axis) / b.sum(axis)) - transform(c.sum(axis) / b.sum(axis))
@@ -65,24 +65,23 @@ def test_the_interval_of_a_ratio_is_scipys(aggregation: str) -> None:
 
 def test_the_p_value_agrees_with_the_interval_and_is_uniform_under_no_difference() -> None:
     for shift in (0.0, 0.02, 0.04, 0.08):
-        interval = paired_bootstrap(*documents(80, shift), TRANSFORMS["weighted_perplexity"], resamples=4000)
+        interval = paired_interval(*documents(80, shift), "weighted_perplexity", resamples=4000)
         assert (interval.p_value < 0.05) == (not interval.low <= 0 <= interval.high)
     p_values = [
-        paired_bootstrap(*documents(60, 0.0, seed), TRANSFORMS["bits_per_byte"], resamples=400).p_value
-        for seed in range(1, 301)
+        paired_interval(*documents(60, 0.0, seed), "bits_per_byte", resamples=400).p_value for seed in range(1, 301)
     ]
     assert scipy.stats.kstest(p_values, "uniform").pvalue > 0.001
     same = documents(20, 0.1)[0]
-    assert paired_bootstrap(same, same, TRANSFORMS["mean"], resamples=100).p_value == 1
+    assert paired_interval(same, same, "mean", resamples=100).p_value == 1
 
 
 def test_the_same_seed_gives_the_same_figures_in_blocks_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
     data = documents(50, 0.1)
-    first = paired_bootstrap(*data, TRANSFORMS["weighted_perplexity"], resamples=500, seed=3)
-    assert first == paired_bootstrap(*data, TRANSFORMS["weighted_perplexity"], resamples=500, seed=3)
-    monkeypatch.setattr("knn_lm_eval.report.bootstrap.DRAWN_AT_ONCE", 333)
-    assert first == paired_bootstrap(*data, TRANSFORMS["weighted_perplexity"], resamples=500, seed=3)
-    assert first != paired_bootstrap(*data, TRANSFORMS["weighted_perplexity"], resamples=500, seed=4)
+    first = paired_interval(*data, "weighted_perplexity", resamples=500, seed=3)
+    assert first == paired_interval(*data, "weighted_perplexity", resamples=500, seed=3)
+    monkeypatch.setattr("knn_lm_eval.report.intervals.DRAWN_AT_ONCE", 333)
+    assert first == paired_interval(*data, "weighted_perplexity", resamples=500, seed=3)
+    assert first != paired_interval(*data, "weighted_perplexity", resamples=500, seed=4)
 
 
 # ------------------------------------------------------------------------------------------------------ files
@@ -106,7 +105,7 @@ def test_differences_intervals_and_costs_from_files(folder: Path) -> None:
     assert (knn.value, base.value) == pytest.approx(tuple(perplexities))
     assert base.is_baseline and base.difference is None
     assert knn.difference == pytest.approx(perplexities[0] - perplexities[1])
-    assert knn.interval == paired_bootstrap(ours, baseline, TRANSFORMS["weighted_perplexity"], resamples=2000)
+    assert knn.interval == paired_interval(ours, baseline, "weighted_perplexity", resamples=2000)
     assert knn.label == "kNN-LM k=1024 lmbda=0.25 knn_temp=1.0"
     assert knn.result.tokens_per_second == 400 and knn.result.retrieval_bytes == 3 * 2**20 + 4000
     assert not task.warnings and not task.notes
@@ -258,7 +257,7 @@ def test_tables_in_every_format(folder: Path) -> None:
     knn = comparison.tasks[0].rows[1]
     assert table.rows[1][:2] == ["kNN-LM k=1024 lmbda=0.25 knn_temp=1.0", f"{knn.value:.2f}"]
     assert table.rows[1][2] == f"{knn.difference:+.2f}".replace("-", "−")
-    assert table.rows[1][4] == "0.002" and table.marked == {2, 3, 4}
+    assert table.rows[1][4] == "<0.001" and table.marked == {2, 3, 4}
     markdown = as_markdown([table]).splitlines()
     rows = [line for line in markdown if line.startswith("|")]
     assert len(rows) == 7 and len({len(line) for line in rows}) == 1  # a grid

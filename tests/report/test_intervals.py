@@ -1,0 +1,69 @@
+"""Intervals and p-values: how often they are right on texts made up, and against closed forms and all exchanges."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import scipy.stats
+from helpers.interval_coverage import coverage, level
+from helpers.results import documents
+
+from knn_lm_eval.report.intervals import TRANSFORMS, paired_interval, student_t
+
+
+@pytest.mark.parametrize("lengths", ["equal", "unequal"])
+@pytest.mark.parametrize("count", [2, 5, 12, 50])
+def test_intervals_hold_the_truth_as_often_as_they_say(count: int, lengths: str) -> None:
+    runs = 200
+    held = round(runs * coverage(count, "normal", lengths, runs, seed=5))
+    assert scipy.stats.binom.cdf(held, runs, 0.95) > 0.002
+
+
+@pytest.mark.parametrize("lengths", ["equal", "unequal"])
+@pytest.mark.parametrize("count", [2, 5, 6, 12, 50])
+def test_p_is_small_where_nothing_is_to_be_found_as_seldom_as_it_says(count: int, lengths: str) -> None:
+    runs = 200
+    found = round(runs * level(count, "skewed", lengths, runs, seed=5))
+    assert scipy.stats.binom.sf(found - 1, runs, 0.05) > 0.002
+
+
+def test_no_p_where_it_could_not_be_small() -> None:
+    assert [paired_interval(*documents(count, 0.2), "mean").p_value is None for count in (2, 5, 6)] == [
+        True,
+        True,
+        False,
+    ]
+    assert paired_interval(*documents(5, 0.2), "mean", confidence=0.9).p_value is not None
+
+
+@pytest.mark.parametrize("resamples", [1024, 100_000])
+def test_p_of_few_documents_counts_all_exchanges(resamples: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("knn_lm_eval.report.intervals.DRAWN_AT_ONCE", 777)
+    pairs = documents(10, 0.05, seed=2)
+
+    def difference(exchanged: tuple[bool, ...]) -> float:
+        swapped = np.array(exchanged)[:, None]
+        (a, b), (c, d) = (np.where(swapped, pairs[1 - m], pairs[m]).sum(axis=0) for m in (0, 1))
+        return TRANSFORMS["weighted_perplexity"](a / b) - TRANSFORMS["weighted_perplexity"](c / d)
+
+    differences = np.abs([difference(exchanged) for exchanged in itertools.product((False, True), repeat=10)])
+    expected = (differences >= differences[0] * (1 - 1e-9)).mean()
+    assert paired_interval(*pairs, "weighted_perplexity", resamples=resamples).p_value == expected
+    drawn = paired_interval(*pairs, "weighted_perplexity", resamples=1000).p_value
+    assert drawn == pytest.approx(expected, abs=0.05) and drawn != expected
+
+
+def test_documents_of_no_length_count_for_nothing() -> None:
+    ours, baseline = documents(8, 0.2)
+    with_empty = [np.insert(pairs, 3, 0.0, axis=0) for pairs in (ours, baseline)]
+    assert paired_interval(*with_empty, "weighted_perplexity") == paired_interval(ours, baseline, "weighted_perplexity")
+    assert paired_interval(*(pairs[2:4] for pairs in with_empty), "weighted_perplexity") is None
+
+
+def test_student_t_is_scipys() -> None:
+    for degrees in (1.0, 1.3, 2.0, 4.7, 39.0, 2000.0):
+        for confidence in (0.5, 0.9, 0.95, 0.99):
+            expected = scipy.stats.t.ppf((1 + confidence) / 2, degrees)
+            assert student_t(degrees, confidence) == pytest.approx(expected, rel=1e-4)
