@@ -15,14 +15,14 @@ import faiss
 import numpy as np
 import torch
 from faiss.contrib.evaluation import knn_intersection_measure
-from faiss.contrib.exhaustive_search import knn_ground_truth
 from tqdm import tqdm
 
 from knn_lm_eval.methods.mixture import knn_log_prob, neighbour_log_weights
-from knn_lm_eval.search.faiss_index import METRICS, inverted_file, search, set_probe
+from knn_lm_eval.search.exact import ExactSearch
+from knn_lm_eval.search.faiss_index import inverted_file, search, set_probe
 from knn_lm_eval.search.retriever import entry_counts
 from knn_lm_eval.store.datastore import Datastore
-from knn_lm_eval.store.key_stream import ADD_CHUNK, finite_keys, key_chunks
+from knn_lm_eval.store.key_stream import finite_keys
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ ENOUGH_OF_ERROR, ENOUGH_OF_P_KNN = 0.05, 0.01
 
 
 def search_exactly(datastore: Datastore, queries: np.ndarray, k: int, sim_func: str) -> tuple[np.ndarray, np.ndarray]:
-    """The ``k`` nearest of all keys, on all GPUs that faiss sees, or the CPU.
+    """The ``k`` nearest of all keys, on a GPU if torch has one; see ``ExactSearch``.
 
     Parameters
     ----------
@@ -45,11 +45,9 @@ def search_exactly(datastore: Datastore, queries: np.ndarray, k: int, sim_func: 
     distances : float32 ``[n, k]``, squared L2 or negated inner products.
     entries : int64 ``[n, k]``; none is -1.
     """
-    chunks = key_chunks(datastore.require_keys("exact search"))
-    number = -(-len(datastore) // ADD_CHUNK)
-    bar = tqdm(chunks, total=number, desc="Exact search to compare with", unit=" chunks")
-    scores, entries = knn_ground_truth(queries, bar, k, METRICS[sim_func])
-    return (-scores if sim_func == "dot" else scores), entries
+    keys = datastore.require_keys("exact search")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return ExactSearch(keys, sim_func, device).search(queries, k, progress=True)
 
 
 @dataclass(frozen=True)
