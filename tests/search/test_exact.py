@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from knn_lm_eval.errors import UserError
@@ -35,6 +35,7 @@ def check(keys: np.ndarray, queries: np.ndarray, k: int, sim_func: str) -> None:
     assert (np.diff(distances, axis=1) >= 0).all()
 
 
+@settings(deadline=None)  # compiles when it is first called
 @given(
     st.integers(1, 300),
     st.integers(1, 40),
