@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from knn_lm_eval.search.exact_distances import exact_distances
-from knn_lm_eval.store.key_stream import key_chunks
+from knn_lm_eval.store.key_stream import finite_keys
 
 BLOCK_BYTES = 2**23  # of keys as float32 at a time: what a CPU's caches hold
 SCORE_BYTES = 2**21  # of distances at a time
@@ -68,22 +68,24 @@ class ExactSearch:
         scale = GPU_FACTOR if self.device.type == "cuda" else 1
         block = max(candidates, scale * BLOCK_BYTES // (4 * self.keys.shape[1]))
         batch = max(1, scale * SCORE_BYTES // (4 * block))
-        chunks, total = key_chunks(self.keys, size=block), -(-len(self.keys) // block)
-        for number, chunk in enumerate(tqdm(chunks, "Searching all keys", total, unit=" blocks", disable=not progress)):
-            keys, halves = self._centred(chunk)
+        starts = range(0, len(self.keys), block)
+        for start in tqdm(starts, "Searching all keys", unit=" blocks", disable=not progress):
+            keys, halves = self._centred(start, start + block)
             for first in range(0, len(queries), batch):
                 rows = slice(first, first + batch)
                 # Half the squared distance but for what is the query's own; the negated product but for the same.
                 scores = torch.addmm(halves, centred[rows], keys.T, alpha=-1)  # [batch, block]
-                nearest.take(rows, scores, number * block)
+                nearest.take(rows, scores, start)
         return self._ranked(queries, nearest.entries.cpu().numpy(), k)
 
-    def _centred(self, chunk: np.ndarray) -> tuple[Tensor, Tensor]:
+    def _centred(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Centred keys ``[block, dimension]`` on the device, and half their squared lengths ``[block]`` (l2) or 0."""
-        keys = torch.from_numpy(chunk).to(self.device)
+        keys = torch.tensor(self.keys[start:stop]).to(self.device).float()
         keys -= self._centre.to(self.device)
-        halves = keys.square().sum(1) / 2 if self.sim_func == "l2" else keys.new_zeros(len(keys))
-        return keys, halves
+        halves = keys.square().sum(1) / 2
+        if not halves.isfinite().all():
+            finite_keys(self.keys[start:stop])  # says so
+        return keys, halves if self.sim_func == "l2" else torch.zeros_like(halves)
 
     def _ranked(self, queries: np.ndarray, entries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """The candidates' own distances, and the ``k`` first by them."""

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 
 from knn_lm_eval.compiling import compiled
 
@@ -29,13 +30,15 @@ def exact_distances(keys: np.ndarray, queries: np.ndarray, entries: np.ndarray, 
     """
     distances = np.full(entries.size, np.inf, dtype=np.float32)  # [n k]
     wanted = entries.ravel()  # [n k]
-    order = np.argsort(wanted, kind="stable")  # [n k]
+    order = np.argsort(wanted)  # [n k]
     order = order[np.searchsorted(wanted, 0, sorter=order) :]  # [filled slots]
     block = max(1, GATHER_BYTES // (keys.shape[1] * 4))
     for start in range(0, len(order), block):
         slots = order[start : start + block]  # [block]
-        unique, place = np.unique(wanted[slots], return_inverse=True)
-        vectors = keys[unique].astype(np.float32)  # [unique, dimension]
+        entry = wanted[slots]  # [block], ascending
+        is_first = np.diff(entry, prepend=-1) > 0  # [block]
+        vectors = torch.from_numpy(keys[entry[is_first]]).float().numpy()  # [unique, dimension]
+        place = np.cumsum(is_first) - 1  # [block]
         _fill(distances, slots, place, vectors, queries, entries.shape[1], sim_func == "dot")
     return distances.reshape(entries.shape)
 

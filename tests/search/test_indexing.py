@@ -248,7 +248,7 @@ def test_an_interrupted_build_resumes_to_the_same_index(tmp_path: Path, monkeypa
     def fail_after_some(keys: np.ndarray) -> np.ndarray:
         nonlocal calls
         calls += 1
-        if calls == (7 if factory == "Flat" else 10):  # Flat is not trained: while it is measured
+        if calls == (5 if factory == "Flat" else 10):  # Flat is not trained
             raise KeyboardInterrupt
         return original(keys)
 
