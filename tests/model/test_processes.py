@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from helpers.tiny_model import TRAIN_TEXT
 
 from knn_lm_eval import Datastore
 from knn_lm_eval.lm.loading import CausalHFLM
+from knn_lm_eval.search.indexing import build_index
 
 
 def evaluate(launcher: list[str], store: Datastore, data: Path, output: Path) -> tuple[dict, dict[str, list]]:
@@ -43,15 +45,28 @@ def evaluate(launcher: list[str], store: Datastore, data: Path, output: Path) ->
     return json.loads(results.read_text()), samples
 
 
+@pytest.fixture
+def stores_without_codes(store: Datastore, tmp_path: Path) -> list[Datastore]:
+    """Two alike, on which RetoMaton has not run yet: the first to do so lays codes out, each process it might be."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    shutil.copytree(store.path, first, ignore=shutil.ignore_patterns("*.codes"))
+    build_index(Datastore.open(first), "IVF16,PQ8", overwrite=True, quality_queries=0)
+    shutil.copytree(first, second)
+    return [Datastore.open(first), Datastore.open(second)]
+
+
 @pytest.mark.slow
-def test_two_processes_give_what_one_gives(store: Datastore, lm: CausalHFLM, tmp_path: Path) -> None:
+def test_two_processes_give_what_one_gives(
+    stores_without_codes: list[Datastore], lm: CausalHFLM, tmp_path: Path
+) -> None:
     # Five texts and four questions: the processes have different numbers of them.
     (tmp_path / "law").mkdir()
     lines = [TRAIN_TEXT[start : start + 90 + start // 10].replace("\n", " ") for start in range(0, 2500, 500)]
     (tmp_path / "law" / "test.en").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    alone, samples_alone = evaluate([], store, tmp_path, tmp_path / "one")
+    alone, samples_alone = evaluate([], stores_without_codes[0], tmp_path, tmp_path / "one")
     launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
-    together, samples_together = evaluate(launcher, store, tmp_path, tmp_path / "two")
+    together, samples_together = evaluate(launcher, stores_without_codes[1], tmp_path, tmp_path / "two")
+    assert all((store.path / "index.codes").is_dir() for store in stores_without_codes)
     assert set(samples_alone) == set(samples_together)
     for task, rows in samples_alone.items():
         assert [number for number, _ in rows] == [number for number, _ in samples_together[task]]
