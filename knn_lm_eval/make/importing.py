@@ -162,7 +162,7 @@ def _fill(
             "vocabulary": model["vocabulary"] if model else None,
         },
         fingerprint=model and _take_fingerprint(model["pretrained"], published, largest, *key),
-        files={name: file_record(folder / name) for name in names},
+        files={name: file_record(folder / name, published.key_dtype if name == RAW_KEYS else None) for name in names},
         created=now(),
         versions={"knn_lm_eval": __version__},
         order=ORDER_OF_IMPORTS,

@@ -349,7 +349,7 @@ def _build_part(
     store: Path, trained: Path, start: int, stop: int, part: Path, bar: tqdm | None = None
 ) -> dict[str, int]:
     """Write the part with the entries from ``start`` to ``stop``, numbered from 0; runs in a Ray task as well."""
-    keys = Datastore.open(store).require_keys("an index")
+    keys = Datastore.open(store, verify="never").require_keys("an index")
     index = faiss.read_index(str(trained))
     for added in _add_run(index, keys, start, stop):
         if bar is not None:
