@@ -242,6 +242,11 @@ def _changing(folder: Path) -> Iterator[Manifest]:
         yield Manifest.read(folder)
 
 
+def recorded_checksums(folder: Path) -> dict[str, str]:
+    """The SHA-256 that the manifest records of each file that was made from the store, by its path in it."""
+    return {name: record["sha256"] for name, record in Manifest.read(folder).derived.items() if "sha256" in record}
+
+
 def checksums_of_derived(folder: Path, head: str, names: Iterable[str]) -> dict[str, str]:
     """The SHA-256 of files that were made from the store, by their paths in it.
 

@@ -6,7 +6,7 @@ code and faiss follow numbers unseen, so what lets them is decided here, once pe
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
@@ -111,15 +111,17 @@ class Verification:
         self.mode, self.found = mode, dict[Path, str]()
 
     def check(self, files: Iterable[Expected]) -> None:
-        """Verify those files that this has not verified yet; raises UserError where one is not as expected."""
-        files = [file for file in files if file.path not in self.found]
+        """Verify files, each of which ``always`` reads once; raises UserError where one is not as expected."""
+        files = list(files)
         if self.mode == "never":
             self.found |= {file.path: NOT_VERIFIED for file in files}
             return
-        for finding in verify_files(files, self.mode == "always"):
+        again = {file.path for file in files if self.mode == "always" and file.path not in self.found}
+        for finding in verify_files(files, again):
             if finding.fault is not None:
                 raise UserError(finding.fault)
-            self.found[finding.file.path] = finding.how
+            if self.found.get(finding.file.path) != NOW:
+                self.found[finding.file.path] = finding.how
 
     def of_files(self, folder: Path) -> dict[str, str]:
         """How each file was verified, by its path in ``folder`` where it lies in it."""
@@ -129,20 +131,21 @@ class Verification:
         }
 
 
-def verify_files(files: Sequence[Expected], read_all: bool = False) -> list[Finding]:
+def verify_files(files: Sequence[Expected], again: Container[Path] = ()) -> list[Finding]:
     """Verify files that exist, with one bar for all.
 
     Parameters
     ----------
-    read_all : read also what was verified before.
+    again : those that are read though they were verified before.
     """
-    contents = {file: None if read_all else _enough(file) for file in files}
+    contents = {file: None if file.path in again else _enough(file) for file in files}
     unknown = [file for file, known_contents in contents.items() if known_contents is None]
     size = sum(file.path.stat().st_size for file in unknown)
     with _alone(size), _bar(size) as advance:
         for file in unknown:
-            # Another process may have read it while this one waited.
-            contents[file] = (None if read_all else _enough(file)) or examine(file.path, file.raw_dtype, advance)
+            if file.path not in again:  # another process may have read it while this one waited
+                contents[file] = _enough(file)
+            contents[file] = contents[file] or examine(file.path, file.raw_dtype, advance)
     findings = []
     for file in files:
         found = contents[file]
