@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,15 @@ from knn_lm_eval.make.dump import dump_datastore
 from knn_lm_eval.make.text import cut_into_documents
 from knn_lm_eval.search.indexing import build_index
 from knn_lm_eval.store.datastore import Datastore
+from knn_lm_eval.system.files import CACHE_VARIABLE
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A cache folder for this run alone: what was verified here is nobody else's business."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(CACHE_VARIABLE, str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -39,10 +39,10 @@ from knn_lm_eval.system.files import (
     check_free_space,
     disk_errors_in,
     replace_file,
-    write_json,
     write_npy_header,
 )
 from knn_lm_eval.system.locks import locked
+from knn_lm_eval.system.seals import write_sealed_json
 
 ENTRIES_PER_CLUSTER = 100  # on average, by default; Alon et al. 2022, figures 8 and 9
 
@@ -250,7 +250,7 @@ class UnfinishedClusters:
             "created": now(),
             "faiss": faiss.__version__,
         }
-        write_json(self.folder / METADATA, metadata)
+        write_sealed_json(self.folder / METADATA, metadata)
         record_derived(self._datastore.path, names)
         self.states.remove()
         return Clusters.open(self._datastore, self._name)

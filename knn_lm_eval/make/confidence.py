@@ -21,7 +21,8 @@ from knn_lm_eval.lm.loading import CausalHFLM
 from knn_lm_eval.lm.reading import Reader
 from knn_lm_eval.make.windows import Window, WindowSettings, batches, chunks, cut_windows, passages
 from knn_lm_eval.store.datastore import Datastore, open_array
-from knn_lm_eval.store.manifest import Manifest, WindowsRecord, record_derived
+from knn_lm_eval.store.manifest import Manifest, WindowsRecord, record_derived, recorded_checksums
+from knn_lm_eval.store.verification import Expected
 from knn_lm_eval.system.checkpoints import SavedStates
 from knn_lm_eval.system.files import check_free_space, disk_errors_in, replace_file, write_npy_header
 
@@ -64,7 +65,10 @@ def lm_log_probs(datastore: Datastore, load_lm: Callable[[], CausalHFLM]) -> np.
                 _write_log_probs(datastore, datastore.manifest.windows, load_lm, states, done)
             record_derived(datastore.path, [LOG_PROBS])
             states.remove()
-    return open_array(path, np.float32, (len(datastore),))
+    log_probs = open_array(path, np.float32, (len(datastore),))
+    remedy = f"delete it and take it off the manifest's derived files: {path.name} is made again"
+    datastore.verification.check([Expected(path, recorded_checksums(datastore.path).get(LOG_PROBS), remedy=remedy)])
+    return log_probs
 
 
 def _write_log_probs(

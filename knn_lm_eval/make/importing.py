@@ -39,9 +39,9 @@ from knn_lm_eval.system.files import (
     check_new_folder,
     disk_errors_in,
     finished_folder,
-    write_json,
     write_npy_header,
 )
+from knn_lm_eval.system.seals import write_sealed_json
 from knn_lm_eval.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -162,7 +162,7 @@ def _fill(
             "vocabulary": model["vocabulary"] if model else None,
         },
         fingerprint=model and _take_fingerprint(model["pretrained"], published, largest, *key),
-        files={name: file_record(folder / name) for name in names},
+        files={name: file_record(folder / name, published.key_dtype if name == RAW_KEYS else None) for name in names},
         created=now(),
         versions={"knn_lm_eval": __version__},
         order=ORDER_OF_IMPORTS,
@@ -278,7 +278,7 @@ def _import_index(store: Datastore, parts: list[PublishedPart], copy: bool) -> N
             {"start": part.start, "stop": part.stop, "bytes": target.stat().st_size}
             for part, target in zip(parts, targets, strict=True)
         ]
-    write_json(files.metadata, metadata)
+    write_sealed_json(files.metadata, metadata)
     record_derived(store.path, [files.metadata.name, *(target.name for target in targets)])
 
 

@@ -24,6 +24,7 @@ import numpy as np
 
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.search.faiss_index import inverted_file, read_index
+from knn_lm_eval.search.trial import try_first
 
 VALUE_DTYPES = {"knn-transformers": "int32", "knnlm-limits": "int32", "fairseq": "int64", "efficient-knnlm": "int64"}
 LAYOUTS = tuple(VALUE_DTYPES)
@@ -153,6 +154,8 @@ def _find_index(files: list[Path], values: Path, rest: str | None) -> list[tuple
 def _open_index(files: list[Path], values: Path, rest: str | None) -> tuple[list[PublishedPart], bool]:
     """The index's parts, opened, and whether it is one in parts."""
     paths = _find_index(files, values, rest)
+    for path, _, _ in paths:
+        try_first(path)
     index = [
         PublishedPart(path, opened := read_index(path), start or 0, opened.ntotal if stop is None else stop)
         for path, start, stop in paths

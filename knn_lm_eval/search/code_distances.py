@@ -33,6 +33,8 @@ from knn_lm_eval.errors import UserError
 from knn_lm_eval.search.faiss_index import split_parts
 from knn_lm_eval.store.datastore import Datastore, open_array
 from knn_lm_eval.store.index_files import IndexFiles, index_checksums
+from knn_lm_eval.store.verification import Expected, Limits
+from knn_lm_eval.system.file_contents import examine
 from knn_lm_eval.system.files import (
     CACHE_VARIABLE,
     cache_root,
@@ -40,9 +42,9 @@ from knn_lm_eval.system.files import (
     disk_errors_in,
     read_json,
     unfinished_folder,
-    write_json,
 )
 from knn_lm_eval.system.locks import DAY, locked
+from knn_lm_eval.system.seals import check_seal, write_sealed_json
 
 logger = logging.getLogger(__name__)
 
@@ -120,7 +122,7 @@ class CodeDistances:
         if tables is None or not all(_mean_the_same(parts[0][0], part) for part, _ in parts[1:]):
             return None
         folder = _find(datastore, name) or _lay_out(datastore, name, parts, tables)
-        return cls._map(folder, len(datastore), parts[0][0], tables)
+        return cls._map(folder, datastore, parts[0][0], tables)
 
     @classmethod
     def read(cls, datastore: Datastore, part: faiss.Index, name: str) -> CodeDistances:
@@ -136,18 +138,27 @@ class CodeDistances:
                 f"order; evaluate once where the datastore can be written to, or set {CACHE_VARIABLE} to a folder "
                 f"that all nodes share."
             )
-        return cls._map(folder, len(datastore), part, tables)
+        return cls._map(folder, datastore, part, tables)
 
     @classmethod
-    def _map(cls, folder: Path, count: int, part: faiss.Index, tables: CodeTables) -> CodeDistances:
-        """Map the files of ``count`` entries' codes; raises UserError where they are damaged."""
+    def _map(cls, folder: Path, datastore: Datastore, part: faiss.Index, tables: CodeTables) -> CodeDistances:
+        """Map the files of the entries' codes; raises UserError where they are damaged."""
+        count = len(datastore)
         shapes = {"codes": (count, len(tables.codebooks))}
         arrays = {
             array: open_array(folder / f"{array}.npy", dtype, shapes.get(array, (count,)))
             for array, dtype in ARRAYS.items()
         }
-        if not (arrays["lists"].min() >= 0 and arrays["lists"].max() < len(tables.centroids)):
-            raise UserError(f"{folder / 'lists.npy'} is damaged: it has lists that do not exist; delete {folder}.")
+        recorded = read_json(folder / IDENTITY).get("files", {})
+        datastore.verification.check(
+            Expected(
+                folder / f"{array}.npy",
+                recorded.get(f"{array}.npy"),
+                Limits(0, len(tables.centroids)) if array == "lists" else Limits(),
+                remedy=_remedy(folder),
+            )
+            for array in ARRAYS
+        )
         by_component = np.ascontiguousarray(tables.codebooks.transpose(0, 2, 1))  # [code bytes, width, 256]
         squared_norms = (tables.centroids**2).sum(1)  # [lists]
         base_offsets = squared_norms if tables.is_rabitq else np.zeros_like(squared_norms)
@@ -273,7 +284,14 @@ def _find(datastore: Datastore, name: str) -> Path | None:
 
 
 def _is_of(folder: Path, identity: dict[str, Any]) -> bool:
-    return (folder / IDENTITY).is_file() and read_json(folder / IDENTITY) == identity
+    if not (folder / IDENTITY).is_file():
+        return False
+    said = check_seal(folder / IDENTITY, read_json(folder / IDENTITY), _remedy(folder))
+    return {name: value for name, value in said.items() if name != "files"} == identity
+
+
+def _remedy(folder: Path) -> str:
+    return f"delete the folder {folder}, which is made again when it is needed"
 
 
 def _lay_out(datastore: Datastore, name: str, parts: list[tuple[faiss.Index, int]], tables: CodeTables) -> Path:
@@ -285,7 +303,8 @@ def _lay_out(datastore: Datastore, name: str, parts: list[tuple[faiss.Index, int
             if not _is_of(folder, identity):
                 with unfinished_folder(folder) as unfinished:
                     _write(unfinished, datastore, parts, tables)
-                    write_json(unfinished / IDENTITY, identity)
+                    files = {f"{array}.npy": examine(unfinished / f"{array}.npy").sha256 for array in ARRAYS}
+                    write_sealed_json(unfinished / IDENTITY, identity | {"files": files})
         return folder
 
     beside, cached = _places(datastore, name, identity)

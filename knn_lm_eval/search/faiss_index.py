@@ -16,8 +16,10 @@ import faiss  # noqa: E402
 
 from knn_lm_eval.errors import UserError  # noqa: E402
 from knn_lm_eval.search.mapped_lists import read_with_mapped_lists  # noqa: E402
+from knn_lm_eval.search.trial import try_first  # noqa: E402
 from knn_lm_eval.store.datastore import Datastore  # noqa: E402
-from knn_lm_eval.store.index_files import DEFAULT_INDEX, IndexFiles, find_parts  # noqa: E402
+from knn_lm_eval.store.index_files import DEFAULT_INDEX, IndexFiles, IndexPart, find_parts  # noqa: E402
+from knn_lm_eval.store.verification import NO_CHECKSUM  # noqa: E402
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +53,7 @@ def open_index(datastore: Datastore, name: str = DEFAULT_INDEX) -> tuple[faiss.I
     UserError
         Where there is none, it is damaged, or it was built for other keys.
     """
-    metadata, parts = find_parts(datastore, name)
+    metadata, parts = find_readable_parts(datastore, name)
     opened = [read_index(part.path) for part in parts]
     index = join_parts(opened, metadata.get("part_ids") == "relative") if "parts" in metadata else opened[0]
     if index.ntotal != len(datastore) or index.d != datastore.dimension:
@@ -66,6 +68,50 @@ def open_index(datastore: Datastore, name: str = DEFAULT_INDEX) -> tuple[faiss.I
             held >> 20,
         )
     return index, metadata
+
+
+def find_readable_parts(datastore: Datastore, name: str) -> tuple[dict[str, Any], list[IndexPart]]:
+    """As ``find_parts``; what has no checksum was read by a child process first, so that faiss can read all here."""
+    metadata, parts = find_parts(datastore, name)
+    for part in parts:
+        if datastore.verification.found[part.path] == NO_CHECKSUM:
+            try_first(part.path, len(datastore) - part.first_id)
+    return metadata, parts
+
+
+def try_index(path: Path, entries: int | None) -> None:
+    """Read and search the index file ``path``, in a process that may die of it.
+
+    Parameters
+    ----------
+    entries : how many entries the file may name; None where that is not known.
+
+    Raises
+    ------
+    UserError
+        Where faiss cannot read it, or it names others.
+    """
+    index = read_index(path)
+    search(index, np.zeros((1, index.d), dtype=np.float32), 1)
+    if entries is not None and index.ntotal and (beyond := _largest_id(index)) >= entries:
+        raise UserError(f"The index {path} is damaged: it names entry {beyond:,} of {entries:,}; build it again.")
+
+
+def _largest_id(index: faiss.Index) -> int:
+    """The largest number that an index, or what it is over, has for an entry; a negative one counts as beyond all."""
+    library: Any = faiss
+    ids = [np.array([index.ntotal - 1], dtype=np.int64)]
+    with suppress(RuntimeError):
+        ivf: Any = faiss.extract_index_ivf(index)
+        lists = range(ivf.nlist)
+        ids = [
+            faiss.rev_swig_ptr(ivf.invlists.get_ids(number), size)
+            for number in lists
+            if (size := ivf.invlists.list_size(number))
+        ]
+    if isinstance(index, library.IndexIDMap):
+        ids = [faiss.vector_to_array(index.id_map)]
+    return max((int(some.view(np.uint64).max()) for some in ids), default=-1)
 
 
 def read_index(path: Path) -> faiss.Index:

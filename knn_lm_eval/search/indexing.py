@@ -37,9 +37,10 @@ from knn_lm_eval.store.index_files import DEFAULT_INDEX, IndexFiles
 from knn_lm_eval.store.key_stream import key_chunks, keys_of
 from knn_lm_eval.store.manifest import forget_derived, record_derived
 from knn_lm_eval.system.checkpoints import SavedStates
-from knn_lm_eval.system.files import check_free_space, disk_errors_in, replace_file, write_json
+from knn_lm_eval.system.files import check_free_space, disk_errors_in, replace_file
 from knn_lm_eval.system.locks import locked
 from knn_lm_eval.system.ray_cluster import run_tasks
+from knn_lm_eval.system.seals import write_sealed_json
 
 logger = logging.getLogger(__name__)
 
@@ -349,7 +350,7 @@ def _build_part(
     store: Path, trained: Path, start: int, stop: int, part: Path, bar: tqdm | None = None
 ) -> dict[str, int]:
     """Write the part with the entries from ``start`` to ``stop``, numbered from 0; runs in a Ray task as well."""
-    keys = Datastore.open(store).require_keys("an index")
+    keys = Datastore.open(store, verify="never").require_keys("an index")
     index = faiss.read_index(str(trained))
     for added in _add_run(index, keys, start, stop):
         if bar is not None:
@@ -374,7 +375,7 @@ def _install(
     for finished, final in written.items():
         if finished.exists():
             replace_file(finished, final)
-    write_json(files.metadata, metadata)
+    write_sealed_json(files.metadata, metadata)
     for name in old - set(finals):
         (files.folder / name).unlink(missing_ok=True)
     record_derived(datastore.path, [files.metadata.name, *finals])

@@ -108,7 +108,7 @@ class Shard:
             )
         faiss.omp_set_num_threads(self.threads)
         torch.set_num_threads(self.threads)
-        return Datastore.open(self.store)
+        return Datastore.open(self.store, verify="never")  # the driver did
 
     @cached_property
     def _index(self) -> faiss.Index:

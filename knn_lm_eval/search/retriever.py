@@ -25,6 +25,7 @@ from knn_lm_eval.search.faiss_index import (
     DEFAULT_PROBE,
     bytes_held,
     check_gpu_k,
+    find_readable_parts,
     inverted_file,
     open_index,
     probe_parameters,
@@ -34,7 +35,7 @@ from knn_lm_eval.search.faiss_index import (
     vectors_compared,
 )
 from knn_lm_eval.store.datastore import Datastore
-from knn_lm_eval.store.index_files import DEFAULT_INDEX, find_parts
+from knn_lm_eval.store.index_files import DEFAULT_INDEX
 from knn_lm_eval.system.timing import now
 
 AnyRetriever = TypeVar("AnyRetriever", bound="Retriever")
@@ -153,7 +154,7 @@ class Retriever(ABC):
         gpu: bool = False,
     ) -> None:
         self.datastore, self.index_name = datastore, index_name
-        self.metadata, self.parts = find_parts(datastore, index_name)
+        self.metadata, self.parts = find_readable_parts(datastore, index_name)
         index_sim_func = self.metadata["sim_func"]
         wanted = self.metadata.get("probe") or DEFAULT_PROBE if probe is None else probe
         settings = SearchSettings(k, wanted, sim_func or index_sim_func, recompute_dists, gpu)

@@ -23,16 +23,18 @@ import numpy as np
 
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.store.datastore import Datastore
-from knn_lm_eval.store.manifest import checksums_of_derived
+from knn_lm_eval.store.manifest import checksums_of_derived, recorded_checksums
 from knn_lm_eval.store.names import check_plain_name
+from knn_lm_eval.store.verification import Expected, Limits
 from knn_lm_eval.system.checkpoints import PROGRESS
 from knn_lm_eval.system.files import read_json
+from knn_lm_eval.system.seals import check_seal
 
 FORMAT = "knn_lm_eval clusters"
 FORMAT_VERSION = 1
 METADATA = "clusters.json"
 ARRAYS = ("cluster_of_entry", "member_starts", "members")
-BLOCK = 2**20  # numbers that are looked at together
+REMEDY = "fetch it or cluster the datastore again"
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,7 @@ class Clusters:
             raise UserError(
                 f"{path / METADATA} is not of format {FORMAT!r}, version {FORMAT_VERSION}; cluster the datastore again."
             )
+        metadata = check_seal(path / METADATA, metadata, REMEDY)
         if metadata.get("keys_sha256") != datastore.keys_checksum:
             raise UserError(
                 f"The clusters {path} were made for other keys than those in {datastore.path}; cluster it again."
@@ -97,7 +100,7 @@ class Clusters:
         arrays = {name: _open_array(path / f"{name}.npy", sizes[name], dtypes[name], shapes[name]) for name in ARRAYS}
         if arrays["member_starts"][0] != 0 or arrays["member_starts"][-1] != len(arrays["members"]):
             raise UserError(f"{path / 'member_starts.npy'} is damaged; cluster the datastore again.")
-        _check_bounds(path, arrays)
+        datastore.verification.check(_expected(datastore, path, arrays))
         return cls(path=path, metadata=metadata, **arrays)
 
     def checksums(self) -> dict[str, str]:
@@ -127,23 +130,18 @@ def entry_dtype(count: int) -> type[np.signedinteger[Any]]:
     return np.int32 if count < 2**31 else np.int64
 
 
-def _check_bounds(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    """Raise UserError where a number names no entry or no cluster: compiled code follows them unseen."""
-    starts, clusters = arrays["member_starts"], len(arrays["member_starts"]) - 1
-    count = len(arrays["cluster_of_entry"])
-    wrong = [
-        name
-        for name, least, beyond in (("cluster_of_entry", -1, clusters), ("members", 0, count))
-        if len(arrays[name]) and not (least <= arrays[name].min() and arrays[name].max() < beyond)
+def _expected(datastore: Datastore, path: Path, arrays: dict[str, np.ndarray]) -> list[Expected]:
+    """The clustering's files, and what is to be in them: compiled code follows their numbers unseen."""
+    limits = {
+        "cluster_of_entry.npy": Limits(-1, len(arrays["member_starts"]) - 1),
+        "member_starts.npy": Limits(0, len(arrays["members"]) + 1, ascending=True),
+        "members.npy": Limits(0, len(datastore)),
+    }
+    recorded = recorded_checksums(datastore.path)
+    return [
+        Expected(path / name, recorded.get(f"clusters/{path.name}/{name}"), limits.get(name), remedy=REMEDY)
+        for name in (METADATA, *limits)
     ]
-    blocks = (starts[begin : begin + BLOCK + 1] for begin in range(0, clusters, BLOCK))
-    if any((block[1:] < block[:-1]).any() for block in blocks):
-        wrong.append("member_starts")
-    if wrong:
-        raise UserError(
-            f"{path / wrong[0]}.npy is damaged: it has numbers of entries or clusters that do not exist; cluster the "
-            f"datastore again."
-        )
 
 
 def _only_name(datastore: Datastore) -> str:

@@ -25,14 +25,16 @@ nothing follows from that: it counts as one document.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
 
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.store.manifest import DOCUMENT_STARTS, VALUES, WEIGHTS, FileRecord, Manifest
+from knn_lm_eval.store.verification import Expected, Limits, Verification
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class Datastore:
     values : int32 ``[count]``.
     document_starts : int64 ``[documents]``.
     weights : int32 ``[count]``, how many entries each stands for; None for one each.
+    verification : how its files, and what is opened beside it (indexes, clusters), are verified, and what was.
     """
 
     path: Path
@@ -56,10 +59,16 @@ class Datastore:
     values: np.ndarray
     document_starts: np.ndarray
     weights: np.ndarray | None = None
+    verification: Verification = field(default_factory=Verification, compare=False)
 
     @classmethod
-    def open(cls, path: str | Path) -> Datastore:
+    def open(cls, path: str | Path, verify: str = "auto") -> Datastore:
         """Open the datastore in the folder ``path`` and check its files against the manifest.
+
+        Parameters
+        ----------
+        verify : whether the files are read for it: ``auto`` reads what was not verified before, or changed since;
+            ``always`` reads all, ``never`` none.
 
         Raises
         ------
@@ -67,21 +76,25 @@ class Datastore:
             Where there is no datastore, a dump was not finished, or a file is missing, cut or not what the
             manifest says.
         """
-        path = Path(path)
+        path, verification = Path(path), Verification(verify)
         manifest = Manifest.read(path)
         _check_files(path, manifest.files)
         count, keys = manifest.count, None
+        documents = None if manifest.documents is None else (manifest.documents,)
         if manifest.keys is not None:
             opened = _open_raw if manifest.keys.is_raw else open_array
             keys = opened(path / manifest.keys.file, np.dtype(manifest.keys.dtype), (count, manifest.dimension))
-        return cls(
+        opened_store = cls(
             path=path,
             manifest=manifest,
             keys=keys,
             values=open_array(path / VALUES, np.int32, (count,)),
-            document_starts=open_array(path / DOCUMENT_STARTS, np.int64, None),
+            document_starts=open_array(path / DOCUMENT_STARTS, np.int64, documents),
             weights=open_array(path / WEIGHTS, np.int32, (count,)) if WEIGHTS in manifest.files else None,
+            verification=verification,
         )
+        verification.check(own_files(path, manifest))
+        return opened_store
 
     def __len__(self) -> int:
         """The number of entries."""
@@ -117,6 +130,29 @@ class Datastore:
             )
 
 
+def own_files(path: Path, manifest: Manifest) -> list[Expected]:
+    """The store's own files, and what is to be in them; raises UserError where the manifest says what cannot be."""
+    limits = {
+        VALUES: Limits(0, manifest.model.get("vocabulary")),
+        DOCUMENT_STARTS: Limits(0, manifest.count, ascending=True),
+        WEIGHTS: Limits(1),
+    }
+    raw_dtype = None
+    if manifest.keys is not None:
+        limits[manifest.keys.file] = Limits()
+        raw_dtype = np.dtype(manifest.keys.dtype) if manifest.keys.is_raw else None
+    return [
+        Expected(
+            path / name,
+            record.get("sha256"),
+            limits.get(name),
+            raw_dtype if manifest.keys is not None and name == manifest.keys.file else None,
+            "fetch, copy or dump it again",
+        )
+        for name, record in manifest.files.items()
+    ]
+
+
 def _check_files(path: Path, files: dict[str, FileRecord]) -> None:
     """Raise UserError where one of the store's files is missing or of another size than its manifest says."""
     for name, record in files.items():
@@ -134,9 +170,9 @@ def open_array(path: Path, dtype: Any, shape: tuple[int, ...] | None) -> np.ndar
     """Memory-map a .npy file, read-only; raises UserError where it is not of this dtype and (unless None) shape."""
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
+    except (ValueError, OSError, EOFError, SyntaxError, TokenError) as error:
         raise UserError(f"{path} is damaged: it is not a .npy array ({error}).") from error
-    if array.dtype != dtype or (shape is not None and array.shape != shape):
+    if array.dtype != dtype or (shape is not None and array.shape != shape) or not array.flags.c_contiguous:
         raise UserError(
             f"{path} is not what the manifest says: it holds {array.dtype} {list(array.shape)}, "
             f"expected {np.dtype(dtype)} {list(shape or array.shape)}."

@@ -21,16 +21,17 @@ from knn_lm_eval.errors import UserError
 from knn_lm_eval.store.datastore import Datastore
 from knn_lm_eval.store.download import download, forget_part, hub_checksum, locate
 from knn_lm_eval.store.manifest import FORMAT, MALFORMED, MANIFEST, FileRecord, Manifest
+from knn_lm_eval.system.file_contents import contents_of
 from knn_lm_eval.system.files import (
     cache_root,
     check_free_space,
     disk_errors_in,
     read_json,
     replace_file,
-    sha256,
     write_json,
 )
 from knn_lm_eval.system.locks import DAY, locked
+from knn_lm_eval.system.seals import check_seal
 
 DATASTORE_VARIABLE = "KNN_LM_EVAL_DATASTORE"
 ORIGIN = "fetched.json"
@@ -97,7 +98,7 @@ def _fetch_manifest(address: str, pending: Path) -> dict[str, Any]:
             f"There is no datastore at {address}: it has no {MANIFEST}; for the files of other programs give "
             f"fetch_datastore the address of each file."
         ) from error
-    return read_json(pending)
+    return check_seal(pending, read_json(pending), "fetch it again")
 
 
 def _fetch_missing(address: str, folder: Path, files: dict[str, FileRecord]) -> None:
@@ -194,4 +195,4 @@ def _list_files(content: dict[str, Any], address: str) -> dict[str, FileRecord]:
 
 
 def _is_there(path: Path, record: FileRecord) -> bool:
-    return path.is_file() and path.stat().st_size == record["bytes"] and sha256(path) == record["sha256"]
+    return path.is_file() and path.stat().st_size == record["bytes"] and contents_of(path).sha256 == record["sha256"]

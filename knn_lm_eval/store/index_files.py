@@ -16,11 +16,14 @@ from typing import Any
 
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.store.datastore import Datastore
-from knn_lm_eval.store.manifest import checksums_of_derived
+from knn_lm_eval.store.manifest import checksums_of_derived, recorded_checksums
 from knn_lm_eval.store.names import check_new_name, check_plain_name
+from knn_lm_eval.store.verification import Expected
 from knn_lm_eval.system.files import read_json
+from knn_lm_eval.system.seals import check_seal
 
 DEFAULT_INDEX = "index"
+REMEDY = "fetch it or build the index again"
 
 
 @dataclass(frozen=True)
@@ -72,13 +75,13 @@ class IndexFiles:
 
 
 def find_parts(datastore: Datastore, name: str = DEFAULT_INDEX) -> tuple[dict[str, Any], list[IndexPart]]:
-    """The metadata and the files of the index ``name``, in order; checks as ``open_index`` does, but opens none."""
+    """The metadata and the files of the index ``name``, in order; verifies as ``open_index`` does, but opens none."""
     files = IndexFiles(datastore.path, name)
     if not files.metadata.is_file() or not (files.index.is_file() or files.part(0).is_file()):
         built = index_names(datastore)
         others = f"it has {', '.join(built)}" if built else "build one with build_index"
         raise UserError(f"The datastore {datastore.path} has no index called {name!r}: {others}.")
-    metadata = read_json(files.metadata)
+    metadata = check_seal(files.metadata, read_json(files.metadata), REMEDY)
     if metadata.get("keys_sha256") != datastore.keys_checksum:
         raise UserError(
             f"The index {files.index} was built for other keys than those in {datastore.path}; build it again."
@@ -100,6 +103,9 @@ def find_parts(datastore: Datastore, name: str = DEFAULT_INDEX) -> tuple[dict[st
                 f"{run['bytes']}; build it again."
             )
         parts.append(IndexPart(path, run["start"], run["stop"], run["start"] if relative else 0))
+    recorded = recorded_checksums(datastore.path)
+    of_index = [files.metadata, *(part.path for part in parts)]
+    datastore.verification.check(Expected(path, recorded.get(path.name), remedy=REMEDY) for path in of_index)
     return metadata, parts
 
 

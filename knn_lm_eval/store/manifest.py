@@ -17,8 +17,10 @@ import numpy as np
 
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.system.checkpoints import PROGRESS
-from knn_lm_eval.system.files import read_json, sha256, write_json
+from knn_lm_eval.system.file_contents import contents_of, examine
+from knn_lm_eval.system.files import read_json
 from knn_lm_eval.system.locks import locked
+from knn_lm_eval.system.seals import check_seal, write_sealed_json
 
 FORMAT = "knn_lm_eval datastore"
 FORMAT_VERSION = 1
@@ -154,6 +156,7 @@ class Manifest:
                 f"The datastore {folder} has format version {content.get('format_version')}, this program reads "
                 f"version {FORMAT_VERSION}; use the program's version that made it, or dump it again."
             )
+        content = check_seal(path, content, "fetch or copy the datastore again")
         try:
             return cls.of_json(content)
         except MALFORMED as error:
@@ -188,7 +191,7 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         """Make the folder a datastore."""
-        write_json(folder / MANIFEST, self.to_json())
+        write_sealed_json(folder / MANIFEST, self.to_json())
 
     @property
     def keys_checksum(self) -> str:
@@ -197,9 +200,14 @@ class Manifest:
         return self.files[self.keys.file if self.keys else VALUES]["sha256"]
 
 
-def file_record(path: Path) -> FileRecord:
-    """What a manifest says of a file: its size and checksum."""
-    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
+def file_record(path: Path, raw_dtype: np.dtype | None = None) -> FileRecord:
+    """What a manifest says of a file: its size and checksum. They are noted, so that opening it does not read it.
+
+    Parameters
+    ----------
+    raw_dtype : of the numbers of an array without a header.
+    """
+    return {"bytes": path.stat().st_size, "sha256": examine(path, raw_dtype).sha256}
 
 
 def record_derived(folder: Path, names: Iterable[str]) -> None:
@@ -234,16 +242,21 @@ def _changing(folder: Path) -> Iterator[Manifest]:
         yield Manifest.read(folder)
 
 
+def recorded_checksums(folder: Path) -> dict[str, str]:
+    """The SHA-256 that the manifest records of each file that was made from the store, by its path in it."""
+    return {name: record["sha256"] for name, record in Manifest.read(folder).derived.items() if "sha256" in record}
+
+
 def checksums_of_derived(folder: Path, head: str, names: Iterable[str]) -> dict[str, str]:
     """The SHA-256 of files that were made from the store, by their paths in it.
 
     They are the manifest's where the file ``head``, which was written with them and is read, is the one that the
     manifest records; otherwise, as in stores that record none, all are read.
     """
-    derived, found = Manifest.read(folder).derived, {head: sha256(folder / head)}
+    derived, found = Manifest.read(folder).derived, {head: contents_of(folder / head).sha256}
     is_recorded = head in derived and derived[head]["sha256"] == found[head]
     for name in names:
-        found[name] = derived[name]["sha256"] if is_recorded and name in derived else sha256(folder / name)
+        found[name] = derived[name]["sha256"] if is_recorded and name in derived else contents_of(folder / name).sha256
     return found
 
 

@@ -13,6 +13,7 @@ import lm_eval
 import pytest
 import torch
 import transformers
+from helpers.stores import change_json
 from helpers.tiny_model import EVAL_TEXT, TRAIN_TEXT, make_llama
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
@@ -166,7 +167,7 @@ def test_a_datastore_cannot_ask_for_code_from_elsewhere(
     # Attention by that name is a kernel that transformers would fetch and run.
     asked = {"attn_implementation": "somebody/kernel", "weights_only": False, "max_length": 32}
     manifest["model"]["args"] |= asked
-    (tmp_path / "store" / "manifest.json").write_text(json.dumps(manifest))
+    change_json(tmp_path / "store" / "manifest.json", model=manifest["model"])
     lm = KNNHF(datastore=tmp_path / "store", k=5)
     assert lm.max_length == 32
     assert "made with attn_implementation=somebody/kernel, weights_only=False" in caplog.text

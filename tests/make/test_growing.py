@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.stores import make_store
+from helpers.stores import change_json, make_store
 
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.make.growing import grow_datastore
@@ -59,8 +58,7 @@ def test_what_cannot_be_grown_is_refused(sources: list[Datastore], tmp_path: Pat
     with pytest.raises(UserError, match="exists already"):
         grow_datastore(sources, sources[0].path, 1000)
     shutil.copytree(sources[1].path, tmp_path / "foreign")
-    manifest = json.loads((tmp_path / "foreign" / "manifest.json").read_text())
-    (tmp_path / "foreign" / "manifest.json").write_text(json.dumps(manifest | {"fingerprint": {"key": [1.0]}}))
+    change_json(tmp_path / "foreign" / "manifest.json", fingerprint={"key": [1.0]})
     with pytest.raises(UserError, match="different models"):
         grow_datastore([sources[0], Datastore.open(tmp_path / "foreign")], tmp_path / "big", 1000)
     assert not (tmp_path / "big").exists()

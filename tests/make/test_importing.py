@@ -17,6 +17,7 @@ import scipy.sparse as sp
 import torch
 from helpers.oracle import continuation_score, knn_lm_distributions
 from helpers.places import SCRIPTS
+from helpers.stores import change_json
 from helpers.tiny_model import EVAL_TEXT, TRAIN_TEXT, make_llama
 from lm_eval.api.instance import Instance
 
@@ -28,6 +29,7 @@ from knn_lm_eval.search.faiss_index import join_parts, open_index, search, set_p
 from knn_lm_eval.search.indexing import build_index
 from knn_lm_eval.search.retriever import LocalRetriever
 from knn_lm_eval.store.clusters import Clusters
+from knn_lm_eval.store.manifest import file_record
 from knn_lm_eval.study.foss_curve import CurveScorer
 
 COUNT, DIMENSION = 1200, 32
@@ -125,16 +127,11 @@ def own_store(folder: Path, store: Datastore, index: faiss.Index) -> Datastore:
     np.save(folder / "values.npy", store.values[:COUNT])
     np.save(folder / "document_starts.npy", np.zeros(1, dtype=np.int64))
     faiss.write_index(index, str(folder / "index.faiss"))
-    manifest, metadata = (
-        json.loads((folder / "manifest.json").read_text()),
-        json.loads((folder / "index.json").read_text()),
-    )
-    manifest["count"] = COUNT
-    for name in manifest["files"]:
-        manifest["files"][name]["bytes"] = (folder / name).stat().st_size
-    metadata |= {"bytes": (folder / "index.faiss").stat().st_size, "factory": "IVF8,PQ8", "probe": 8}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    (folder / "index.json").write_text(json.dumps(metadata))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    files = {name: file_record(folder / name) for name in manifest["files"]}
+    change_json(folder / "manifest.json", count=COUNT, documents=1, files=files, derived={})
+    keys, index_bytes = files["keys.npy"]["sha256"], (folder / "index.faiss").stat().st_size
+    change_json(folder / "index.json", keys_sha256=keys, bytes=index_bytes, factory="IVF8,PQ8", probe=8)
     return Datastore.open(folder)
 
 

@@ -20,6 +20,7 @@ from urllib.parse import unquote, urlsplit
 import numpy as np
 import pytest
 from helpers.places import SCRIPTS
+from helpers.stores import change_json
 
 from knn_lm_eval import KNNHF, Datastore, UserError
 from knn_lm_eval.make.clustering import cluster_kmeans
@@ -282,7 +283,7 @@ def test_a_manifest_cannot_name_files_outside(serve, published: Datastore, tmp_p
     path = tmp_path / "remote" / "store" / "manifest.json"
     manifest = json.loads(path.read_text())
     manifest[place][name] = {"bytes": 4, "sha256": "0" * 64}
-    path.write_text(json.dumps(manifest))
+    change_json(path, **{place: manifest[place]})
     server = serve(tmp_path / "remote")
     with pytest.raises(UserError, match="names the file .*, which no datastore has"):
         fetch_datastore(f"{server.url}/store")
@@ -291,9 +292,8 @@ def test_a_manifest_cannot_name_files_outside(serve, published: Datastore, tmp_p
 
 def test_raw_keys_of_another_type_are_refused(published: Datastore, tmp_path: Path) -> None:
     shutil.copytree(published.path, tmp_path / "store")
-    manifest = json.loads((tmp_path / "store" / "manifest.json").read_text())
     for keys in ({"file": "keys.npy", "dtype": "object"}, {"file": "../keys.npy", "dtype": "float16"}):
-        (tmp_path / "store" / "manifest.json").write_text(json.dumps(manifest | {"keys": keys}))
+        change_json(tmp_path / "store" / "manifest.json", keys=keys)
         with pytest.raises(UserError, match="manifest.json is damaged"):
             Datastore.open(tmp_path / "store")
 

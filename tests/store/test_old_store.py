@@ -95,6 +95,9 @@ def test_it_is_clustered_again_to_the_same_bytes(old: Datastore) -> None:
 @pytest.mark.parametrize("file", MANIFESTS, ids=lambda file: file.stem)
 def test_a_manifest_that_is_read_is_written_to_the_same_bytes(file: Path, tmp_path: Path) -> None:
     Manifest.of_json(json.loads(file.read_text())).write(tmp_path)
+    written = json.loads((tmp_path / "manifest.json").read_text())
+    assert len(written.pop("sha256")) == 64  # which those of that time had not
+    write_json(tmp_path / "manifest.json", written)
     assert (tmp_path / "manifest.json").read_bytes() == file.read_bytes()
 
 
@@ -138,7 +141,7 @@ def test_names_of_a_later_version_are_kept(old: Datastore, tmp_path: Path) -> No
     store = Datastore.open(old.path)
     cluster_kmeans(store, "again", num_clusters=2)
     written = json.loads((old.path / "manifest.json").read_text())
-    assert list(written) == list(later) and written["licence"] == later["licence"] and written["notes"] is None
+    assert list(written) == [*later, "sha256"] and written["licence"] == later["licence"] and written["notes"] is None
     assert "clusters/again/members.npy" in written["derived"]
     part = prune_random(store, tmp_path / "part", 0.5).manifest
     assert part.unknown == {"licence": {"of": ["the text"]}, "notes": None}
