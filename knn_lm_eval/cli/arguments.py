@@ -64,8 +64,20 @@ def add_timing_arguments(parser: argparse.ArgumentParser, chooser: str) -> None:
 
 
 def add_datastore(parser: argparse.ArgumentParser, more: str = "") -> None:
-    """``--datastore``."""
+    """``--datastore``, and ``--verify``."""
     parser.add_argument("--datastore", required=True, help=f"the datastore's folder or address{more}")
+    add_verify(parser)
+
+
+def add_verify(parser: argparse.ArgumentParser) -> None:
+    """``--verify``."""
+    parser.add_argument(
+        "--verify",
+        default="auto",
+        choices=["auto", "always", "never"],
+        help="read the datastore's files for their checksums: where they were not verified before or changed since "
+        "(auto), all, or none (default: auto)",
+    )
 
 
 def add_output(parser: argparse.ArgumentParser, help: str, *, required: bool = True) -> None:

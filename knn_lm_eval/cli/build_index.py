@@ -60,12 +60,13 @@ def main(arguments: argparse.Namespace) -> None:
     from knn_lm_eval.store.fetching import open_datastore
 
     settings = vars(arguments)
+    verify = settings.pop("verify")
     settings["budget"] = Budget.parse(arguments.budget)
     if settings["budget"].slowdown is not None:
         from knn_lm_eval.make.lm_speed import lm_microseconds
 
         settings["lm_microseconds"] = lm_microseconds
-    metadata = build_index(open_datastore(settings.pop("datastore")), **settings)
+    metadata = build_index(open_datastore(settings.pop("datastore"), verify), **settings)
     print(
         f"{metadata['factory']}: {metadata['count']:,} entries, {metadata['bytes'] / metadata['count']:.0f} bytes each"
     )

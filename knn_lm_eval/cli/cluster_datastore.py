@@ -47,6 +47,7 @@ def parse_arguments() -> argparse.Namespace:
 @verb(parse_arguments, "INFO", kept=WITH_RESUME)
 def main(arguments: argparse.Namespace) -> None:
     settings = vars(arguments)
+    verify = settings.pop("verify")
     logging.getLogger("faiss").setLevel(logging.WARNING)
     method = settings.pop("method", "import")
     check_options(method, settings.keys() - {"datastore", "members", "name", "overwrite"}, OPTIONS[method])
@@ -55,7 +56,7 @@ def main(arguments: argparse.Namespace) -> None:
     from knn_lm_eval.make.members import import_members
     from knn_lm_eval.store.fetching import open_datastore
 
-    datastore = open_datastore(settings.pop("datastore"))
+    datastore = open_datastore(settings.pop("datastore"), verify)
     settings.setdefault("name", method)
     if method == "import":
         clusters = import_members(datastore, pickle_file=settings.pop("members"), **settings)

@@ -39,5 +39,5 @@ def main(arguments: argparse.Namespace) -> None:
         return
     if len(addresses) > 1:
         raise UserError("Several addresses should each be a file; give one datastore's folder at a time.")
-    store = Datastore.open(fetch_datastore(addresses[0], arguments.output))
+    store = Datastore.open(fetch_datastore(addresses[0], arguments.output, repair=True))
     print(f"{store.path}: {len(store):,} entries of {store.dimension} numbers")

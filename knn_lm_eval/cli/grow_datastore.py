@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from knn_lm_eval.cli.arguments import add_output, check_at_least_one
+from knn_lm_eval.cli.arguments import add_output, add_verify, check_at_least_one
 from knn_lm_eval.cli.main import verb
 from knn_lm_eval.errors import UserError
 
@@ -13,6 +13,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("datastores", nargs="+", help="datastores of one model, a domain each, say")
     add_output(parser, "the folder to write")
+    add_verify(parser)
     parser.add_argument("--entries", type=int, required=True, help="how many entries to make")
     parser.add_argument(
         "--noise",
@@ -34,7 +35,7 @@ def main(arguments: argparse.Namespace) -> None:
     from knn_lm_eval.store.fetching import open_datastore
 
     store = grow_datastore(
-        [open_datastore(path) for path in arguments.datastores],
+        [open_datastore(path, arguments.verify) for path in arguments.datastores],
         arguments.output,
         arguments.entries,
         noise=arguments.noise,

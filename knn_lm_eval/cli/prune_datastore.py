@@ -54,6 +54,7 @@ def parse_arguments() -> argparse.Namespace:
 @verb(parse_arguments)
 def main(arguments: argparse.Namespace) -> None:
     settings = vars(arguments)
+    verify = settings.pop("verify")
     method = settings.pop("method")
     check_options(method, settings.keys() - {"datastore", "output"}, OPTIONS[method])
     if method == "random" and "keep" not in settings:
@@ -64,7 +65,7 @@ def main(arguments: argparse.Namespace) -> None:
     from knn_lm_eval.make.pruning import prune_confidence, prune_greedy_merge, prune_random
     from knn_lm_eval.store.fetching import open_datastore
 
-    datastore, output = open_datastore(settings.pop("datastore")), settings.pop("output")
+    datastore, output = open_datastore(settings.pop("datastore"), verify), settings.pop("output")
     if method == "random":
         pruned = prune_random(datastore, output, **settings)
     elif method == "greedy_merge":

@@ -68,6 +68,8 @@ def describe_store(retriever: Retriever) -> dict[str, Any]:
             "keys_sha256": store.keys_checksum,
             "model": store.manifest.model["pretrained"],
             "source": store.manifest.source,
+            "verify": store.verification.mode,
+            "verified": store.verification.of_files(store.path),
         },
         "index_factory": retriever.metadata["factory"],
         "index_bytes": retriever.metadata["bytes"],

@@ -64,7 +64,7 @@ def open_augmentation(given: RetrievalSettings) -> Augmentation:
     UserError
         Where a setting does not fit the datastore, the index or another setting.
     """
-    store = find_datastore(given.datastore)
+    store = find_datastore(given.datastore, given.verify)
     tuned, source = find_params(given.params, store)
     in_force = given.in_force(tuned, source)
     settings, weight = in_force.settings, in_force.weight

@@ -210,6 +210,13 @@ class RetrievalSettings:
         "for lmbda",
     )
 
+    verify: str = setting(
+        "auto",
+        "whether files of store, index and clusters are read for their checksums when they are opened: `auto` reads "
+        "what was not verified before or changed since, `always` all, `never` none",
+        of=("auto", "always", "never"),
+    )
+
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value, allowed = getattr(self, field.name), field.metadata["of"]

@@ -78,7 +78,8 @@ class Datastore:
         """
         path, verification = Path(path), Verification(verify)
         manifest = Manifest.read(path)
-        _check_files(path, manifest.files)
+        for name in manifest.files:
+            check_size(path, name, manifest.files)
         count, keys = manifest.count, None
         documents = None if manifest.documents is None else (manifest.documents,)
         if manifest.keys is not None:
@@ -153,17 +154,16 @@ def own_files(path: Path, manifest: Manifest) -> list[Expected]:
     ]
 
 
-def _check_files(path: Path, files: dict[str, FileRecord]) -> None:
-    """Raise UserError where one of the store's files is missing or of another size than its manifest says."""
-    for name, record in files.items():
-        if not (path / name).is_file():
-            gone = f" (it is a link to {(path / name).readlink()})" if (path / name).is_symlink() else ""
-            raise UserError(f"The datastore {path} is incomplete: {name}{gone} is missing.")
-        if (actual := (path / name).stat().st_size) != int(record["bytes"]):
-            raise UserError(
-                f"The datastore {path} is damaged: {name} has {actual} bytes, the manifest says {record['bytes']}; "
-                f"copy or dump it again."
-            )
+def check_size(path: Path, name: str, files: dict[str, FileRecord]) -> None:
+    """Raise UserError where a recorded file of the store is missing or of another size than its manifest says."""
+    if not (path / name).is_file():
+        gone = f" (it is a link to {(path / name).readlink()})" if (path / name).is_symlink() else ""
+        raise UserError(f"The datastore {path} is incomplete: {name}{gone} is missing.")
+    if (actual := (path / name).stat().st_size) != int(files[name]["bytes"]):
+        raise UserError(
+            f"The datastore {path} is damaged: {name} has {actual} bytes, the manifest says {files[name]['bytes']}; "
+            f"copy or dump it again."
+        )
 
 
 def open_array(path: Path, dtype: Any, shape: tuple[int, ...] | None) -> np.ndarray:

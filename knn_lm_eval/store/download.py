@@ -24,7 +24,8 @@ from urllib.parse import quote, unquote, urlsplit, urlunsplit
 from tqdm import tqdm
 
 from knn_lm_eval.errors import UserError
-from knn_lm_eval.system.files import check_free_space, replace_file, sha256
+from knn_lm_eval.system.file_contents import examine
+from knn_lm_eval.system.files import check_free_space, replace_file
 from knn_lm_eval.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -216,7 +217,7 @@ class _Transfer:
 
     def finish(self) -> None:
         """Check the part and give it its name."""
-        if self.checksum is not None and sha256(self.part) != self.checksum:
+        if self.checksum is not None and examine(self.part).sha256 != self.checksum:
             self.part.unlink()
             raise UserError(
                 f"{self.remote.url} is not what its checksum says: it was altered there or on the way. It was deleted "

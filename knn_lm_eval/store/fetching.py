@@ -9,6 +9,7 @@ folder with a manifest is complete and is used without asking the network again.
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -33,6 +34,8 @@ from knn_lm_eval.system.files import (
 from knn_lm_eval.system.locks import DAY, locked
 from knn_lm_eval.system.seals import check_seal
 
+logger = logging.getLogger(__name__)
+
 DATASTORE_VARIABLE = "KNN_LM_EVAL_DATASTORE"
 ORIGIN = "fetched.json"
 PLAIN_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")
@@ -44,12 +47,12 @@ def is_address(datastore: str | os.PathLike) -> bool:
     return str(datastore).startswith(("https://", "http://", "hf://"))
 
 
-def open_datastore(datastore: str | os.PathLike) -> Datastore:
-    """Open the datastore in a folder, or fetch it from an address into the cache first."""
-    return Datastore.open(fetch_datastore(str(datastore)) if is_address(datastore) else Path(datastore))
+def open_datastore(datastore: str | os.PathLike, verify: str = "auto") -> Datastore:
+    """Open the datastore in a folder, or fetch it from an address into the cache first; ``verify`` as there."""
+    return Datastore.open(fetch_datastore(str(datastore)) if is_address(datastore) else Path(datastore), verify)
 
 
-def find_datastore(path: str | os.PathLike | None) -> Datastore:
+def find_datastore(path: str | os.PathLike | None, verify: str = "auto") -> Datastore:
     """The datastore at ``path`` (a folder or an address), or that ``KNN_LM_EVAL_DATASTORE`` names."""
     path = path or os.environ.get(DATASTORE_VARIABLE)
     if not path:
@@ -57,15 +60,16 @@ def find_datastore(path: str | os.PathLike | None) -> Datastore:
             "knn-hf needs a datastore: give --model_args datastore=FOLDER, or set the environment variable "
             f"{DATASTORE_VARIABLE}; make one with `knn-lm-eval dump_datastore` and `knn-lm-eval build_index`."
         )
-    return open_datastore(path)
+    return open_datastore(path, verify)
 
 
-def fetch_datastore(address: str, output: str | Path | None = None) -> Path:
+def fetch_datastore(address: str, output: str | Path | None = None, repair: bool = False) -> Path:
     """Fetch the datastore at ``address`` with its indexes and clusterings; one that is there already is not asked for.
 
     Parameters
     ----------
     output : the folder; None is one of its own in the cache, ``$KNN_LM_EVAL_CACHE`` or ~/.cache/knn_lm_eval.
+    repair : verify what is there already, and fetch anew what is missing or damaged.
 
     Returns
     -------
@@ -84,7 +88,47 @@ def fetch_datastore(address: str, output: str | Path | None = None) -> Path:
             files = _list_files(_fetch_manifest(address, pending), address)
             _fetch_missing(address, folder, files)
             replace_file(pending, folder / MANIFEST)
+        elif repair:
+            _repair(address, folder)
     return folder
+
+
+def _repair(address: str, folder: Path) -> None:
+    """Fetch anew what is missing or damaged of a store that was fetched; says where the address has another now."""
+    pending = folder / f"{MANIFEST}.new"
+    try:
+        Manifest.read(folder)
+        here = _list_files(read_json(folder / MANIFEST), address)
+    except UserError as error:
+        logger.warning("%s", error)
+        files = _list_files(_fetch_manifest(address, pending), address)
+        _fetch_missing(address, folder, files)
+        replace_file(pending, folder / MANIFEST)
+        return
+    wrong = {name: record for name, record in here.items() if not _is_there(folder / name, record)}
+    try:
+        there = _list_files(_fetch_manifest(address, pending), address)
+    except UserError:
+        if wrong:
+            raise
+        return  # without a network, what is here is what there is
+    finally:
+        pending.unlink(missing_ok=True)
+    own = Manifest.read(folder).files
+    changed = any(there.get(name) != here[name] for name in own)
+    gone = [name for name in wrong if there.get(name) != wrong[name]]
+    if gone:
+        raise UserError(
+            f"{folder / gone[0]} is damaged or missing, and {address} has not what was recorded for it; make it again, "
+            f"or fetch what is there now into another --output."
+        )
+    _fetch_missing(address, folder, wrong)
+    if changed:
+        logger.warning(
+            "%s has changed since it was fetched into %s; to have what is there now, fetch into another --output.",
+            address,
+            folder,
+        )
 
 
 def _fetch_manifest(address: str, pending: Path) -> dict[str, Any]:

@@ -131,7 +131,7 @@ def tune(
     if limit is not None and not limit > 0:
         raise UserError(f"--limit {limit:g} must be above 0.")
     axes = {"k": k, "probe": probe, "min_knns": min_knns, "max_knns": max_knns}
-    entries = len(find_datastore(model_args.get("datastore")))
+    entries = len(find_datastore(model_args.get("datastore"), model_args.get("verify", "auto")))
     grid = make_grid(entries, retomaton, knn_temp=knn_temp, lmbda=lmbda, **axes)
     manager = find_tasks(model_args, metadata)
     loaded_tasks = load_tasks(tasks, manager, allow_test)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,21 @@ def change_json(path: Path, **changes: Any) -> None:
     content = json.loads(path.read_text())
     content.pop("sha256", None)
     path.write_text(json.dumps(content | changes))
+
+
+def let_age(folder: Path) -> None:
+    """What was written just now may change within a tick of the clock, so it is not noted as verified."""
+    then = time.time() - 10
+    for path in folder.rglob("*"):
+        if path.stat().st_mtime > then:
+            os.utime(path, (then, then))
+
+
+def flip_bit(path: Path, bit: int) -> None:
+    """Change one bit of a file."""
+    data = bytearray(path.read_bytes())
+    data[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(data)
 
 
 def make_store(folder: Path, count: int = 3000, dimension: int = 16, seed: int = 0) -> Datastore:

@@ -11,7 +11,7 @@ import sys
 import threading
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -20,7 +20,7 @@ from urllib.parse import unquote, urlsplit
 import numpy as np
 import pytest
 from helpers.places import SCRIPTS
-from helpers.stores import change_json
+from helpers.stores import change_json, flip_bit, let_age
 
 from knn_lm_eval import KNNHF, Datastore, UserError
 from knn_lm_eval.make.clustering import cluster_kmeans
@@ -28,6 +28,7 @@ from knn_lm_eval.search.faiss_index import open_index
 from knn_lm_eval.store import download
 from knn_lm_eval.store.clusters import Clusters
 from knn_lm_eval.store.fetching import cache_folder, fetch_datastore, fetch_files, open_datastore
+from knn_lm_eval.store.manifest import file_record
 
 
 @dataclass
@@ -405,3 +406,43 @@ def test_a_hub_that_cannot_be_reached_is_named(serve, tmp_path: Path, cache: Pat
 def test_the_hub_is_not_asked_when_it_is_switched_off() -> None:
     with pytest.raises(UserError, match="HF_HUB_OFFLINE is set"):  # by conftest.py
         fetch_datastore("hf://datasets/me/stores")
+
+
+def test_fetching_again_mends_what_is_damaged(serve, published: Datastore, tmp_path: Path, caplog) -> None:
+    server = serve(published.path.parent)
+    address, folder = f"{server.url}/store", tmp_path / "here"
+    fetch_datastore(address, folder)
+    let_age(folder)
+    Datastore.open(folder)
+    for name in ("keys.npy", "index.faiss", "clusters/km/members.npy"):
+        flip_bit(folder / name, 2000)
+    (folder / "values.npy").unlink()
+    asked = len(server.requests)
+    fetch_datastore(address, folder, repair=True)
+    assert_same(folder, published)
+    assert len({path for path, _, _ in server.requests[asked:]}) == 5  # the manifest and what was wrong
+    flip_bit(folder / "manifest.json", (folder / "manifest.json").read_bytes().index(b"dimension") * 8)
+    fetch_datastore(address, folder, repair=True)
+    assert_same(folder, published)
+    let_age(folder)
+    asked = len(server.requests)
+    fetch_datastore(address, folder, repair=True)
+    assert len(server.requests) == asked + 1
+    server.status = 500
+    assert fetch_datastore(address, folder, repair=True) == folder  # all is well, with or without the network
+
+
+def test_a_store_that_changed_at_its_address_is_told_of(serve, published: Datastore, tmp_path: Path, caplog) -> None:
+    shutil.copytree(published.path, tmp_path / "remote" / "store")
+    server = serve(tmp_path / "remote")
+    address, folder = f"{server.url}/store", tmp_path / "here"
+    fetch_datastore(address, folder)
+    remote = Datastore.open(tmp_path / "remote" / "store")
+    np.save(remote.path / "values.npy", np.array(remote.values)[::-1])
+    files = remote.manifest.files | {"values.npy": file_record(remote.path / "values.npy")}
+    replace(remote.manifest, files=files).write(remote.path)
+    fetch_datastore(address, folder, repair=True)
+    assert "has changed since it was fetched" in caplog.text
+    flip_bit(folder / "values.npy", 2000)
+    with pytest.raises(UserError, match=r"values.npy is damaged or missing, and .* has not what was recorded for it"):
+        fetch_datastore(address, folder, repair=True)

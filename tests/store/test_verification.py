@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.stores import change_json, make_store
+from helpers.stores import change_json, flip_bit, let_age, make_store
 
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.store.datastore import Datastore
@@ -30,19 +29,6 @@ def store(tmp_path: Path) -> Path:
     path = make_store(tmp_path / "store", count=200).path
     let_age(path)
     return path
-
-
-def let_age(folder: Path) -> None:
-    """What was written just now may change within a tick of the clock, so it is not noted."""
-    for path in folder.rglob("*"):
-        if time.time() - path.stat().st_mtime < 1:
-            os.utime(path, (time.time() - 10, time.time() - 10))
-
-
-def flip_bit(path: Path, bit: int) -> None:
-    data = bytearray(path.read_bytes())
-    data[bit // 8] ^= 1 << bit % 8
-    path.write_bytes(data)
 
 
 @pytest.fixture
