@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import os
+import re
+import reprlib
 import signal
 import sys
 import threading
 from collections.abc import Callable
 from types import FrameType, TracebackType
+
+# What a terminal obeys instead of showing it: control characters but tab and newline, and changes of direction.
+_OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxdict, _SHORT.maxlist, _SHORT.maxtuple, _SHORT.maxstring = 2, 3, 4, 4, 80
 
 ExceptHook = Callable[[type[BaseException], BaseException, TracebackType | None], object]
 
@@ -16,13 +23,31 @@ class UserError(ValueError):
     """Something the user gave is wrong. The message says what, where, and what to do about it."""
 
 
+def printable(text: str) -> str:
+    """The text with what a terminal would obey written out, as ``\\x1b``: for text of a file or a server."""
+    return _OBEYED.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
+
+
+def shortened(value: object, most: int = 80) -> str:
+    """A value of any size for a sentence, as Python writes it but in at most ``most`` characters and no time."""
+    if isinstance(value, BaseException):
+        said = ", ".join(each if isinstance(each, str) else shortened(each, most) for each in value.args[:3])
+        text = f"{type(value).__name__}: {said}" if said else type(value).__name__
+    elif isinstance(value, int) and value.bit_length() > 256:
+        text = f"an integer of {value.bit_length():,} bits"
+    else:
+        text = _SHORT.repr(value)
+    text = printable(" ".join(text.split()))
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
 class _Hook:
     def __init__(self, previous: ExceptHook, kept: str) -> None:
         self.previous, self.kept = previous, kept
 
     def __call__(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         if isinstance(error, UserError):
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {printable(str(error))}", file=sys.stderr)
         elif issubclass(kind, KeyboardInterrupt):
             say_interrupted(self.kept)
         else:

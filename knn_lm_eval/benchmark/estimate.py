@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 import transformers
@@ -18,6 +18,7 @@ from knn_lm_eval.errors import UserError
 from knn_lm_eval.store.index_files import DEFAULT_INDEX, IndexFiles
 from knn_lm_eval.store.manifest import Manifest
 from knn_lm_eval.system.files import read_json
+from knn_lm_eval.system.json_schema import Count, check_json
 
 
 @dataclass
@@ -156,6 +157,14 @@ def _model_size(args: dict[str, Any]) -> ModelSize | None:
         return None
 
 
+class _Bytes(TypedDict):
+    bytes: Count
+
+
+class _IndexSizes(_Bytes, total=False):
+    bytes_held: Count
+
+
 def _memory(cell: Cell, size: ModelSize | None) -> int | None:
     """Bytes of the LM, the index and the values; None where one is unknown."""
     if size is None:
@@ -165,8 +174,9 @@ def _memory(cell: Cell, size: ModelSize | None) -> int | None:
         folder = Path(cell.args["datastore"])
         try:
             index = read_json(IndexFiles(folder, cell.args.get("index", DEFAULT_INDEX)).metadata)
-            total += int(index["bytes"]) + int(index.get("bytes_held", 0)) + 4 * Manifest.read(folder).count
-        except (UserError, OSError, KeyError):
+            check_json(index, _IndexSizes, folder, "build the index again")
+            total += index["bytes"] + index.get("bytes_held", 0) + 4 * Manifest.read(folder).count
+        except (UserError, OSError):
             return None
     return total
 

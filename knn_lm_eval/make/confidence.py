@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from typing import TypedDict
 
 import numpy as np
 from tqdm import tqdm
@@ -25,9 +26,14 @@ from knn_lm_eval.store.manifest import Manifest, WindowsRecord, record_derived, 
 from knn_lm_eval.store.verification import Expected
 from knn_lm_eval.system.checkpoints import SavedStates
 from knn_lm_eval.system.files import check_free_space, disk_errors_in, replace_file, write_npy_header
+from knn_lm_eval.system.json_schema import Count
 
 LOG_PROBS = "lm_log_probs.npy"
 PROGRESS = "lm_log_probs.progress.json"
+
+
+class _Notes(TypedDict):
+    entries_done: Count
 
 
 def lm_log_probs(datastore: Datastore, load_lm: Callable[[], CausalHFLM]) -> np.ndarray:
@@ -58,7 +64,8 @@ def lm_log_probs(datastore: Datastore, load_lm: Callable[[], CausalHFLM]) -> np.
                 f"which the LM's confidence needs; dump the text with dump_datastore, or prune by another method."
             )
         # The file of progress says for which keys it is, beside how far it is.
-        states = SavedStates(datastore.path / PROGRESS, {"keys_sha256": datastore.keys_checksum}, nested=False)
+        settings = {"keys_sha256": datastore.keys_checksum}
+        states = SavedStates(datastore.path / PROGRESS, settings, nested=False, notes=_Notes)
         with disk_errors_in(datastore.path):
             done = states.notes()["entries_done"] if states.fits() else 0
             if done < len(datastore) or not path.exists():

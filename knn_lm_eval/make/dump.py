@@ -24,6 +24,7 @@ from knn_lm_eval.lm.fingerprint import check_fingerprint, take_fingerprint
 from knn_lm_eval.lm.language_model import LanguageModel
 from knn_lm_eval.lm.loading import CausalHFLM
 from knn_lm_eval.make.dump_progress import (
+    START_ANEW,
     Run,
     count_entries,
     dump_states,
@@ -48,6 +49,7 @@ from knn_lm_eval.store.manifest import (
     file_record,
     now,
 )
+from knn_lm_eval.system.arrays import map_npy
 from knn_lm_eval.system.checkpoints import SavedStates
 from knn_lm_eval.system.files import check_free_space, disk_errors_in, replace_file, write_npy_header
 from knn_lm_eval.system.locks import locked
@@ -186,7 +188,7 @@ class Dump:
             notes = self._start(resume)
             if notes["runs_done"] is None:
                 write_values(self.lm, pieces, output, self.max_tokens)
-            count = len(np.load(output / VALUES, mmap_mode="r"))
+            count = len(map_npy(output / VALUES, START_ANEW))
             runs = self._runs_in_place(runs_written(output), count)
             self.states.note(**notes | {"runs_done": runs})
             for noted in (*output.glob("progress.*.json"), output / FAILED):
@@ -243,7 +245,7 @@ class Dump:
         with disk_errors_in(output):
             notes = self.states.notes()
             self._check_fingerprint(notes)
-            values, starts = (np.load(output / name, mmap_mode="r") for name in (VALUES, DOCUMENT_STARTS))
+            values, starts = (map_npy(output / name, START_ANEW) for name in (VALUES, DOCUMENT_STARTS))
             left = len(values) - count_entries(notes["runs_done"])
             if left == 0:
                 return
@@ -311,7 +313,7 @@ def finish_dump(output: Path) -> None:
     with disk_errors_in(output):
         states = dump_states(output)
         settings, notes = states.settings, states.notes()
-        values, starts = (np.load(output / name, mmap_mode="r") for name in (VALUES, DOCUMENT_STARTS))
+        values, starts = (map_npy(output / name, START_ANEW) for name in (VALUES, DOCUMENT_STARTS))
         assert entries_done(output) == len(values), "a share of the keys is missing"
         if (output / UNFINISHED_KEYS).exists():
             replace_file(output / UNFINISHED_KEYS, output / KEYS)

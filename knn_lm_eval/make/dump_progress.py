@@ -10,36 +10,48 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
-import numpy as np
-
+from knn_lm_eval.errors import UserError, shortened
 from knn_lm_eval.make.windows import Window
 from knn_lm_eval.store.manifest import VALUES
+from knn_lm_eval.system.arrays import map_npy
 from knn_lm_eval.system.checkpoints import PROGRESS, SavedStates
+from knn_lm_eval.system.json_schema import Count
 
 # Entries [begin, end) that are done.
 Run = list[int]
+START_ANEW = "delete the folder"
+
+
+class _ShareNotes(TypedDict, total=False):
+    runs_done: list[list[Count]] | None
+
+
+class _DumpNotes(_ShareNotes):
+    key_module: str | None
+    fingerprint: dict[str, Any]
 
 
 def dump_states(output: Path, settings: dict[str, Any] | None = None) -> SavedStates:
     """What the unfinished dump in ``output`` has noted; ``settings`` None are those that it was begun with."""
     file, others = output / PROGRESS, ["progress.*"]
+    how: dict[str, Any] = {"what": f"The dump in {output}", "instead": START_ANEW, "others": others}
     if settings is None:
-        return SavedStates.found(file, others=others)
-    return SavedStates(file, settings, what=f"The dump in {output}", instead="delete the folder", others=others)
+        return SavedStates.found(file, notes=_DumpNotes, **how)
+    return SavedStates(file, settings, notes=_DumpNotes, **how)
 
 
 def share_states(output: Path, share: int) -> SavedStates:
     """What the process with that number has noted."""
-    return SavedStates(output / f"progress.{share}.json", {}, nested=False)
+    return _share_states(output / f"progress.{share}.json")
 
 
 def entries_in_all(output: Path) -> int | None:
     """How many entries the unfinished dump in ``output`` will have; None before the text is tokenized."""
     if dump_states(output, {}).notes().get("runs_done") is None:
         return None
-    return len(np.load(output / VALUES, mmap_mode="r"))
+    return len(map_npy(output / VALUES, START_ANEW))
 
 
 def entries_done(output: Path) -> int:
@@ -49,10 +61,23 @@ def entries_done(output: Path) -> int:
 
 def runs_written(output: Path) -> list[Run]:
     """All that is done, by ``progress.json`` and by the shares' own files."""
-    runs: list[Run] = list(dump_states(output, {}).notes().get("runs_done") or [])
+    states = dump_states(output, {})
+    runs = _checked(states.notes(), states.file)
     for file in output.glob("progress.*.json"):
-        runs += SavedStates(file, {}, nested=False).notes().get("runs_done", [])  # the file may just have gone
+        runs += _checked(_share_states(file).notes(), file)  # the file may just have gone
     return joined(runs)
+
+
+def _share_states(file: Path) -> SavedStates:
+    return SavedStates(file, {}, instead=START_ANEW, nested=False, notes=_ShareNotes)
+
+
+def _checked(notes: dict[str, Any], file: Path) -> list[Run]:
+    """The runs that were noted; raises UserError where one is none."""
+    runs: list[Run] = list(notes.get("runs_done") or [])
+    if wrong := [run for run in runs if len(run) != 2 or run[0] > run[1]]:
+        raise UserError(f"{file} is damaged: runs_done has {shortened(wrong[0])}, which is no run; {START_ANEW}.")
+    return runs
 
 
 def joined(runs: Iterable[Run]) -> list[Run]:

@@ -34,6 +34,7 @@ from knn_lm_eval.store.manifest import (
     now,
     record_derived,
 )
+from knn_lm_eval.system.arrays import map_npy
 from knn_lm_eval.system.files import (
     check_free_space,
     check_new_folder,
@@ -119,12 +120,7 @@ def _read_config(pretrained: str | None) -> dict[str, Any] | None:
 def _read_starts(path: str | Path | None, count: int) -> np.ndarray:
     if path is None:
         return np.zeros(1, dtype=np.int64)
-    try:
-        starts = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(
-            f"Cannot read --document_starts {path}: it is not a .npy file of integers ({error})."
-        ) from error
+    starts = map_npy(Path(path), "give another --document_starts")
     integers = starts.ndim == 1 and len(starts) > 0 and starts.dtype.kind in "iu"
     if not integers or starts[0] != 0 or starts[-1] >= count or (np.diff(starts.astype(np.int64)) <= 0).any():
         raise UserError(

@@ -9,11 +9,12 @@ import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypedDict
 
-from knn_lm_eval.errors import UserError
+from knn_lm_eval.errors import UserError, shortened
 from knn_lm_eval.store.datastore import Datastore
 from knn_lm_eval.system.files import read_json, write_json
+from knn_lm_eval.system.json_schema import check_json
 from knn_lm_eval.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -24,6 +25,29 @@ STORE_DEFAULT = "params.json"
 NAMES = ("k", "knn_temp", "lmbda", "probe", "min_knns", "max_knns")
 # Settings that decide what distances there are: with others, what was tuned need not fit.
 CONDITIONS = ("index", "knn_sim_func", "recompute_dists", "retomaton", "clusters", "duplicates", "no_pointer")
+
+
+class _Settings(TypedDict, total=False):
+    k: float
+    knn_temp: float
+    lmbda: float | dict[str, Any]
+    probe: float
+    min_knns: float | Literal["inf"]
+    max_knns: float
+
+
+class _TunedFor(TypedDict, total=False):
+    keys_sha256: str
+    datastore: str
+    model: str | None
+    conditions: dict[str, Any]
+
+
+class ParamsJSON(TypedDict):
+    """What the file holds, as far as it is read; values are checked where they are used."""
+
+    settings: _Settings
+    tuned_for: _TunedFor
 
 
 @dataclass(frozen=True)
@@ -73,19 +97,17 @@ class Params:
             raise UserError(f"{path} is not a params file; make one with tune.")
         if content.get("format_version") != FORMAT_VERSION:
             raise UserError(
-                f"{path} has format version {content.get('format_version')}, this program reads version "
+                f"{path} has format version {shortened(content.get('format_version'))}, this program reads version "
                 f"{FORMAT_VERSION}; tune again."
             )
-        settings, tuned_for = content.get("settings"), content.get("tuned_for")
-        if not isinstance(settings, dict) or not isinstance(tuned_for, dict):
-            raise UserError(f"{path} is damaged: it has no settings, or not what they were tuned for; tune again.")
+        check_json(content, ParamsJSON, path, "tune again")
+        settings, tuned_for = content["settings"], content["tuned_for"]
         if unknown := sorted(set(settings) - set(NAMES)):
-            raise UserError(f"{path} has the unknown setting {unknown[0]!r}; a params file has {', '.join(NAMES)}.")
+            raise UserError(
+                f"{path} has the unknown setting {shortened(unknown[0])}; a params file has {', '.join(NAMES)}."
+            )
         if settings.get("min_knns") == "inf":
             settings["min_knns"] = float("inf")
-        for name, value in settings.items():
-            if name != "lmbda" and (isinstance(value, bool) or not isinstance(value, (int, float))):
-                raise UserError(f"{path} is damaged: {name}={value!r} is not a number; tune again.")
         if tuned_for.get("keys_sha256") != store.keys_checksum:
             model = store.manifest.model["pretrained"]
             raise UserError(

@@ -13,7 +13,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import faiss
 import numpy as np
@@ -33,7 +33,7 @@ from knn_lm_eval.search.faiss_index import (
 from knn_lm_eval.search.kmeans import two_level_kmeans
 from knn_lm_eval.search.quality import fastest_enough, measure_quality
 from knn_lm_eval.store.datastore import Datastore
-from knn_lm_eval.store.index_files import DEFAULT_INDEX, IndexFiles
+from knn_lm_eval.store.index_files import DEFAULT_INDEX, IndexFiles, IndexJSON
 from knn_lm_eval.store.key_stream import key_chunks, keys_of
 from knn_lm_eval.store.manifest import forget_derived, record_derived
 from knn_lm_eval.system.checkpoints import SavedStates
@@ -182,6 +182,14 @@ def _check_parts(count: int, parts: int | None, ray: str | None) -> None:
         raise UserError(f"parts={parts} must be between 1 and {min(MOST_PARTS, count)}.")
 
 
+class _Begun(TypedDict):
+    seconds: dict[str, float]
+
+
+class _Notes(_Begun, total=False):
+    metadata: IndexJSON
+
+
 class _Unfinished:
     """An index under way: where it waits, beside what it was begun with.
 
@@ -201,6 +209,7 @@ class _Unfinished:
             self.index.with_name(self.index.name + ".json"),
             settings,
             what=f"The unfinished index {self.index}",
+            notes=_Notes,
             others=[f"{name}{part}.faiss.part{end}" for part in ("", ".[0-9][0-9][0-9]") for end in ("", ".tmp")],
         )
 

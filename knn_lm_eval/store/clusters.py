@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
@@ -26,8 +26,10 @@ from knn_lm_eval.store.datastore import Datastore
 from knn_lm_eval.store.manifest import checksums_of_derived, recorded_checksums
 from knn_lm_eval.store.names import check_plain_name
 from knn_lm_eval.store.verification import Expected, Limits
+from knn_lm_eval.system.arrays import map_npy
 from knn_lm_eval.system.checkpoints import PROGRESS
 from knn_lm_eval.system.files import read_json
+from knn_lm_eval.system.json_schema import Count, Positive, check_json
 from knn_lm_eval.system.seals import check_seal
 
 FORMAT = "knn_lm_eval clusters"
@@ -35,6 +37,18 @@ FORMAT_VERSION = 1
 METADATA = "clusters.json"
 ARRAYS = ("cluster_of_entry", "member_starts", "members")
 REMEDY = "fetch it or cluster the datastore again"
+
+
+_Sizes = TypedDict("_Sizes", {"cluster_of_entry.npy": Count, "member_starts.npy": Count, "members.npy": Count})
+
+
+class ClustersJSON(TypedDict):
+    """What ``clusters.json`` holds, as far as it is read."""
+
+    keys_sha256: str
+    num_clusters: Positive
+    entries_in_clusters: Count
+    files: _Sizes
 
 
 @dataclass(frozen=True)
@@ -79,19 +93,17 @@ class Clusters:
                 f"{path / METADATA} is not of format {FORMAT!r}, version {FORMAT_VERSION}; cluster the datastore again."
             )
         metadata = check_seal(path / METADATA, metadata, REMEDY)
-        if metadata.get("keys_sha256") != datastore.keys_checksum:
+        check_json(metadata, ClustersJSON, path / METADATA, REMEDY)
+        if metadata["keys_sha256"] != datastore.keys_checksum:
             raise UserError(
                 f"The clusters {path} were made for other keys than those in {datastore.path}; cluster it again."
             )
-        try:
-            sizes = {name: int(metadata["files"][f"{name}.npy"]) for name in ARRAYS}
-            shapes = {
-                "cluster_of_entry": (len(datastore),),
-                "member_starts": (int(metadata["num_clusters"]) + 1,),
-                "members": (int(metadata["entries_in_clusters"]),),
-            }
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{path / METADATA} is damaged: {error!r} is missing or malformed.") from error
+        sizes = {name: metadata["files"][f"{name}.npy"] for name in ARRAYS}
+        shapes = {
+            "cluster_of_entry": (len(datastore),),
+            "member_starts": (metadata["num_clusters"] + 1,),
+            "members": (metadata["entries_in_clusters"],),
+        }
         dtypes: dict[str, type[Any]] = {
             "cluster_of_entry": np.int32,
             "member_starts": np.int64,
@@ -166,10 +178,7 @@ def _open_array(path: Path, size: int, dtype: type[Any], shape: tuple[int]) -> n
             f"The clusters {path.parent} are damaged: {path.name} has {actual} bytes, {METADATA} says "
             f"{size}; copy them or cluster the datastore again."
         )
-    try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
-        raise UserError(f"{path} is damaged: it is not a .npy array ({error}).") from error
+    array = map_npy(path, "cluster the datastore again")
     if array.dtype != dtype or array.shape != shape:
         raise UserError(
             f"{path} is not what {METADATA} says: it holds {array.dtype} {list(array.shape)}, "

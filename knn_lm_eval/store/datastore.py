@@ -27,7 +27,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -35,6 +34,7 @@ import numpy as np
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.store.manifest import DOCUMENT_STARTS, VALUES, WEIGHTS, FileRecord, Manifest
 from knn_lm_eval.store.verification import Expected, Limits, Verification
+from knn_lm_eval.system.arrays import map_npy
 
 
 @dataclass(frozen=True)
@@ -168,10 +168,7 @@ def check_size(path: Path, name: str, files: dict[str, FileRecord]) -> None:
 
 def open_array(path: Path, dtype: Any, shape: tuple[int, ...] | None) -> np.ndarray:
     """Memory-map a .npy file, read-only; raises UserError where it is not of this dtype and (unless None) shape."""
-    try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, OSError, EOFError, SyntaxError, TokenError) as error:
-        raise UserError(f"{path} is damaged: it is not a .npy array ({error}).") from error
+    array = map_npy(path)
     if array.dtype != dtype or (shape is not None and array.shape != shape) or not array.flags.c_contiguous:
         raise UserError(
             f"{path} is not what the manifest says: it holds {array.dtype} {list(array.shape)}, "

@@ -15,13 +15,13 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-from urllib.parse import unquote, urlsplit
+from typing import Any, TypedDict
+from urllib.parse import unquote, urlsplit, urlunsplit
 
-from knn_lm_eval.errors import UserError
+from knn_lm_eval.errors import UserError, shortened
 from knn_lm_eval.store.datastore import Datastore
 from knn_lm_eval.store.download import download, forget_part, hub_checksum, locate
-from knn_lm_eval.store.manifest import FORMAT, MALFORMED, MANIFEST, FileRecord, Manifest
+from knn_lm_eval.store.manifest import FORMAT, MANIFEST, FileRecord, Manifest
 from knn_lm_eval.system.file_contents import contents_of
 from knn_lm_eval.system.files import (
     cache_root,
@@ -31,6 +31,7 @@ from knn_lm_eval.system.files import (
     replace_file,
     write_json,
 )
+from knn_lm_eval.system.json_schema import check_json
 from knn_lm_eval.system.locks import DAY, locked
 from knn_lm_eval.system.seals import check_seal
 
@@ -40,6 +41,14 @@ DATASTORE_VARIABLE = "KNN_LM_EVAL_DATASTORE"
 ORIGIN = "fetched.json"
 PLAIN_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")
 PUBLISHED_SUFFIXES = (".npy", ".index", ".indexed", ".pkl")
+
+
+class _Addresses(TypedDict):
+    addresses: list[str]
+
+
+class _OriginJSON(_Addresses, total=False):
+    sha256: str
 
 
 def is_address(datastore: str | os.PathLike) -> bool:
@@ -209,27 +218,39 @@ def _claimed(folder: Path, addresses: list[str]) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         with locked(folder / ".lock", str(folder), seconds=DAY):
             if (folder / ORIGIN).is_file():
-                if (others := read_json(folder / ORIGIN).get("addresses")) != addresses:
-                    raise UserError(f"{folder} holds what was fetched from {others}; choose another --output.")
+                _check_origin(folder, addresses)
             elif any(path.name not in (".lock", f"{ORIGIN}.tmp") for path in folder.iterdir()):
                 raise UserError(f"{folder} holds files that were not fetched; choose another --output.")
             else:
-                write_json(folder / ORIGIN, {"addresses": addresses})
+                write_json(folder / ORIGIN, _origin(addresses))
             yield
+
+
+def _origin(addresses: list[str]) -> dict[str, Any]:
+    """What a folder says of where it came from: it may be published, so it keeps no query (``?token=...``), only a
+    checksum to recognise the addresses by."""
+    shown = [urlunsplit(urlsplit(address)._replace(query="", fragment="")) for address in addresses]
+    checksum = hashlib.sha256(" ".join(addresses).encode()).hexdigest()
+    return {"addresses": shown} if shown == addresses else {"addresses": shown, "sha256": checksum}
+
+
+def _check_origin(folder: Path, addresses: list[str]) -> None:
+    """Raise UserError where the folder came from elsewhere."""
+    said = read_json(folder / ORIGIN)
+    check_json(said, _OriginJSON, folder / ORIGIN, "choose another --output")
+    if said["addresses"] == addresses and said != _origin(addresses):
+        write_json(folder / ORIGIN, _origin(addresses))  # an earlier version's, with its queries
+    elif said != _origin(addresses):
+        others = shortened(" ".join(said["addresses"]), 300)
+        raise UserError(f"{folder} holds what was fetched from {others}; choose another --output.")
 
 
 def _list_files(content: dict[str, Any], address: str) -> dict[str, FileRecord]:
     """What the manifest says of each file of the datastore, by its path in the folder."""
     if content.get("format") != FORMAT:
         raise UserError(f"The {MANIFEST} at {address} is not that of a {FORMAT}.")
-    try:
-        manifest = Manifest.of_json(content)
-        files: dict[str, FileRecord] = {
-            str(name): {"bytes": int(record["bytes"]), "sha256": str(record["sha256"])}
-            for name, record in (manifest.files | manifest.derived).items()
-        }
-    except MALFORMED as error:
-        raise UserError(f"The {MANIFEST} at {address} is damaged: {error!r} is missing or malformed.") from error
+    manifest = Manifest.of_json(content, f"The {MANIFEST} at {address}")
+    files = manifest.files | manifest.derived
     for name in files:
         if not all(PLAIN_NAME.fullmatch(part) for part in name.split("/")) or name in (MANIFEST, ORIGIN):
             raise UserError(

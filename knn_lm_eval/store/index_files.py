@@ -11,8 +11,9 @@ the store does (``absolute``). Part i lies in ``NAME.00i.faiss``.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypedDict
 
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.store.datastore import Datastore
@@ -20,10 +21,32 @@ from knn_lm_eval.store.manifest import checksums_of_derived, recorded_checksums
 from knn_lm_eval.store.names import check_new_name, check_plain_name
 from knn_lm_eval.store.verification import Expected
 from knn_lm_eval.system.files import read_json
+from knn_lm_eval.system.json_schema import Count, Positive, check_json
 from knn_lm_eval.system.seals import check_seal
 
 DEFAULT_INDEX = "index"
 REMEDY = "fetch it or build the index again"
+
+
+class _Run(TypedDict):
+    start: Count
+    stop: Count
+    bytes: Count
+
+
+class _Required(TypedDict):
+    factory: str
+    sim_func: Literal["l2", "dot"]
+    keys_sha256: str
+    bytes: Count
+
+
+class IndexJSON(_Required, total=False):
+    """What the JSON holds, as far as it is read."""
+
+    probe: Positive | None
+    parts: list[_Run]
+    part_ids: Literal["relative", "absolute"]
 
 
 @dataclass(frozen=True)
@@ -82,17 +105,15 @@ def find_parts(datastore: Datastore, name: str = DEFAULT_INDEX) -> tuple[dict[st
         others = f"it has {', '.join(built)}" if built else "build one with build_index"
         raise UserError(f"The datastore {datastore.path} has no index called {name!r}: {others}.")
     metadata = check_seal(files.metadata, read_json(files.metadata), REMEDY)
-    if metadata.get("keys_sha256") != datastore.keys_checksum:
+    check_json(metadata, IndexJSON, files.metadata, REMEDY)
+    if metadata["keys_sha256"] != datastore.keys_checksum:
         raise UserError(
             f"The index {files.index} was built for other keys than those in {datastore.path}; build it again."
         )
-    runs = metadata.get("parts") or [{"start": 0, "stop": len(datastore), "bytes": metadata.get("bytes")}]
+    runs = metadata.get("parts", [{"start": 0, "stop": len(datastore), "bytes": metadata["bytes"]}])
     paths = [files.part(number) for number in range(len(runs))] if "parts" in metadata else [files.index]
-    if "parts" in metadata and metadata.get("part_ids") not in ("relative", "absolute"):
-        raise UserError(
-            f"{files.metadata} is damaged: part_ids={metadata.get('part_ids')!r} is neither relative nor absolute; "
-            f"build the index again."
-        )
+    if "parts" in metadata:
+        _check_parts(files.metadata, metadata, len(datastore))
     relative, parts = metadata.get("part_ids") == "relative", []
     for path, run in zip(paths, runs, strict=True):
         if not path.is_file():
@@ -107,6 +128,18 @@ def find_parts(datastore: Datastore, name: str = DEFAULT_INDEX) -> tuple[dict[st
     of_index = [files.metadata, *(part.path for part in parts)]
     datastore.verification.check(Expected(path, recorded.get(path.name), remedy=REMEDY) for path in of_index)
     return metadata, parts
+
+
+def _check_parts(file: Path, metadata: dict[str, Any], count: int) -> None:
+    """Raise UserError where the parts in an index's JSON are not runs that cover all entries, in order."""
+    wrong = "part_ids is missing" if "part_ids" not in metadata else None
+    ends = [0, *(run["stop"] for run in metadata["parts"])]
+    if [run["start"] for run in metadata["parts"]] != ends[:-1] or any(a > b for a, b in pairwise(ends)):
+        wrong = "its parts do not follow one another"
+    elif ends[-1] != count:
+        wrong = f"its parts end at entry {ends[-1]:,}, and the datastore has {count:,}"
+    if wrong:
+        raise UserError(f"{file} is damaged: {wrong}; build the index again.")
 
 
 def index_checksums(datastore: Datastore, name: str = DEFAULT_INDEX) -> dict[str, str]:

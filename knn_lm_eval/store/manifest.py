@@ -11,14 +11,15 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, Literal, NamedTuple, TypedDict
 
 import numpy as np
 
-from knn_lm_eval.errors import UserError
+from knn_lm_eval.errors import UserError, shortened
 from knn_lm_eval.system.checkpoints import PROGRESS
 from knn_lm_eval.system.file_contents import contents_of, examine
 from knn_lm_eval.system.files import read_json
+from knn_lm_eval.system.json_schema import Count, Positive, check_json
 from knn_lm_eval.system.locks import locked
 from knn_lm_eval.system.seals import check_seal, write_sealed_json
 
@@ -26,9 +27,6 @@ FORMAT = "knn_lm_eval datastore"
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 KEYS, VALUES, DOCUMENT_STARTS, WEIGHTS = "keys.npy", "values.npy", "document_starts.npy", "weights.npy"
-RAW_DTYPES = {"float16": np.float16, "float32": np.float32}
-# What a malformed JSON object may raise.
-MALFORMED = (KeyError, TypeError, ValueError, AttributeError)
 # The JSON's names in the order in which a dump and an import write them.
 _HEAD = ("format", "format_version", "count", "dimension", "documents")
 _TAIL = ("fingerprint", "files", "created", "versions")
@@ -47,25 +45,65 @@ ORDER_OF_IMPORTS = (
 class FileRecord(TypedDict):
     """A file's size and checksum."""
 
-    bytes: int
+    bytes: Count
     sha256: str
 
 
 class WindowsRecord(TypedDict):
     """In which windows the LM read the text; see ``WindowSettings``."""
 
-    max_length: int
-    stride: int
-    batch_size: int
-    prefix_token_id: int
+    max_length: Positive
+    stride: Positive
+    batch_size: Positive
+    prefix_token_id: Count
 
 
-# The LM that made the keys. An import may not know its name and vocabulary (None), and tells no class and dtype.
-ModelRecord = TypedDict(
-    "ModelRecord",
-    {"pretrained": str | None, "args": dict[str, Any], "class": str, "dtype": str, "vocabulary": int | None},
-    total=False,
-)
+_ModelMaker = TypedDict("_ModelMaker", {"class": str, "dtype": str, "vocabulary": Count | None}, total=False)
+
+
+class ModelRecord(_ModelMaker):
+    """The LM that made the keys. An import may not know its name and vocabulary (None), and tells no class or dtype."""
+
+    pretrained: str | None
+    args: dict[str, Any]
+
+
+class _Fingerprint(TypedDict):
+    token_ids: list[Count]
+    key: list[float]
+
+
+class _KeysRecord(TypedDict):
+    file: str
+    dtype: Literal["float16", "float32"]
+
+
+class _Required(TypedDict):
+    count: Count
+    dimension: Positive
+    files: dict[str, FileRecord]
+
+
+class ManifestJSON(_Required, total=False):
+    """What the file holds, as far as this version knows it; every manifest has the first three."""
+
+    documents: Count | None
+    largest_value: Count | None
+    key_dtype: str | None
+    value_dtype: str | None
+    keys: _KeysRecord | None
+    key_type: str
+    key_module: str | None
+    windows: WindowsRecord | None
+    max_tokens: Count | None
+    source: dict[str, Any]
+    model: ModelRecord
+    fingerprint: _Fingerprint | None
+    text_order: bool
+    pruned_from: dict[str, Any] | None
+    created: str | None
+    versions: dict[str, Any]
+    derived: dict[str, FileRecord]
 
 
 class KeysFile(NamedTuple):
@@ -121,7 +159,7 @@ class Manifest:
     windows: WindowsRecord | None = None
     max_tokens: int | None = None
     source: dict[str, Any] = field(default_factory=dict)
-    model: ModelRecord = field(default_factory=lambda: ModelRecord())
+    model: ModelRecord = field(default_factory=lambda: ModelRecord(pretrained=None, args={}))
     fingerprint: dict[str, Any] | None = None
     text_order: bool = True
     pruned_from: dict[str, Any] | None = None
@@ -153,29 +191,24 @@ class Manifest:
             raise UserError(f"{path} is not the manifest of a {FORMAT}.")
         if content.get("format_version") != FORMAT_VERSION:
             raise UserError(
-                f"The datastore {folder} has format version {content.get('format_version')}, this program reads "
-                f"version {FORMAT_VERSION}; use the program's version that made it, or dump it again."
+                f"The datastore {folder} has format version {shortened(content.get('format_version'))}, this program "
+                f"reads version {FORMAT_VERSION}; use the program's version that made it, or dump it again."
             )
-        content = check_seal(path, content, "fetch or copy the datastore again")
-        try:
-            return cls.of_json(content)
-        except MALFORMED as error:
-            raise UserError(f"{path} is damaged: {error!r} is missing or malformed.") from error
+        return cls.of_json(check_seal(path, content, "fetch or copy the datastore again"), path)
 
     @classmethod
-    def of_json(cls, content: dict[str, Any]) -> Manifest:
-        """Take it from a JSON object; raises one of ``MALFORMED`` where that lacks what every store has."""
+    def of_json(cls, content: dict[str, Any], file: str | Path = MANIFEST) -> Manifest:
+        """Take it from the JSON object in ``file`` (a path or an address); raises UserError where it is malformed."""
+        remedy = "copy, fetch or dump the datastore again"
+        check_json(content, ManifestJSON, file, remedy)
         known = {name: content[name] for name in _field_names() if name in content}
-        files, raw = content["files"], content.get("keys", {})
-        for record in files.values():
-            int(record["bytes"])
-        if raw:
-            known["keys"] = KeysFile(str(raw["file"]), RAW_DTYPES[raw["dtype"]].__name__)
-            files[raw["file"]]
-        else:
-            known["keys"] = None if raw is None else NPY_KEYS
+        raw = content.get("keys", NPY_KEYS._asdict())
+        known["keys"] = None if raw is None else KeysFile(raw["file"], raw["dtype"])
+        for name in (VALUES, DOCUMENT_STARTS, *([raw["file"]] if raw else [])):
+            if name not in content["files"]:
+                raise UserError(f"{file} is damaged: files does not list {shortened(name)}; {remedy}.")
         return cls(
-            **known | {"count": int(content["count"]), "dimension": int(content["dimension"])},
+            **known,
             unknown={name: value for name, value in content.items() if name not in {*known, *_HEAD}},
             order=tuple(content),
         )

@@ -37,6 +37,7 @@ from knn_lm_eval.search.retriever import Found, LocalRetriever, Retriever, entry
 from knn_lm_eval.store.datastore import Datastore
 from knn_lm_eval.study.grid import Surface, find_best
 from knn_lm_eval.study.run import MAX_LENGTH, first_tokens, load_knn_hf
+from knn_lm_eval.system.arrays import read_npz
 from knn_lm_eval.system.files import disk_errors_in, replace_file
 
 EXACT = "exact"
@@ -254,13 +255,9 @@ class IndexComparison:
         search = f"{self.store.keys_checksum} {sim_func} {hashlib.sha256(queries.tobytes()).hexdigest()}"
         path = self.cache / f"exact-{hashlib.sha256(search.encode()).hexdigest()[:16]}.npz"
         if path.is_file():
-            with np.load(path, allow_pickle=False) as kept:
-                if kept["distances"].shape[1] >= k:
-                    return (
-                        torch.from_numpy(kept["distances"]),
-                        torch.from_numpy(kept["entries"]),
-                        float(kept["seconds"]),
-                    )
+            kept = read_npz(path, "delete it")
+            if kept["distances"].shape[1] >= k:
+                return torch.from_numpy(kept["distances"]), torch.from_numpy(kept["entries"]), float(kept["seconds"])
         start = time.process_time()
         distances, entries = search_exactly(self.store, queries, k, sim_func)
         seconds = time.process_time() - start

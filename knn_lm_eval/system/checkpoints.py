@@ -8,15 +8,16 @@ is finished, these files go.
 from __future__ import annotations
 
 import time
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from knn_lm_eval.errors import UserError
+from knn_lm_eval.errors import UserError, shortened
+from knn_lm_eval.system.arrays import read_npz
 from knn_lm_eval.system.files import read_json, replace_file, write_json
+from knn_lm_eval.system.json_schema import check_json
 
 PROGRESS = "progress.json"
 CHECKPOINT_SECONDS = 60.0
@@ -33,6 +34,7 @@ class SavedStates:
     instead : what the user does to start anew, for the same sentence.
     others : patterns (as for ``glob``) of further files in the folder that are of no use without these.
     nested : whether the JSON file has the settings under ``settings``, or beside the notes.
+    notes : what the notes are, as for ``check_json``.
     """
 
     def __init__(
@@ -44,8 +46,9 @@ class SavedStates:
         instead: str = "leave out --resume to start anew",
         others: Sequence[str] = (),
         nested: bool = True,
+        notes: Any = dict[str, Any],
     ) -> None:
-        self.file, self.settings, self.nested = file, settings, nested
+        self.file, self.settings, self.nested, self._notes = file, settings, nested, notes
         self.what, self.instead, self.others = what or f"What is unfinished in {file.parent}", instead, others
         self.saved = time.monotonic()
 
@@ -56,7 +59,9 @@ class SavedStates:
     @classmethod
     def found(cls, file: Path, **how: Any) -> SavedStates:
         """What somebody else has begun there, with the settings that it was begun with."""
-        return cls(file, read_json(file).get("settings", {}), **how)
+        states = cls(file, {}, **how)
+        states.settings = states._read()[0]
+        return states
 
     def begin(self, **notes: Any) -> None:
         """Start anew: make the folder, remove what there is, and write the settings and the first notes."""
@@ -80,7 +85,8 @@ class SavedStates:
             return None
         begun, notes = self._read()
         if others := [name for name in {**self.settings, **begun} if begun.get(name) != self.settings.get(name)]:
-            was, now = (", ".join(f"{name}={of.get(name)!r}" for name in others) for of in (begun, self.settings))
+            both = (begun, self.settings)
+            was, now = (", ".join(f"{name}={shortened(of.get(name))}" for name in others) for of in both)
             raise UserError(
                 f"{self.what} was begun with {was}, now it is {now}; give the same settings, or {self.instead}."
             )
@@ -104,11 +110,7 @@ class SavedStates:
         path = self.folder / f"{state}.npz.part"
         if not path.exists():
             return {}
-        try:
-            with np.load(path, allow_pickle=False) as arrays:
-                return dict(arrays)
-        except (ValueError, EOFError, zipfile.BadZipFile) as error:
-            raise UserError(f"{path} is damaged ({error}); {self.instead}.") from error
+        return read_npz(path, self.instead)
 
     def save(self, state: str, **arrays: Any) -> None:
         """Keep the arrays under that name, all at once."""
@@ -134,6 +136,9 @@ class SavedStates:
         """The settings and the notes in the file."""
         content = read_json(self.file)
         if self.nested:
-            settings = content.pop("settings", None)
-            return settings if isinstance(settings, dict) else {}, content
-        return {name: content.pop(name, None) for name in self.settings}, content
+            settings = content.pop("settings", {})
+            check_json(settings, dict[str, Any], f"settings in {self.file}", self.instead)
+        else:
+            settings = {name: content.pop(name, None) for name in self.settings}
+        check_json(content, self._notes, self.file, self.instead)
+        return settings, content

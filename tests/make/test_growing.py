@@ -58,7 +58,7 @@ def test_what_cannot_be_grown_is_refused(sources: list[Datastore], tmp_path: Pat
     with pytest.raises(UserError, match="exists already"):
         grow_datastore(sources, sources[0].path, 1000)
     shutil.copytree(sources[1].path, tmp_path / "foreign")
-    change_json(tmp_path / "foreign" / "manifest.json", fingerprint={"key": [1.0]})
+    change_json(tmp_path / "foreign" / "manifest.json", fingerprint={"key": [1.0], "token_ids": []})
     with pytest.raises(UserError, match="different models"):
         grow_datastore([sources[0], Datastore.open(tmp_path / "foreign")], tmp_path / "big", 1000)
     assert not (tmp_path / "big").exists()

@@ -115,9 +115,9 @@ def test_files_that_do_not_fit_are_refused(mine: Datastore, tmp_path: Path) -> N
     other = {"keys_sha256": "0", "datastore": "other", "model": "gpt2"}
     refuses("was tuned for another datastore .other, of the model gpt2. .* tune again", changed(tuned_for=other))
     refuses("format version 2, this program reads version 1", changed(format_version=2))
-    refuses("it has no settings", changed(settings=None))
+    refuses("settings is None, not a JSON object; tune again", changed(settings=None))
     refuses("unknown setting 'temperature'", changed(settings={"temperature": 3}))
-    refuses("probe='many' is not a number", changed(settings={"probe": "many"}))
+    refuses("settings.probe is 'many', not a finite number; tune again", changed(settings={"probe": "many"}))
     refuses("lmbda=2 is not between 0 and 1", changed(settings={"lmbda": 2}))
     refuses("unknown kind 'tree'", changed(settings={"lmbda": {"kind": "tree"}}))
     refuses("The adaptive lmbda is malformed", changed(settings={"lmbda": {"kind": "buckets", "edges": [1.0]}}))

@@ -176,6 +176,21 @@ def test_a_token_in_the_address_stays_in_each_request(serve, published: Datastor
     assert all(path.endswith("?token=a%20b") for path, _, _ in server.requests)
 
 
+def test_a_token_in_the_address_is_not_kept_in_the_folder(serve, published: Datastore, tmp_path: Path) -> None:
+    server, folder = serve(published.path), tmp_path / "store"
+    address = f"{server.url}?token=secret"
+    fetch_datastore(address, folder)
+    assert "secret" not in (folder / "fetched.json").read_text()
+    fetch_datastore(address, folder)
+    with pytest.raises(UserError, match="holds what was fetched from"):
+        fetch_datastore(f"{server.url}?token=other", folder)
+    # A folder of an earlier version is known, and forgets the token, too.
+    (folder / "fetched.json").write_text(json.dumps({"addresses": [address]}))
+    fetch_datastore(address, folder)
+    assert "secret" not in (folder / "fetched.json").read_text()
+    fetch_datastore(address, folder)
+
+
 @pytest.mark.parametrize("ranges", [True, False])
 def test_dropped_connections_are_gone_on_with(serve, published: Datastore, ranges: bool) -> None:
     keys_bytes = (published.path / "keys.npy").stat().st_size

@@ -163,5 +163,5 @@ def test_names_of_a_later_version_are_kept(old: Datastore, tmp_path: Path) -> No
 def test_a_damaged_manifest_is_named(old: Datastore, changes: dict[str, object]) -> None:
     content = json.loads((old.path / "manifest.json").read_text())
     write_json(old.path / "manifest.json", content | changes)
-    with pytest.raises(UserError, match=r"manifest.json is damaged: .* is missing or malformed"):
+    with pytest.raises(UserError, match=r"manifest.json is damaged: (count|dimension|files|keys)[^;]*; copy"):
         Datastore.open(old.path)

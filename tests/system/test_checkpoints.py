@@ -84,5 +84,5 @@ def test_a_state_is_due_some_time_after_the_last(tmp_path: Path, monkeypatch) ->
 
 def test_a_damaged_state_is_named(tmp_path: Path) -> None:
     (tmp_path / "sums.npz.part").write_bytes(b"PK torn")
-    with pytest.raises(UserError, match=r"sums.npz.part is damaged .*leave out --resume to start anew"):
+    with pytest.raises(UserError, match=r"sums.npz.part is damaged: .*leave out --resume to start anew"):
         states(tmp_path).load("sums")
