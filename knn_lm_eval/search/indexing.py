@@ -24,11 +24,13 @@ from knn_lm_eval.search.choosing import NO_BUDGET, TWO_LEVELS_ABOVE, Budget, cho
 from knn_lm_eval.search.faiss_index import (
     METRICS,
     bytes_held,
+    bytes_per_code,
     faiss_gpus,
     inverted_file,
     join_parts,
     make_index,
     read_index,
+    reason_of,
 )
 from knn_lm_eval.search.kmeans import two_level_kmeans
 from knn_lm_eval.search.quality import fastest_enough, measure_quality
@@ -319,7 +321,12 @@ def _add_run(index: faiss.Index, keys: np.ndarray, start: int, stop: int) -> Ite
             assigner = faiss.index_cpu_to_all_gpus(quantizer)
     for chunk in key_chunks(keys, start + index.ntotal, stop):
         if assigner is None or ivf is None:
-            index.add(chunk)
+            try:
+                index.add(chunk)
+            except RuntimeError as error:
+                raise UserError(
+                    f"faiss cannot add keys to {type(index).__name__} ({reason_of(error)}); choose another --factory."
+                ) from error
         else:
             lists = assigner.search(chunk, 1)[1][:, 0].copy()
             ivf.add_core(len(chunk), faiss.swig_ptr(chunk), None, faiss.swig_ptr(lists))
@@ -394,7 +401,7 @@ def _install(
 
 def _write(index: faiss.Index, path: Path) -> None:
     temporary = path.with_name(path.name + ".tmp")
-    check_free_space(path.parent, index.ntotal * index.sa_code_size(), "the index's codes")
+    check_free_space(path.parent, index.ntotal * bytes_per_code(index), "the index's codes")
     try:
         faiss.write_index(index, str(temporary))
     except RuntimeError as error:
