@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable
 from types import FrameType, TracebackType
 
+NO_RESULTS = "no results were written; start again."
 ExceptHook = Callable[[type[BaseException], BaseException, TracebackType | None], object]
 
 
@@ -29,13 +30,15 @@ class _Hook:
             self.previous(kind, error, trace)
 
 
-def report_user_errors(kept: str = "No results were written; start again.") -> None:
+def report_user_errors(kept: str | None = None) -> None:
     """Let an uncaught UserError end the program with its message alone (and exit status 1, as ever), and Ctrl-C and
-    SIGTERM with one sentence, which says what is ``kept`` and how to go on (and with exit status 130 and 143)."""
-    if isinstance(sys.excepthook, _Hook):
+    SIGTERM with one sentence, which says what is ``kept`` and how to go on (and with exit status 130 and 143).
+
+    Where that is None it stays as it is: a verb has said it, and then makes an LM."""
+    if not isinstance(sys.excepthook, _Hook):
+        sys.excepthook = _Hook(sys.excepthook, kept or NO_RESULTS)
+    elif kept is not None:
         sys.excepthook.kept = kept
-    else:
-        sys.excepthook = _Hook(sys.excepthook, kept)
     alone = threading.current_thread() is threading.main_thread()
     if alone and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, _end)

@@ -49,7 +49,7 @@ def test_no_test_module_imports_another() -> None:
 
 def test_the_tests_folders_are_the_package_s() -> None:
     folders = {file.relative_to(TESTS).parts[0] for file in TESTS.rglob("test_*.py") if file.parent != TESTS}
-    assert folders == ROOMS
+    assert folders - {"torture"} == ROOMS  # of all rooms at once
 
 
 @pytest.mark.parametrize("room", sorted(ROOMS))
