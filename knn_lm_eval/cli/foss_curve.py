@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -45,20 +44,22 @@ def main(arguments: argparse.Namespace) -> None:
     model_args = read_model_args(arguments)
 
     from knn_lm_eval.study.foss_curve import foss_curves
+    from knn_lm_eval.system.files import disk_errors_in, held_output
 
-    curves = foss_curves(
-        model_args,
-        task_names(arguments),
-        min_knns=min_knns,
-        clusters=arguments.clusters.split(",") if arguments.clusters else None,
-        max_knns=arguments.max_knns,
-        duplicates=arguments.duplicates,
-        metadata=read_metadata(arguments),
-        limit=arguments.limit,
-    )
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    for curve in curves:
-        write(arguments.output / curve.task, curve)
+    with held_output(arguments.output, is_folder=True):
+        curves = foss_curves(
+            model_args,
+            task_names(arguments),
+            min_knns=min_knns,
+            clusters=arguments.clusters.split(",") if arguments.clusters else None,
+            max_knns=arguments.max_knns,
+            duplicates=arguments.duplicates,
+            metadata=read_metadata(arguments),
+            limit=arguments.limit,
+        )
+        with disk_errors_in(arguments.output):
+            for curve in curves:
+                write(arguments.output / curve.task, curve)
 
 
 def write(path: Path, curve: Curve) -> None:
@@ -66,11 +67,10 @@ def write(path: Path, curve: Curve) -> None:
     from knn_lm_eval.report.plots import draw_foss_curve
     from knn_lm_eval.report.tables import print_table
     from knn_lm_eval.study.run import write_csv
+    from knn_lm_eval.system.files import write_json
 
     rows = [point.row() for point in curve.points]
     write_csv(path.with_suffix(".csv"), rows)
-    path.with_suffix(".json").write_text(
-        json.dumps({"task": curve.task, "settings": curve.settings, "points": rows}, indent=1) + "\n"
-    )
+    write_json(path.with_suffix(".json"), {"task": curve.task, "settings": curve.settings, "points": rows})
     print_table(curve.task, {name: COLUMNS.get(name, "") for name in rows[0]}, rows)
     draw_foss_curve(path, curve.task, rows)

@@ -49,8 +49,10 @@ def main(arguments: argparse.Namespace) -> None:
     from knn_lm_eval.model.knn_hf import KNNHF
     from knn_lm_eval.report.token_page import token_page
     from knn_lm_eval.study.inspection import inspect_text
-    from knn_lm_eval.system.files import disk_errors_in, write_text
+    from knn_lm_eval.system.files import check_writable, disk_errors_in, write_text
 
+    for path in filter(None, (arguments.html, arguments.json)):
+        check_writable(path)
     lm = KNNHF(**model_args)
     tokens = inspect_text(lm, text, num_neighbours=arguments.neighbours, context_tokens=arguments.context)
     if arguments.html is None and arguments.json is None:

@@ -29,12 +29,15 @@ RENAMED = {"bench": "speed"}  # old names, which still answer
 
 
 def verb(
-    parse_arguments: Callable[[], argparse.Namespace], log_level: str = "WARNING", kept: str = NOTHING_KEPT
+    parse_arguments: Callable[[], argparse.Namespace],
+    log_level: str = "WARNING",
+    kept: str | Callable[[argparse.Namespace], str] = NOTHING_KEPT,
 ) -> Callable[[Callable[[argparse.Namespace], None]], Callable[[], None]]:
     """Make a verb's ``main`` of a function that takes the parsed arguments.
 
     User errors, missing packages, Ctrl-C and SIGTERM end the program with one sentence, which says of the latter two
-    what is ``kept`` and how to go on, and messages of ``log_level`` and above go to standard error.
+    what is ``kept`` and how to go on (it may depend on the arguments), and messages of ``log_level`` and above go to
+    standard error.
     """
 
     def decorate(work: Callable[[argparse.Namespace], None]) -> Callable[[], None]:
@@ -42,14 +45,16 @@ def verb(
         def main() -> None:
             import logging
 
-            report_user_errors(kept)
+            report_user_errors()
             arguments = parse_arguments()
+            said = kept if isinstance(kept, str) else kept(arguments)
+            report_user_errors(said)
             logging.basicConfig(level=log_level, format="%(levelname)s %(message)s")
             try:
                 with naming_missing_packages():
                     work(arguments)
             except KeyboardInterrupt:
-                say_interrupted(kept)
+                say_interrupted(said)
                 raise SystemExit(130) from None
 
         return main

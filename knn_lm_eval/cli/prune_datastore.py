@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from knn_lm_eval.cli.arguments import add_datastore, add_output, check_options, merge_model_args
-from knn_lm_eval.cli.main import verb
+from knn_lm_eval.cli.main import NOTHING_KEPT, SAME_COMMAND, WITH_RESUME, verb
 from knn_lm_eval.errors import UserError
 
 # Which arguments go with which method; the functions know the defaults.
@@ -51,7 +51,11 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-@verb(parse_arguments)
+# What an interrupted run leaves: the LM's probabilities in the store, or the searches beside the output.
+KEPT = {"random": NOTHING_KEPT, "confidence": SAME_COMMAND, "greedy_merge": WITH_RESUME}
+
+
+@verb(parse_arguments, kept=lambda arguments: KEPT[arguments.method])
 def main(arguments: argparse.Namespace) -> None:
     settings = vars(arguments)
     verify = settings.pop("verify")

@@ -51,6 +51,10 @@ def main(arguments: argparse.Namespace) -> None:
     model_args = read_model_args(arguments)
 
     from knn_lm_eval.study.speed import SEARCH, SpeedComparison
+    from knn_lm_eval.system.files import check_writable, disk_errors_in, write_json
+
+    if arguments.json:
+        check_writable(arguments.json)
 
     comparison = SpeedComparison(
         model_args,
@@ -68,7 +72,8 @@ def main(arguments: argparse.Namespace) -> None:
         report["memory"] = {name: memory_of(name) for name in report["seconds"] if name != SEARCH}
     print_report(report)
     if arguments.json:
-        arguments.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        with disk_errors_in(arguments.json.parent):
+            write_json(arguments.json, report)
 
 
 def memory_of(name: str) -> dict[str, int] | None:

@@ -40,20 +40,21 @@ def main(arguments: argparse.Namespace) -> None:
 
     from knn_lm_eval.report.tables import print_table
     from knn_lm_eval.study.store_sizes import store_sizes
-    from knn_lm_eval.system.files import write_json
+    from knn_lm_eval.system.files import disk_errors_in, held_output, write_json
 
-    studies = store_sizes(
-        model_args,
-        task_names(arguments),
-        fractions=fractions,
-        searched=arguments.searched,
-        seed=arguments.seed,
-        metadata=read_metadata(arguments),
-        limit=arguments.limit,
-    )
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    for sizes in studies:
-        task, rows = sizes.task, [point.row() for point in sizes.points]
-        content = {"task": task, "settings": sizes.settings, "store_sizes": rows}
-        write_json(arguments.output / f"{task}.json", content)
-        print_table(task, COLUMNS, rows)
+    with held_output(arguments.output, is_folder=True):
+        studies = store_sizes(
+            model_args,
+            task_names(arguments),
+            fractions=fractions,
+            searched=arguments.searched,
+            seed=arguments.seed,
+            metadata=read_metadata(arguments),
+            limit=arguments.limit,
+        )
+        for sizes in studies:
+            task, rows = sizes.task, [point.row() for point in sizes.points]
+            content = {"task": task, "settings": sizes.settings, "store_sizes": rows}
+            with disk_errors_in(arguments.output):
+                write_json(arguments.output / f"{task}.json", content)
+            print_table(task, COLUMNS, rows)

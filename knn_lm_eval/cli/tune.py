@@ -61,24 +61,23 @@ def main(arguments: argparse.Namespace) -> None:
     axes = {name: axis for name in AXES if (axis := getattr(arguments, name)) is not None}
     model_args = read_model_args(arguments)
 
-    from knn_lm_eval.system.files import check_writable
+    from knn_lm_eval.system.files import held_output
 
-    check_writable(arguments.output)  # before hours of evaluation
+    with held_output(arguments.output):
+        from knn_lm_eval.study.tuning import tune
 
-    from knn_lm_eval.study.tuning import tune
-
-    found = tune(
-        model_args,
-        task_names(arguments),
-        adaptive=arguments.adaptive,
-        saved_searches=arguments.saved_searches,
-        seed=arguments.seed,
-        metadata=read_metadata(arguments),
-        limit=arguments.limit,
-        allow_test=arguments.allow_test,
-        **axes,
-    )
-    write(found, arguments)
+        found = tune(
+            model_args,
+            task_names(arguments),
+            adaptive=arguments.adaptive,
+            saved_searches=arguments.saved_searches,
+            seed=arguments.seed,
+            metadata=read_metadata(arguments),
+            limit=arguments.limit,
+            allow_test=arguments.allow_test,
+            **axes,
+        )
+        write(found, arguments)
     print_results(found)
     print(f"Wrote {arguments.output}: use it with params={arguments.output} in --model_args.")
     if arguments.save_default:
@@ -96,16 +95,20 @@ def write(found: Tuning, arguments: argparse.Namespace) -> None:
 
     from knn_lm_eval.model.params import STORE_DEFAULT
     from knn_lm_eval.report.plots import draw_grid
+    from knn_lm_eval.system.files import disk_errors_in
+    from knn_lm_eval.system.locks import locked
 
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    found.write_grid(arguments.output.with_suffix(".csv"))
     surface = found.best.surface
     axes = {"knn_temp": surface.knn_temp, "k": surface.k, "lmbda": surface.lmbda}
     perplexities = np.exp(-surface.log_prob / found.tokens)
-    draw_grid(arguments.output, arguments.tasks, perplexities, axes, found.best.place)
-    found.params.write(arguments.output)
+    with disk_errors_in(arguments.output.parent):
+        found.params.write(arguments.output)  # first, for all else can be drawn anew
+        found.write_grid(arguments.output.with_suffix(".csv"))
+        draw_grid(arguments.output, arguments.tasks, perplexities, axes, found.best.place)
     if arguments.save_default:
-        found.params.write(found.datastore.path / STORE_DEFAULT)
+        default = found.datastore.path / STORE_DEFAULT
+        with disk_errors_in(default.parent), locked(default.with_name(f".{default.name}.lock"), str(default)):
+            found.params.write(default)
 
 
 def print_results(found: Tuning) -> None:

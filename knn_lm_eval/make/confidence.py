@@ -27,6 +27,7 @@ from knn_lm_eval.store.verification import Expected
 from knn_lm_eval.system.checkpoints import SavedStates
 from knn_lm_eval.system.files import check_free_space, disk_errors_in, replace_file, write_npy_header
 from knn_lm_eval.system.json_schema import Count
+from knn_lm_eval.system.locks import DAY, locked
 
 LOG_PROBS = "lm_log_probs.npy"
 PROGRESS = "lm_log_probs.progress.json"
@@ -66,11 +67,13 @@ def lm_log_probs(datastore: Datastore, load_lm: Callable[[], CausalHFLM]) -> np.
         # The file of progress says for which keys it is, beside how far it is.
         settings = {"keys_sha256": datastore.keys_checksum}
         states = SavedStates(datastore.path / PROGRESS, settings, nested=False, notes=_Notes)
-        with disk_errors_in(datastore.path):
-            done = states.notes()["entries_done"] if states.fits() else 0
-            if done < len(datastore) or not path.exists():
-                _write_log_probs(datastore, datastore.manifest.windows, load_lm, states, done)
-            record_derived(datastore.path, [LOG_PROBS])
+        lock = locked(datastore.path / f".{LOG_PROBS}.lock", f"{path}", seconds=DAY)
+        with disk_errors_in(datastore.path), lock:
+            if LOG_PROBS not in Manifest.read(datastore.path).derived:  # another may just have written it
+                done = states.notes()["entries_done"] if states.fits() else 0
+                if done < len(datastore) or not path.exists():
+                    _write_log_probs(datastore, datastore.manifest.windows, load_lm, states, done)
+                record_derived(datastore.path, [LOG_PROBS])
             states.remove()
     log_probs = open_array(path, np.float32, (len(datastore),))
     remedy = f"delete it and take it off the manifest's derived files: {path.name} is made again"

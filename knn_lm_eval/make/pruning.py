@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from knn_lm_eval.make.confidence import lm_log_probs
 from knn_lm_eval.make.merging import NeighbourSearch, find_absorbers
 from knn_lm_eval.store.datastore import Datastore
 from knn_lm_eval.store.index_files import DEFAULT_INDEX
-from knn_lm_eval.store.manifest import DOCUMENT_STARTS, NPY_KEYS, VALUES, WEIGHTS, file_record, now
+from knn_lm_eval.store.manifest import DOCUMENT_STARTS, MANIFEST, NPY_KEYS, VALUES, WEIGHTS, file_record, now
 from knn_lm_eval.system.checkpoints import PROGRESS, SavedStates
 from knn_lm_eval.system.files import (
     check_free_space,
@@ -34,6 +34,7 @@ from knn_lm_eval.system.files import (
     finished_folder,
     write_npy_header,
 )
+from knn_lm_eval.system.locks import locked
 from knn_lm_eval.version import __version__
 
 CHUNK = 2**14  # entries copied at a time
@@ -135,23 +136,48 @@ def prune_greedy_merge(
         Where the store has no such index or fewer other entries than ``neighbours``, the folder is taken, or the disk
         is full.
     """
-    output = _check(datastore, output)
+    folder = Path(os.path.abspath(output))
+    datastore.require_keys("pruning")
     searched = NeighbourSearch.open(datastore, neighbours, index, probe)
     method = {"method": "greedy_merge", "neighbours": neighbours} | {
         name: value for name, value in searched.settings.items() if name != "k"
     }
     states = SavedStates(
-        output.with_name(f".{output.name}.merging") / PROGRESS, {**method, "keys_sha256": datastore.keys_checksum}
+        folder.with_name(f".{folder.name}.merging") / PROGRESS, {**method, "keys_sha256": datastore.keys_checksum}
     )
-    with disk_errors_in(states.folder):
+    if resume and states.fits() and (folder / MANIFEST).is_file():
+        pruned = Datastore.open(folder)  # it was interrupted when all was done but this
+        if (pruned.manifest.pruned_from or {}).items() >= _made_by(datastore, method).items():
+            with disk_errors_in(folder.parent), _held(states):
+                states.remove()
+            _remove_empty(states.folder)
+            return pruned
+    output = check_new_folder(output)
+    with disk_errors_in(output.parent), _held(states):
+        check_new_folder(output)  # another may just have made it
         states.begin_or_resume(resume)
         absorber = find_absorbers(searched, states)
-    counts = np.ones(len(datastore), dtype=np.int32) if datastore.weights is None else np.asarray(datastore.weights)
-    weights = np.zeros(len(datastore), dtype=np.int32)
-    _sum_weights(absorber, counts, weights)
-    pruned = _write(datastore, output, weights > 0, weights, method)
-    shutil.rmtree(states.folder)
+        counts = np.ones(len(datastore), dtype=np.int32) if datastore.weights is None else np.asarray(datastore.weights)
+        weights = np.zeros(len(datastore), dtype=np.int32)
+        _sum_weights(absorber, counts, weights)
+        pruned = _write(datastore, output, weights > 0, weights, method)
+        states.remove()
+    _remove_empty(states.folder)
     return pruned
+
+
+@contextmanager
+def _held(states: SavedStates) -> Iterator[None]:
+    """Hold the folder of the searches; one process at a time is at work in it."""
+    states.folder.mkdir(parents=True, exist_ok=True)
+    with locked(states.folder / ".lock", f"the searches in {states.folder}"):
+        yield
+
+
+def _remove_empty(folder: Path) -> None:
+    """Remove the folder, unless something else lies in it, which is not of this program."""
+    with suppress(OSError):
+        folder.rmdir()
 
 
 def positions_of_entries(entries: np.ndarray, seed: int) -> np.ndarray:
@@ -201,19 +227,12 @@ def _write(
             _copy_rows(array, kept, count, folder / name)
         np.save(folder / DOCUMENT_STARTS, np.zeros(1, dtype=np.int64))
         said = datastore.manifest
-        pruned_from = {
-            **method,
-            "path": str(datastore.path.resolve()),
-            "count": said.count,
-            "files": said.files,
-            "pruned_from": said.pruned_from,
-        }
         manifest = replace(
             said,
             count=count,
             documents=1,
             text_order=False,
-            pruned_from=pruned_from,
+            pruned_from=_made_by(datastore, method),
             files={name: file_record(folder / name) for name in (*arrays, DOCUMENT_STARTS)},
             created=now(),
             versions={"knn_lm_eval": __version__},
@@ -221,6 +240,18 @@ def _write(
         )
         manifest.write(folder)
     return Datastore.open(output)
+
+
+def _made_by(datastore: Datastore, method: dict[str, Any]) -> dict[str, Any]:
+    """What the manifest of a pruned store says of its making."""
+    said = datastore.manifest
+    return {
+        **method,
+        "path": str(datastore.path.resolve()),
+        "count": said.count,
+        "files": said.files,
+        "pruned_from": said.pruned_from,
+    }
 
 
 def _copy_rows(array: np.ndarray, kept: np.ndarray, count: int, target: Path) -> None:

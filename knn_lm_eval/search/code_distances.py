@@ -299,9 +299,9 @@ def _lay_out(datastore: Datastore, name: str, parts: list[tuple[faiss.Index, int
     identity = _identity(datastore, name)
 
     def lay_out(folder: Path) -> Path:
-        with locked(folder.with_name(f".{folder.name}.lock"), f"the codes {folder}", seconds=DAY):
+        with locked(folder.with_name(f".{folder.name}.lock"), f"the codes {folder}", seconds=DAY) as is_left:
             if not _is_of(folder, identity):
-                with unfinished_folder(folder) as unfinished:
+                with unfinished_folder(folder, is_left) as unfinished:
                     _write(unfinished, datastore, parts, tables)
                     files = {f"{array}.npy": examine(unfinished / f"{array}.npy").sha256 for array in ARRAYS}
                     write_sealed_json(unfinished / IDENTITY, identity | {"files": files})

@@ -6,8 +6,9 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -103,11 +104,24 @@ def check_writable(file: Path) -> None:
     """Raise UserError where ``file`` could not be written, before the work whose result it is; makes its folder."""
     with disk_errors_in(file.parent):
         file.parent.mkdir(parents=True, exist_ok=True)
-        trial = file.with_name(f".{file.name}.{os.getpid()}.trial")
-        try:
-            trial.write_bytes(bytes(2**16))
-        finally:
-            trial.unlink(missing_ok=True)
+        if file.is_dir():
+            raise UserError(f"{file} is a folder, and a file is to be written there; choose another name.")
+        with tempfile.TemporaryFile(dir=file.parent) as trial:  # without a name, whenever this ends
+            trial.write(bytes(2**16))
+
+
+@contextmanager
+def held_output(output: Path, is_folder: bool = False) -> Iterator[None]:
+    """Hold a file, or a folder for several, for the work whose results it is to have: by one process at a time.
+
+    Raises UserError, before the work, where it could not be written or another process is at work on it.
+    """
+    with ExitStack() as held:
+        check_writable(output / ".trial" if is_folder else output)
+        lock = output / ".lock" if is_folder else output.with_name(f".{output.name}.lock")
+        with disk_errors_in(lock.parent):
+            held.enter_context(locked(lock, str(output)))
+        yield
 
 
 def check_new_folder(output: str | Path) -> Path:
@@ -125,26 +139,34 @@ def finished_folder(output: Path) -> Iterator[Path]:
     Raises UserError where another process is at work on it, or finished it in the meantime.
     """
     output.parent.mkdir(parents=True, exist_ok=True)
-    with locked(output.with_name(f".{output.name}.lock"), str(output)):
+    with locked(output.with_name(f".{output.name}.lock"), str(output)) as is_left:
         check_new_folder(output)
-        with unfinished_folder(output) as folder:
+        with unfinished_folder(output, is_left) as folder:
             yield folder
 
 
 @contextmanager
-def unfinished_folder(output: Path) -> Iterator[Path]:
+def unfinished_folder(output: Path, is_left: bool) -> Iterator[Path]:
     """A hidden folder beside ``output`` to write into, which takes its place when all went well; else it is removed.
 
-    Its name is always the same, so whoever calls this holds a lock.
+    Its name is always the same, so whoever calls this holds a lock; ``is_left`` is what ``locked`` says: whether a
+    process that died may have left such folders. Raises UserError where there are some that this program did not leave.
     """
-    folder = output.with_name(f".{output.name}.unfinished")
-    shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
+    folder, replaced = output.with_name(f".{output.name}.unfinished"), _replaced(output)
+    if is_left and replaced.exists() and not output.exists():
+        os.replace(replaced, output)  # between the two steps of replacing it
+    for hidden in (folder, replaced):
+        if is_left:
+            shutil.rmtree(hidden, ignore_errors=True)
+        elif hidden.exists():
+            raise UserError(f"{hidden} is in the way, and no run that was killed left it; move or delete it.")
     folder.mkdir()
     try:
         yield folder
         for path in folder.rglob("*"):
-            if path.is_file() and not path.is_symlink():
+            if not path.is_symlink():
                 fsync(path)
+        fsync(folder)
         replace_folder(folder, output)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
@@ -153,13 +175,18 @@ def unfinished_folder(output: Path) -> Iterator[Path]:
 
 def replace_folder(finished: Path, final: Path) -> None:
     """Put a finished folder in the place of ``final``; what was there goes when that is done."""
-    replaced = final.with_name(f".{final.name}.replaced")
+    replaced = _replaced(final)
     if final.exists():
         shutil.rmtree(replaced, ignore_errors=True)
         os.replace(final, replaced)
     os.replace(finished, final)
     fsync(final.parent)
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _replaced(final: Path) -> Path:
+    """Where what was at ``final`` waits until something else is there."""
+    return final.with_name(f".{final.name}.replaced")
 
 
 def cache_root() -> Path:

@@ -23,7 +23,7 @@ DAY = 86400.0
 
 
 @contextmanager
-def locked(path: Path, what: str, seconds: float | None = None) -> Iterator[None]:
+def locked(path: Path, what: str, seconds: float | None = None) -> Iterator[bool]:
     """Hold the lock ``path``; where another process does, wait for it, and say so.
 
     Parameters
@@ -31,6 +31,10 @@ def locked(path: Path, what: str, seconds: float | None = None) -> Iterator[None
     path : the lock's file, in a folder that exists.
     what : what is held, for messages: the output.
     seconds : how long to wait; None is ``WAIT_SECONDS``.
+
+    Yields
+    ------
+    Whether a process died holding it: what lies unfinished under the output's hidden names is then of this program.
 
     Raises
     ------
@@ -41,7 +45,7 @@ def locked(path: Path, what: str, seconds: float | None = None) -> Iterator[None
 
     seconds = WAIT_SECONDS if seconds is None else seconds
     lock = FileLock(path)
-    holder = _holder(path)
+    holder, before = _holder(path), _identity(path)
     try:
         lock.acquire(timeout=0)
     except Timeout:
@@ -54,12 +58,22 @@ def locked(path: Path, what: str, seconds: float | None = None) -> Iterator[None
                 f"wait for it to end, or end it, and run again."
             ) from error
     try:
+        is_left = before is not None and _identity(path) == before  # who ends in order takes the file away
         path.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
-        yield
+        yield is_left
     finally:
         # While it is held: whoever waits sees that the file that it opened has no name any more, and tries again.
         path.unlink(missing_ok=True)
         lock.release()
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Which file it is; None where there is none."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
 
 
 def _holder(path: Path) -> str:

@@ -536,6 +536,7 @@ def test_a_killed_import_leaves_no_store_and_can_be_repeated(tmp_path: Path, arr
         patch.setattr("knn_lm_eval.make.importing._import_index", killed)
         import_datastore([tmp_path / "theirs"], tmp_path / "ours")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["theirs"]
+    (tmp_path / ".ours.lock").touch()
     (tmp_path / ".ours.unfinished").mkdir()  # what kill -9 leaves
     (tmp_path / ".ours.unfinished" / "values.npy").write_text("half")
     import_datastore([tmp_path / "theirs"], tmp_path / "ours")

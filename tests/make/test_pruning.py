@@ -373,6 +373,7 @@ def test_failed_and_killed_prunings_leave_no_store_and_can_be_repeated(
     with pytest.raises(UserError, match="Nothing would stay"):
         prune_random(grouped, tmp_path / "pruned", 1e-9)
     assert [path.name for path in tmp_path.iterdir()] == ["grouped"]
+    (tmp_path / ".pruned.lock").touch()
     (tmp_path / ".pruned.unfinished").mkdir()  # what kill -9 leaves
     (tmp_path / ".pruned.unfinished" / "values.npy").write_text("half")
     prune_random(grouped, tmp_path / "pruned", 0.5)

@@ -12,14 +12,17 @@ import numpy as np
 import pytest
 
 from knn_lm_eval.errors import UserError
+from knn_lm_eval.system import locks
 from knn_lm_eval.system.files import (
     check_free_space,
     check_new_folder,
     check_writable,
     disk_errors_in,
     finished_folder,
+    held_output,
     read_json,
     sha256,
+    unfinished_folder,
     write_json,
     write_npy_header,
     write_text,
@@ -66,6 +69,7 @@ def test_a_folder_appears_when_it_is_finished(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_failed_is_gone(tmp_path: Path) -> None:
+    (tmp_path / ".store.lock").touch()
     (tmp_path / ".store.unfinished").mkdir()
     (tmp_path / ".store.unfinished" / "of a killed run").write_text("x")
     with pytest.raises(KeyboardInterrupt), finished_folder(tmp_path / "store") as folder:
@@ -114,3 +118,39 @@ def test_an_output_is_tried_before_the_work(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="Cannot write to .*file"):
         check_writable(tmp_path / "file" / "params.json")
+
+
+def test_an_output_is_tried_before_the_work_and_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(locks, "WAIT_SECONDS", 0.1)
+    (tmp_path / "folder.json").mkdir()
+    with pytest.raises(UserError, match="folder.json is a folder"), held_output(tmp_path / "folder.json"):
+        pass
+    for output, is_folder in ((tmp_path / "a" / "b.json", False), (tmp_path / "c", True)):
+        with (
+            held_output(output, is_folder),
+            pytest.raises(UserError, match=f"is at work on {output}"),
+            held_output(output, is_folder),
+        ):
+            pass
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_a_hidden_folder_that_no_killed_run_left_is_not_removed(tmp_path: Path) -> None:
+    (tmp_path / ".new.unfinished").mkdir()
+    (tmp_path / ".new.unfinished" / "mine").touch()
+    with pytest.raises(UserError, match=r"\.new\.unfinished is in the way"), finished_folder(tmp_path / "new"):
+        pass
+    assert (tmp_path / ".new.unfinished" / "mine").exists()
+    (tmp_path / ".new.lock").touch()  # as a run that is killed leaves it
+    with finished_folder(tmp_path / "new") as folder:
+        (folder / "whole").touch()
+    assert names(tmp_path) == ["new"] and names(tmp_path / "new") == ["whole"]
+
+
+def test_what_a_killed_run_was_replacing_comes_back(tmp_path: Path) -> None:
+    (tmp_path / ".new.replaced").mkdir()
+    (tmp_path / ".new.replaced" / "old").touch()
+    with pytest.raises(KeyboardInterrupt), unfinished_folder(tmp_path / "new", is_left=True):
+        assert names(tmp_path / "new") == ["old"]
+        raise KeyboardInterrupt
+    assert names(tmp_path) == ["new"]

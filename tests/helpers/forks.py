@@ -1,0 +1,133 @@
+"""Work in a child process that begins where the tests are, with everything imported, and ends at a chosen moment."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import IO, Any
+
+WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
+CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.symlink", "os.link", "os.truncate")
+
+
+@dataclass
+class Ended:
+    """How a child ended: its exit status (below 0: the signal that killed it), and all that it printed."""
+
+    status: int
+    said: str
+
+    @property
+    def complaint(self) -> str:
+        """The sentence with which it ended; empty where it said none."""
+        last = self.said.strip().splitlines()[-1] if self.said.strip() else ""
+        return last if last.startswith(("error: ", "interrupted: ")) else ""
+
+
+class Child:
+    """A child process under way.
+
+    Parameters
+    ----------
+    work : what it does.
+    below : the folder whose changes are counted: files that are opened to be written, renamed, removed or made safe
+        against power cuts, folders that are made or removed. What an LM reads counts, too.
+    at : the change before which it sends itself the signal ``number``; None for none.
+    """
+
+    def __init__(
+        self, work: Callable[[], object], below: Path, at: int | None = None, number: int = signal.SIGKILL
+    ) -> None:
+        self._output: IO[bytes] = TemporaryFile()  # noqa: SIM115 (closed when the child has ended)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self.pid = os.fork()
+        if self.pid == 0:
+            self._be(work, below, at, number)
+
+    def ended(self) -> Ended:
+        """Wait for its end."""
+        status = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        self._output.seek(0)
+        with self._output as output:
+            return Ended(status, output.read().decode(errors="replace").replace("\r", "\n"))
+
+    def _be(self, work: Callable[[], object], below: Path, at: int | None, number: int) -> None:
+        status = 1
+        try:
+            os.dup2(self._output.fileno(), 1)
+            os.dup2(self._output.fileno(), 2)
+            sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+            sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
+            sys.excepthook = sys.__excepthook__
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            if at is not None:
+                _count(below, at, number)
+            work()
+            status = 0
+        except SystemExit as end:
+            status = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
+            if isinstance(end.code, str):
+                print(end.code, file=sys.stderr)
+        except BaseException as error:
+            try:
+                sys.excepthook(type(error), error, error.__traceback__)
+            except BaseException:
+                traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+
+
+def _count(below: Path, at: int, number: int) -> None:
+    """Send this process the signal before change number ``at``."""
+    from knn_lm_eval.lm.reading import Reader
+
+    count, folder = 0, str(below)
+
+    def one() -> None:
+        nonlocal count
+        count += 1
+        if count == at:
+            os.kill(os.getpid(), number)
+
+    def is_below(path: Any) -> bool:
+        return isinstance(path, (str, os.PathLike)) and os.fspath(path).startswith(folder)
+
+    def heard(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "open":
+            path, _, flags = arguments
+            if isinstance(flags, int) and flags & WRITES and is_below(path):
+                one()
+        elif event in CHANGES and (is_below(arguments[0]) or (isinstance(arguments[-1], int) and arguments[-1] >= 0)):
+            one()
+
+    def counted(original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **more: Any) -> Any:
+            one()
+            return original(*arguments, **more)
+
+        return call
+
+    os.fsync = counted(os.fsync)
+    Reader.read = counted(Reader.read)  # type: ignore[method-assign]
+    sys.addaudithook(heard)
+
+
+def run_verb(name: str, *arguments: object) -> Callable[[], object]:
+    """What a shell's `knn-lm-eval NAME ARGUMENTS` does."""
+
+    def run() -> object:
+        sys.argv = [f"knn-lm-eval {name}", *map(str, arguments)]
+        return import_module(f"knn_lm_eval.cli.{name}").main()
+
+    return run
