@@ -33,13 +33,17 @@ from lm_eval.models.huggingface import HFLM
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.model.params import STORE_DEFAULT
 from knn_lm_eval.model.settings import RetrievalSettings
+from knn_lm_eval.store.fetching import cache_folder, is_address
 from knn_lm_eval.store.index_files import DEFAULT_INDEX, IndexFiles
 from knn_lm_eval.store.manifest import Manifest
-from knn_lm_eval.system.files import read_json, sha256
+from knn_lm_eval.system.file_contents import contents_of
+from knn_lm_eval.system.files import read_json
 
 TOP = ("output", "models", "datastores", "methods", "tasks", "metadata", "include_path", "batch_size", "device", "seed")
 TASK = ("task", "limit", "num_fewshot", "metadata", "gen_kwargs", "apply_chat_template", "system_instruction")
 HF = [name for name in inspect.signature(HFLM.__init__).parameters if name not in ("self", "kwargs")]
+# Arguments of the LM that may be folders whose content counts.
+FOLDERS = ("pretrained", "tokenizer", "peft", "delta")
 KNN = [name for name in RetrievalSettings.names() if name != "datastore"]
 NAME = re.compile(r"[\w.+=-]*\w[\w.+=-]*")  # a folder gets this name
 DEFAULT_SEED = 1234
@@ -81,20 +85,18 @@ class Cell:
         return " x ".join([self.model, *([self.datastore] if self.datastore else []), self.method, self.task])
 
     def identity(self) -> dict[str, Any]:
-        """What the results depend on: the settings, and the content of datastore, index and files named in them."""
+        """What the results depend on: settings, and the content of model, datastore, index and files that they name."""
         files = [str(value) for value in self.args.values() if isinstance(value, str) and Path(value).is_file()]
-        contents: dict[str, Any] = {name: sha256(Path(name), progress=False) for name in sorted(files)}
+        contents: dict[str, Any] = {name: contents_of(Path(name)).sha256 for name in sorted(files)}
+        for name in FOLDERS:
+            if isinstance(folder := self.args.get(name), str) and Path(folder).is_dir():
+                inside = sorted(path for path in Path(folder).iterdir() if path.is_file())
+                contents[name] = {path.name: contents_of(path).sha256 for path in inside}
         if "datastore" in self.args:
+            given = str(self.args["datastore"])
+            folder = cache_folder(given) if is_address(given) else Path(given)
             try:
-                manifest = Manifest.read(self.args["datastore"])
-                contents["keys"] = manifest.files
-                of_clusters = f"clusters/{self.args.get('clusters')}/"
-                derived = manifest.derived.items()
-                contents["clusters"] = {name: record for name, record in derived if name.startswith(of_clusters)}
-                index = IndexFiles(Path(self.args["datastore"]), self.args.get("index", DEFAULT_INDEX))
-                contents["index"] = read_json(index.metadata)
-                if (default := index.folder / STORE_DEFAULT).is_file():
-                    contents["default"] = sha256(default, progress=False)
+                contents |= self._contents_of_store(folder)
             except (UserError, OSError, KeyError):
                 contents["keys"] = None  # to be reported when the cell is run
         return {
@@ -104,6 +106,24 @@ class Cell:
             "seed": self.seed,
             "contents": contents,
         }
+
+    def _contents_of_store(self, folder: Path) -> dict[str, Any]:
+        """The checksums of the store's files, and of those of its index, clusters and default params that count."""
+        manifest = Manifest.read(folder)
+        index = IndexFiles(folder, self.args.get("index", DEFAULT_INDEX))
+        found: dict[str, Any] = {"keys": manifest.files, "index": read_json(index.metadata)}
+        one = [index.index] if index.index.is_file() else []
+        parts = one or sorted(folder.glob(f"{index.name}.[0-9][0-9][0-9].faiss"))
+        arrays = sorted(folder.glob(f"clusters/{self.args.get('clusters')}/*.npy"))
+        for name, paths in (("index files", parts), ("clusters", arrays)):
+            of_paths = {path: path.relative_to(folder).as_posix() for path in paths}
+            found[name] = {
+                said: manifest.derived[said]["sha256"] if said in manifest.derived else contents_of(path).sha256
+                for path, said in of_paths.items()
+            }
+        if (default := folder / STORE_DEFAULT).is_file():
+            found["default"] = contents_of(default).sha256
+        return found
 
     def checksum(self) -> str:
         """Of ``identity``."""

@@ -71,7 +71,7 @@ def open_augmentation(given: RetrievalSettings) -> Augmentation:
     _warn_of_untuned_defaults(given, in_force, tuned)
     key_type = _check_key_type(settings, store)
     retriever = _open_retriever(settings, store)
-    automaton = None
+    automaton = clusters = None
     if settings.retomaton:
         store.require_text_order("RetoMaton")
         if weight.threshold is not None:
@@ -89,6 +89,7 @@ def open_augmentation(given: RetrievalSettings) -> Augmentation:
     record = _record(settings, retriever, key_type)
     if tuned:
         tuned.check_conditions(record)
+        tuned.check_contents(store, settings.index, clusters)
     assert settings.knn_temp is not None
     return Augmentation(
         retriever=retriever,

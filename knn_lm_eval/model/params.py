@@ -12,9 +12,12 @@ from pathlib import Path
 from typing import Any, Literal, TypedDict
 
 from knn_lm_eval.errors import UserError, shortened
+from knn_lm_eval.store.clusters import Clusters
 from knn_lm_eval.store.datastore import Datastore
-from knn_lm_eval.system.files import read_json, write_json
+from knn_lm_eval.store.index_files import index_checksums
+from knn_lm_eval.system.files import read_json
 from knn_lm_eval.system.json_schema import check_json
+from knn_lm_eval.system.seals import check_seal, write_sealed_json
 from knn_lm_eval.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -70,7 +73,7 @@ class Params:
             name: "inf" if value == float("inf") else value
             for name, value in self.settings.items()
         }
-        write_json(
+        write_sealed_json(
             path,
             {
                 "format": FORMAT,
@@ -100,6 +103,7 @@ class Params:
                 f"{path} has format version {shortened(content.get('format_version'))}, this program reads version "
                 f"{FORMAT_VERSION}; tune again."
             )
+        content = check_seal(path, content, "tune again")
         check_json(content, ParamsJSON, path, "tune again")
         settings, tuned_for = content["settings"], content["tuned_for"]
         if unknown := sorted(set(settings) - set(NAMES)):
@@ -125,6 +129,29 @@ class Params:
                 ", ".join(f"{name}={then.get(name)}" for name in changed),
                 ", ".join(f"{name}={settings.get(name)}" for name in changed),
             )
+
+    def check_contents(self, store: Datastore, index: str, clusters: Clusters | None) -> None:
+        """Warn where index or clusters are not those that were tuned with, though they have the same names."""
+        now = tuned_contents(store, index, clusters) if "contents" in self.tuned_for else {}
+        then = self.tuned_for.get("contents")
+        changed = [name for name in now if isinstance(then, dict) and name in then and then[name] != now[name]]
+        if changed:
+            logger.warning(
+                "The params were tuned with other content of %s than %s has under that name now: they may not fit.",
+                " and ".join(changed),
+                store.path,
+            )
+
+
+def tuned_contents(store: Datastore, index: str, clusters: Clusters | None) -> dict[str, dict[str, str]]:
+    """The SHA-256 of the files whose content decides what distances there are, by file, of index and clusters."""
+    contents = {"index": index_checksums(store, index), "clusters": {} if clusters is None else clusters.checksums()}
+    # The JSON beside them also says when they were made.
+    return {
+        what: {name: checksum for name, checksum in files.items() if not name.endswith(".json")}
+        for what, files in contents.items()
+        if files
+    }
 
 
 def find_params(given: str | os.PathLike | bool | None, store: Datastore) -> tuple[Params | None, str]:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.model.knn_hf import KNNHF
-from knn_lm_eval.model.params import CONDITIONS, Params
+from knn_lm_eval.model.params import CONDITIONS, Params, tuned_contents
+from knn_lm_eval.store.clusters import Clusters
 from knn_lm_eval.store.datastore import Datastore
 from knn_lm_eval.store.fetching import find_datastore
 from knn_lm_eval.study.fitting import AdaptiveFit, fit_adaptive
@@ -200,6 +201,8 @@ def _make_params(
 ) -> Params:
     store = lm.retriever.datastore
     settings = {name: value for name, value in best.settings.items() if value is not None}
+    named = lm.settings.get("clusters")
+    clusters = None if named is None else Clusters.open(store, str(named))
     result = {"token_perplexity": perplexity(best.log_prob, scorer.tokens_scored)}
     if fit is not None:
         settings |= {"lmbda": fit.lmbda.plain(), "knn_temp": fit.knn_temp}
@@ -215,6 +218,7 @@ def _make_params(
             "keys_sha256": store.keys_checksum,
             "model": store.manifest.model["pretrained"],
             "conditions": {name: lm.settings[name] for name in CONDITIONS if name in lm.settings},
+            "contents": tuned_contents(store, lm.retriever.index_name, clusters),
             "tasks": tuned_for["tasks"],
             "limit": tuned_for["limit"],
             "context_len": lm.context_len,

@@ -14,6 +14,7 @@ import lm_eval
 import pytest
 import yaml
 from helpers.places import LOCAL_TASKS, SCRIPTS
+from helpers.stores import change_json
 from helpers.tiny_model import EVAL_TEXT, MAX_LENGTH, TRAIN_TEXT
 from lm_eval.tasks import TaskManager
 
@@ -320,7 +321,17 @@ def test_what_a_cell_depends_on_is_part_of_its_checksum(content, tmp_path, store
     for iterations in (1, 2):
         cluster_kmeans(Datastore.open(copy), name="km", num_clusters=20, iterations=iterations, overwrite=True)
         others.append(checksum())
-    assert len({first, *others}) == 9
+    built = (copy / "index.faiss").read_bytes()
+    (copy / "index.faiss").write_bytes(built[:-1] + bytes([built[-1] ^ 1]))
+    change_json(copy / "manifest.json", derived={})  # what the files hold counts where nothing is recorded
+    others.append(checksum())
+    model = tmp_path / "model"
+    shutil.copytree(content["models"]["tiny"]["pretrained"], model)
+    content["models"] = {"tiny": {"pretrained": str(model)}}
+    others.append(checksum())
+    (model / "config.json").write_text((model / "config.json").read_text() + " ")  # trained on, in the same place
+    others.append(checksum())
+    assert len({first, *others}) == 12
 
 
 @pytest.mark.parametrize(

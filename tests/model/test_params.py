@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
-from knn_lm_eval import Datastore, UserError
+from knn_lm_eval import Datastore, UserError, build_index
+from knn_lm_eval.make.clustering import cluster_kmeans
 from knn_lm_eval.model.opening import Augmentation, open_augmentation
-from knn_lm_eval.model.params import STORE_DEFAULT, Params
+from knn_lm_eval.model.params import STORE_DEFAULT, Params, tuned_contents
 from knn_lm_eval.model.settings import RetrievalSettings
 
 
@@ -91,6 +92,29 @@ def test_other_conditions_than_those_tuned_with_are_warned_of(mine: Datastore, t
     assert "recompute_dists=False, now it is recompute_dists=True" in message
 
 
+def test_another_index_or_clusters_of_the_same_name_are_warned_of(mine: Datastore, tmp_path: Path, caplog) -> None:
+    clusters = cluster_kmeans(mine, "c", num_clusters=5)
+    contents = tuned_contents(mine, "index", clusters)
+    assert set(contents) == {"index", "clusters"}
+    Params({"k": 5}, tuned_for(mine) | {"contents": contents}).write(tmp_path / "p.json")
+    settings = {"params": tmp_path / "p.json", "retomaton": True, "clusters": "c"}
+    opened(mine, **settings)
+    assert "other content" not in caplog.text
+    cluster_kmeans(mine, "c", num_clusters=6, overwrite=True)
+    opened(mine, **settings)
+    assert "tuned with other content of clusters than" in caplog.text
+    build_index(mine, "IVF4,PQ8", quality_queries=0, overwrite=True)
+    opened(mine, **settings)
+    assert "tuned with other content of index and clusters than" in caplog.text
+
+
+def test_a_flipped_bit_in_a_params_file_is_noticed(mine: Datastore, tmp_path: Path) -> None:
+    path = write(tmp_path / "p.json", mine, k=5, knn_temp=2.0)
+    path.write_text(path.read_text().replace('"knn_temp": 2.0', '"knn_temp": 3.0'))
+    with pytest.raises(UserError, match=r"p.json is damaged, or was changed by hand"):
+        Params.read(path, mine)
+
+
 def test_files_that_do_not_fit_are_refused(mine: Datastore, tmp_path: Path) -> None:
     def refuses(sentence: str, path: Path | bool) -> None:
         with pytest.raises(UserError, match=sentence) as caught:
@@ -107,6 +131,7 @@ def test_files_that_do_not_fit_are_refused(mine: Datastore, tmp_path: Path) -> N
     refuses("is not a params file", mine.path / "manifest.json")
 
     content = json.loads(good.read_text())
+    del content["sha256"]  # of its own content: as written by hand
 
     def changed(**changes: object) -> Path:
         half.write_text(json.dumps(content | changes))
