@@ -26,6 +26,7 @@ from knn_lm_eval.store.clusters import (
     FORMAT_VERSION,
     METADATA,
     Clusters,
+    cluster_dtype,
     clusters_folder,
     entry_dtype,
 )
@@ -109,7 +110,9 @@ def cluster_kmeans(
         def assign(clusters: np.ndarray, begin: int, chunk: np.ndarray) -> None:
             clusters[begin : begin + len(chunk)] = index.search(chunk, 1)[1][:, 0]
 
-        cluster_of_entry = number_entries(keys, unfinished.states, np.int32, assign, "Assigning keys to clusters")
+        cluster_of_entry = number_entries(
+            keys, unfinished.states, cluster_dtype(num_clusters), assign, "Assigning keys to clusters"
+        )
         return unfinished.finish(cluster_of_entry, num_clusters)
 
 
@@ -152,7 +155,7 @@ def cluster_greedy_merge(
     unfinished = UnfinishedClusters(datastore, name, {"method": "greedy_merge", **searched.settings}, overwrite, resume)
     with unfinished.begun():
         absorber = find_absorbers(searched, unfinished.states)
-        cluster_of_entry = np.empty(len(datastore), dtype=np.int32)
+        cluster_of_entry = np.empty(len(datastore), dtype=entry_dtype(len(datastore)))
         return unfinished.finish(cluster_of_entry, number_clusters(absorber, cluster_of_entry))
 
 
@@ -225,6 +228,7 @@ class UnfinishedClusters:
 
     def finish(self, cluster_of_entry: np.ndarray, num_clusters: int, **made_from: Any) -> Clusters:
         """Write the arrays and, last, ``clusters.json``, which says ``made_from`` beside the settings."""
+        cluster_of_entry = cluster_of_entry.astype(cluster_dtype(num_clusters), copy=False)
         member_starts, members = members_by_cluster(cluster_of_entry, num_clusters)
         arrays = dict(zip(ARRAYS, (cluster_of_entry, member_starts, members), strict=True))
         written = {self.folder / f"{name}.npy.tmp": self.folder / f"{name}.npy" for name in arrays}
@@ -261,7 +265,7 @@ def members_by_cluster(cluster_of_entry: np.ndarray, num_clusters: int) -> tuple
 
     Parameters
     ----------
-    cluster_of_entry : int32 ``[count]``, -1 for an entry in no cluster.
+    cluster_of_entry : int32 or int64 ``[count]``, -1 for an entry in no cluster.
 
     Returns
     -------

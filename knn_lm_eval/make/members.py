@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import logging
 import pickle
+import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from knn_lm_eval.compiling import compiled
-from knn_lm_eval.errors import UserError
+from knn_lm_eval.errors import UserError, shortened
 from knn_lm_eval.make.clustering import UnfinishedClusters
-from knn_lm_eval.store.clusters import Clusters
+from knn_lm_eval.store.clusters import Clusters, cluster_dtype
 from knn_lm_eval.store.datastore import Datastore
 from knn_lm_eval.system.files import sha256
 
@@ -54,7 +55,12 @@ def import_members(datastore: Datastore, name: str, pickle_file: str | Path, ove
             f"{pickle_file} clusters {columns:,} entries, the datastore {datastore.path} has "
             f"{len(datastore):,}: it was made for another datastore."
         )
-    cluster_of_entry = np.full(len(datastore), -1, dtype=np.int32)
+    if rows > len(datastore):  # a matrix by columns may have any number of rows without holding anything
+        raise UserError(
+            f"{pickle_file} has {rows:,} clusters, and the datastore {datastore.path} only {len(datastore):,} entries: "
+            f"it was made for another datastore."
+        )
+    cluster_of_entry = np.full(len(datastore), -1, dtype=cluster_dtype(rows))
     if (entry := _place_rows(cluster_of_entry, matrix)) >= 0:
         raise UserError(f"{pickle_file} has entry {entry} in more than one cluster; each may be in one only.")
     if outside := int((cluster_of_entry < 0).sum()):
@@ -97,7 +103,7 @@ def load_sparse_matrix(path: str | Path) -> SparseMatrix:
     path = Path(path)
     try:
         with open(path, "rb") as file:
-            matrix = _Unpickler(file).load()
+            matrix = _Unpickler(_Bounded(file, path.stat().st_size)).load()
     except _RefusedError as refusal:
         raise UserError(
             f"{path} {refusal}, which no sparse matrix of numbers needs; nothing of it was run."
@@ -105,10 +111,27 @@ def load_sparse_matrix(path: str | Path) -> SparseMatrix:
     except OSError as error:
         raise UserError(f"Cannot read {path}: {error.strerror or error}.") from error
     except Exception as error:  # damage can look like anything
-        raise UserError(f"{path} is damaged or not a pickle ({error!r}).") from error
+        raise UserError(f"{path} is damaged or not a pickle ({shortened(error, 120)}).") from error
     if not isinstance(matrix, _Sparse):
         raise UserError(f"{path} holds no scipy CSR or CSC matrix but {type(matrix).__name__.strip('_').lower()}.")
     return _checked(path, matrix)
+
+
+class _Bounded:
+    """A file for the unpickler, which believes every length that a pickle says: one beyond the file's end is refused
+    before there is memory for it."""
+
+    def __init__(self, file: BinaryIO, size: int) -> None:
+        self.readline, self._file, self.size = file.readline, file, size
+
+    def read(self, count: int) -> bytes:
+        self.check(count)
+        return self._file.read(count)
+
+    def check(self, count: int) -> None:
+        """Raise where the file does not have so many bytes to come."""
+        if not 0 <= count <= self.size - self._file.tell():
+            raise pickle.UnpicklingError(f"a length of {count:,} bytes, beyond the file's end")
 
 
 class _RefusedError(pickle.UnpicklingError):
@@ -127,7 +150,7 @@ class _Bytes(_StandIn):
 
     def __new__(cls, text: str = "", encoding: str = "latin1") -> bytes:  # type: ignore[misc]
         if not isinstance(text, str) or encoding != "latin1":
-            raise _RefusedError(f"wants to encode {type(text).__name__} as {encoding!r:.40}")
+            raise _RefusedError(f"wants to encode {type(text).__name__} as {shortened(encoding, 40)}")
         return text.encode("latin1")
 
 
@@ -136,7 +159,7 @@ class _Dtype(_StandIn):
 
     def __init__(self, code: str, align: bool = False, copy: bool = False) -> None:
         if code not in _NUMBERS:
-            raise _RefusedError(f"wants to make an array of dtype {code!r:.40}")
+            raise _RefusedError(f"wants to make an array of dtype {shortened(code, 40)}")
         self.dtype = np.dtype(code)
 
     def __setstate__(self, state: tuple) -> None:
@@ -217,8 +240,75 @@ _ALLOWED: dict[tuple[str, str], type] = {
 }
 
 
-class _Unpickler(pickle._Unpickler):
+_PythonUnpickler: Any = pickle._Unpickler
+
+
+class _Unpickler(_PythonUnpickler):
     """The standard one in Python: the one in C may allocate any amount of memory for a damaged file."""
+
+    dispatch: dict[int, Any] = dict(_PythonUnpickler.dispatch)
+
+    def __init__(self, file: _Bounded) -> None:
+        super().__init__(file)
+        self._size, self._made = file.size, 0
+
+    def _bytearray8(self) -> None:
+        """An array of bytes, read before there is room for it."""
+        (count,) = struct.unpack("<Q", self.read(8))
+        self._spend(count)
+        self.append(bytearray(self.read(count)))
+
+    dispatch[pickle.BYTEARRAY8[0]] = _bytearray8
+
+    def _reduce(self) -> None:
+        """A call: what calls make of bytes that the file has once is no larger than the file."""
+        arguments = self.stack[-1]
+        self._spend(sum(len(each) for each in arguments if isinstance(each, str | bytes | bytearray)))
+        super().load_reduce()
+
+    dispatch[pickle.REDUCE[0]] = _reduce
+
+    def _build(self) -> None:
+        """The state of an object, of which the same is true."""
+        if isinstance(state := self.stack[-1], tuple):
+            self._spend(sum(len(each) for each in state if isinstance(each, bytes | bytearray)))
+        super().load_build()
+
+    dispatch[pickle.BUILD[0]] = _build
+
+    def _setitem(self) -> None:
+        self._check_names(self.stack[-2:-1])
+        super().load_setitem()
+
+    dispatch[pickle.SETITEM[0]] = _setitem
+
+    def _setitems(self) -> None:
+        self._check_names(self.stack[::2])
+        super().load_setitems()
+
+    dispatch[pickle.SETITEMS[0]] = _setitems
+
+    def _dict(self) -> None:
+        self._check_names(self.stack[::2])
+        super().load_dict()
+
+    dispatch[pickle.DICT[0]] = _dict
+
+    def _set(self) -> None:
+        raise _RefusedError("wants to make a set")
+
+    dispatch[pickle.EMPTY_SET[0]] = dispatch[pickle.FROZENSET[0]] = _set
+
+    def _spend(self, count: int) -> None:
+        self._made += count
+        if self._made > 4 * self._size:
+            raise pickle.UnpicklingError("more bytes than the file has, made of the same ones again and again")
+
+    @staticmethod
+    def _check_names(names: list[Any]) -> None:
+        """Raise where a dictionary's names are not plain: to look up tuples within tuples can take forever."""
+        if not all(isinstance(name, str | int) for name in names):
+            raise pickle.UnpicklingError("a dictionary of something else than names")
 
     def find_class(self, module: str, name: str) -> type:
         if (stand_in := _ALLOWED.get((module, name))) is None:

@@ -2,8 +2,8 @@
 
 The clustering called NAME of a datastore is the folder ``clusters/NAME`` inside the datastore's with
 
-- ``cluster_of_entry.npy``: int32 ``[count]``, the cluster of each entry; -1 for an entry in no cluster, which
-  only imported clusterings have;
+- ``cluster_of_entry.npy``: int32 ``[count]``, or int64 where there are more than 2**31 clusters, the cluster of each
+  entry; -1 for an entry in no cluster, which only imported clusterings have;
 - ``member_starts.npy``: int64 ``[clusters + 1]`` and ``members.npy``: ``[entries in clusters]``, int32, or
   int64 where the datastore has 2**31 entries or more: cluster c's entries, ascending, are
   ``members[member_starts[c] : member_starts[c + 1]]``. A cluster may be empty;
@@ -36,6 +36,7 @@ FORMAT = "knn_lm_eval clusters"
 FORMAT_VERSION = 1
 METADATA = "clusters.json"
 ARRAYS = ("cluster_of_entry", "member_starts", "members")
+MOST_IN_INT32 = 2**31
 REMEDY = "fetch it or cluster the datastore again"
 
 
@@ -59,7 +60,7 @@ class Clusters:
     ----------
     path : the clustering's folder; its name is the clustering's.
     metadata : the content of ``clusters.json``.
-    cluster_of_entry : int32 ``[count]``; -1 for an entry in no cluster.
+    cluster_of_entry : int32 or int64 ``[count]``; -1 for an entry in no cluster.
     member_starts : int64 ``[clusters + 1]``.
     members : int32 or int64 ``[entries in clusters]``.
     """
@@ -105,7 +106,7 @@ class Clusters:
             "members": (metadata["entries_in_clusters"],),
         }
         dtypes: dict[str, type[Any]] = {
-            "cluster_of_entry": np.int32,
+            "cluster_of_entry": cluster_dtype(metadata["num_clusters"]),
             "member_starts": np.int64,
             "members": entry_dtype(len(datastore)),
         }
@@ -139,7 +140,12 @@ def cluster_names(datastore: Datastore) -> list[str]:
 
 def entry_dtype(count: int) -> type[np.signedinteger[Any]]:
     """The integers that name the entries of a datastore of ``count``."""
-    return np.int32 if count < 2**31 else np.int64
+    return np.int32 if count < MOST_IN_INT32 else np.int64
+
+
+def cluster_dtype(clusters: int) -> type[np.signedinteger[Any]]:
+    """The integers that name so many clusters."""
+    return np.int32 if clusters <= MOST_IN_INT32 else np.int64
 
 
 def _expected(datastore: Datastore, path: Path, arrays: dict[str, np.ndarray]) -> list[Expected]:

@@ -19,11 +19,11 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import quote, unquote, urlsplit, urlunsplit
+from urllib.parse import SplitResult, quote, unquote, urlsplit, urlunsplit
 
 from tqdm import tqdm
 
-from knn_lm_eval.errors import UserError
+from knn_lm_eval.errors import UserError, printable, shortened
 from knn_lm_eval.system.file_contents import examine
 from knn_lm_eval.system.files import check_free_space, replace_file
 from knn_lm_eval.version import __version__
@@ -38,6 +38,10 @@ RANGE = 2**32  # bytes per request: content delivery networks refuse to send mor
 BLOCK = 2**20
 PASSING_ERRORS = (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError)
 PASSING_CODES = (408, 425, 429, 500, 502, 503, 504)
+LONGEST_REASON = 200  # characters of what a server says
+VERSION = re.compile(r"[\x20-\x7e]{1,200}")
+# Places in a file have no more digits.
+CONTENT_RANGE, LENGTH = re.compile(r"bytes (\d{1,18})-\d{1,18}/(\d{1,18})"), re.compile(r"\d{1,18}")
 
 
 class Remote(NamedTuple):
@@ -50,7 +54,7 @@ class Remote(NamedTuple):
 def locate(address: str, name: str | None = None) -> Remote:
     """The URL of ``address``, or of the file ``name`` in the folder that it is."""
     if not address.startswith("hf://"):
-        parts = urlsplit(address)
+        parts = _split(address)
         path = parts.path if name is None else f"{parts.path.rstrip('/')}/{name}"
         path = quote(path, safe=string.punctuation)  # what is quoted already stays so
         return Remote(urlunsplit(parts._replace(path=path)), {})
@@ -65,6 +69,25 @@ def locate(address: str, name: str | None = None) -> Remote:
     revision = hub["revision"] and unquote(hub["revision"])
     url = hf_hub_url(hub["repo"], path, repo_type="dataset", revision=revision)
     return Remote(url, {key: value for key, value in build_hf_headers().items() if key.lower() == "authorization"})
+
+
+def check_address(address: str) -> None:
+    """Raise UserError where ``address`` is none."""
+    if not address.startswith("hf://"):
+        _split(address)
+
+
+def _split(address: str) -> SplitResult:
+    """The parts of an http or https address; raises UserError where it is none."""
+    try:
+        parts = urlsplit(address)
+        valid = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
+        parts.netloc.encode("ascii")
+    except ValueError:  # a bracket without its end, a port that is no number, a host in other letters
+        valid = False
+    if not valid or re.search(r"[\x00-\x20\x7f]", parts.netloc):
+        raise UserError(f"{shortened(address, 200)} is no address; it should be https://host/path or hf://datasets/...")
+    return parts
 
 
 def hub_checksum(address: str, remote: Remote) -> str | None:
@@ -84,21 +107,30 @@ def hub_checksum(address: str, remote: Remote) -> str | None:
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Follows redirects, but shows the hub's token to no other host, and to none in plain text."""
+    """Follows redirects, but none from https to what is not encrypted, and shows the hub's token to no other host."""
 
     def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
+        before, after = urlsplit(req.full_url), _split(newurl)
+        if before.scheme == "https" and after.scheme != "https":
+            raise UserError(
+                f"{before.scheme}://{before.netloc} sends to {printable(newurl):.200}, which is not encrypted; not "
+                f"fetched: ask whoever published it, or give that address yourself."
+            )
         request = super().redirect_request(req, fp, code, msg, headers, newurl)
-        if request is not None and urlsplit(newurl)[:2] != urlsplit(req.full_url)[:2]:  # scheme and host
+        if request is not None and after[:2] != before[:2]:  # scheme and host
             request.remove_header("Authorization")
         return request
 
 
-def download(remote: Remote, target: Path, size: int | None = None, checksum: str | None = None) -> None:
+def download(
+    remote: Remote, target: Path, size: int | None = None, checksum: str | None = None, most: int | None = None
+) -> None:
     """Download a file, going on where an earlier attempt stopped; it appears when it is complete and right.
 
     Parameters
     ----------
     size, checksum : what it should have; None takes the server's word for the size and checks no checksum.
+    most : bytes that it may have, where its size is not known; None is any number.
 
     Raises
     ------
@@ -107,7 +139,7 @@ def download(remote: Remote, target: Path, size: int | None = None, checksum: st
     UserError
         Where the server refuses it or keeps failing, or the file is not what it should be.
     """
-    transfer = _Transfer(remote, target, size, checksum)
+    transfer = _Transfer(remote, target, size, checksum, most)
     failures, furthest = 0, transfer.offset
     with transfer.bar:
         while not transfer.is_complete():
@@ -138,11 +170,13 @@ class _Transfer:
     gone on with only while the server still has that version.
     """
 
-    def __init__(self, remote: Remote, target: Path, size: int | None, checksum: str | None) -> None:
-        self.remote, self.target, self.size, self.checksum = remote, target, size, checksum
+    def __init__(
+        self, remote: Remote, target: Path, size: int | None, checksum: str | None, most: int | None = None
+    ) -> None:
+        self.remote, self.target, self.size, self.checksum, self.most = remote, target, size, checksum, most
         self.part = target.with_name(target.name + ".part")
         self.version_file = target.with_name(target.name + ".part.version")
-        self.version = self.version_file.read_text() if self.version_file.is_file() else None
+        self.version = self.version_file.read_text(errors="replace") if self.version_file.is_file() else None
         known = self.part.is_file() and (checksum is not None or self.version is not None)
         self.offset = self.part.stat().st_size if known else 0
         if size is not None and self.offset > size:
@@ -172,15 +206,17 @@ class _Transfer:
             if error.code == 416:  # the part is not a beginning of what is there now
                 self._restart()
             elif error.code not in PASSING_CODES:
-                raise UserError(
-                    f"Cannot fetch {self.remote.url}: the server says {error.code} {error.reason}."
-                ) from error
-            return f"the server says {error.code} {error.reason}"
+                raise UserError(f"Cannot fetch {self.remote.url}: {_said(error)}.") from error
+            return _said(error)
         except PASSING_ERRORS as error:
-            return str(getattr(error, "reason", None) or error or type(error).__name__)
+            return _one_line(str(getattr(error, "reason", None) or error or type(error).__name__))
+        except ValueError as error:  # Python's library believes the lengths of headers and chunks
+            if isinstance(error, UserError):
+                raise
+            return f"the answer is no HTTP ({_one_line(str(error))})"
 
     def _store(self, response: Any) -> None:
-        content_range = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", response.headers.get("Content-Range") or "")
+        content_range = CONTENT_RANGE.fullmatch(response.headers.get("Content-Range") or "")
         if response.status == 206:
             if not content_range or int(content_range[1]) != self.offset:
                 raise http.client.HTTPException("the server sent another range than it was asked for")
@@ -188,28 +224,48 @@ class _Transfer:
         else:  # the server sends it all, from the beginning
             self._restart()
             length = response.headers.get("Content-Length")
+            if length is not None and not LENGTH.fullmatch(length):
+                raise http.client.HTTPException("the server says no valid Content-Length")
             total = None if length is None else int(length)
-        if self.size is not None and total not in (None, self.size):
-            raise UserError(
-                f"{self.remote.url} has {total:,} bytes there, and should have {self.size:,}: it was cut or altered."
-            )
+        self._check_size(total)
         if self.size is None and total is not None:
             self.size = self.bar.total = total
             check_free_space(self.target.parent, total - self.offset, self.target.name)
         etag = response.headers.get("ETag") or ""
         version = etag if etag and not etag.startswith("W/") else response.headers.get("Last-Modified")
-        if version and version != self.version:
+        if version and version != self.version and VERSION.fullmatch(version):
             self.version = version
             self.version_file.write_text(version)
         with open(self.part, "r+b" if self.offset else "wb") as file:
             file.seek(self.offset)
             file.truncate()
-            while block := response.read(BLOCK):
-                file.write(block)
-                self.offset += len(block)
-                self.bar.update(len(block))
+            block = memoryview(bytearray(BLOCK))
+            while count := response.readinto(block):  # read() would read on for ever after a negative chunk
+                if self.offset + count > self._end():
+                    self._check_size(self._end() + 1)
+                file.write(block[:count])
+                self.offset += count
+                self.bar.update(count)
         if total is None and self.size is None:  # no length was promised: the end is the end
             self.size = self.offset
+
+    def _end(self) -> float:
+        """The bytes beyond which nothing is written, whatever the server sends."""
+        return next((float(size) for size in (self.size, self.most) if size is not None), float("inf"))
+
+    def _check_size(self, total: int | float | None) -> None:
+        """Raise UserError where the server has another number of bytes than there should be, or more than may be."""
+        if total is None or total == self.size:
+            return
+        if self.size is not None:
+            more = "more than that" if total == self.size + 1 else f"{total:,}"
+            raise UserError(
+                f"{self.remote.url} should have {self.size:,} bytes, and has {more} there: it was cut or altered."
+            )
+        if self.most is not None and total > self.most:
+            raise UserError(
+                f"{self.remote.url} has more than {self.most:,} bytes, which no such file has; not fetched."
+            )
 
     def _restart(self) -> None:
         self.bar.update(-self.offset)
@@ -225,3 +281,12 @@ class _Transfer:
             )
         replace_file(self.part, self.target)
         self.version_file.unlink(missing_ok=True)
+
+
+def _said(error: urllib.error.HTTPError) -> str:
+    return f"the server says {error.code} {_one_line(str(error.reason))}"
+
+
+def _one_line(text: str) -> str:
+    """What a server says, for a sentence."""
+    return printable(" ".join(text.split()))[:LONGEST_REASON]

@@ -20,10 +20,11 @@ from urllib.parse import unquote, urlsplit, urlunsplit
 
 from knn_lm_eval.errors import UserError, shortened
 from knn_lm_eval.store.datastore import Datastore
-from knn_lm_eval.store.download import download, forget_part, hub_checksum, locate
+from knn_lm_eval.store.download import check_address, download, forget_part, hub_checksum, locate
 from knn_lm_eval.store.manifest import FORMAT, MANIFEST, FileRecord, Manifest
 from knn_lm_eval.system.file_contents import contents_of
 from knn_lm_eval.system.files import (
+    MOST_JSON_BYTES,
     cache_root,
     check_free_space,
     disk_errors_in,
@@ -90,6 +91,7 @@ def fetch_datastore(address: str, output: str | Path | None = None, repair: bool
         Where the address does not answer or holds no datastore, the manifest names files outside of the folder, a
         file is not what the manifest says, or the disk is too small. What came stays, and the next run goes on.
     """
+    check_address(address)
     folder = cache_folder(address) if output is None else Path(output)
     with _claimed(folder, [address]):
         if not (folder / MANIFEST).is_file():
@@ -145,7 +147,7 @@ def _fetch_manifest(address: str, pending: Path) -> dict[str, Any]:
     pending.unlink(missing_ok=True)  # of a run that was interrupted: there may be a newer one
     forget_part(pending)
     try:
-        download(locate(address, MANIFEST), pending)
+        download(locate(address, MANIFEST), pending, most=MOST_JSON_BYTES)
     except FileNotFoundError as error:
         raise UserError(
             f"There is no datastore at {address}: it has no {MANIFEST}; for the files of other programs give "
@@ -183,6 +185,8 @@ def fetch_files(addresses: Sequence[str], output: str | Path | None = None) -> P
     UserError
         As for ``fetch_datastore``. Only the hub tells checksums; elsewhere the size is all that is checked.
     """
+    for address in addresses:
+        check_address(address)
     folder = cache_folder(" ".join(addresses)) if output is None else Path(output)
     names = [unquote(urlsplit(address).path.rsplit("/", 1)[-1]) for address in addresses]
     for name in names:

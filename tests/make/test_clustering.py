@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from functools import partial
 from pathlib import Path
 
@@ -30,8 +31,9 @@ from knn_lm_eval.make.members import import_members, load_sparse_matrix
 from knn_lm_eval.make.merging import merge_neighbours, number_clusters
 from knn_lm_eval.search.faiss_index import open_index, search
 from knn_lm_eval.search.indexing import build_index
+from knn_lm_eval.store import clusters as store_clusters
 from knn_lm_eval.store import key_stream
-from knn_lm_eval.store.clusters import Clusters
+from knn_lm_eval.store.clusters import Clusters, cluster_dtype
 from knn_lm_eval.store.datastore import Datastore
 from knn_lm_eval.store.manifest import FORMAT, FORMAT_VERSION
 from knn_lm_eval.system.files import sha256, write_json
@@ -573,6 +575,68 @@ def test_tricks_with_allowed_names_lead_nowhere(tmp_path: Path, opcodes: tuple[b
     with pytest.raises(UserError, match="members.pkl (is damaged|wants to)"):
         load_sparse_matrix(tmp_path / "members.pkl")
     assert before == {key: dict(vars(value)) for key, value in vars(safe_pickle).items() if isinstance(value, type)}
+
+
+DOUBLED = b")" + b"2\x86" * 60  # a tuple of twice the one before, and so on
+ENCODE = name(b"_codecs", b"encode")
+TEXT = b"X" + (2**16).to_bytes(4, "little") + b"x" * 2**16 + b"\x8c\x06latin1\x86"
+GREEDY = {
+    "nested lists": pickle_of(b"]", b"q\x00](h\x00h\x00e" * 60),
+    "an error about nested lists": pickle_of(b"]", b"q\x00](h\x00h\x00e" * 60, b"\x8c\x01xs"),
+    "nested tuples": pickle_of(DOUBLED),
+    "an encoding of nested tuples": pickle_of(name(b"_codecs", b"encode"), b"\x8c\x01x", DOUBLED, b"\x86R"),
+    "a dtype of nested tuples": pickle_of(name(b"numpy", b"dtype"), DOUBLED, b"\x85R"),
+    "a dictionary of nested tuples": pickle_of(b"}", DOUBLED, b"Ns"),
+    "dictionaries of nested tuples": pickle_of(b"}(", DOUBLED, b"Nu"),
+    "a dictionary at once": pickle_of(b"(", DOUBLED, b"Nd"),
+    "a set of nested tuples": pickle_of(b"\x8f(", DOUBLED, b"\x90"),
+    "a frozen set": pickle_of(b"(", DOUBLED, b"\x91"),
+    "2 GiB of bytes": pickle_of(b"B\xff\xff\xff\x7f"),
+    "2 GiB of bytes, 8": pickle_of(b"\x8e\xff\xff\xff\x7f\x00\x00\x00\x00"),
+    "2 GiB of an array": pickle_of(b"\x96\xff\xff\xff\x7f\x00\x00\x00\x00"),
+    "2 GiB of text": pickle_of(b"X\xff\xff\xff\x7f"),
+    "2 GiB of old text": pickle_of(b"T\xff\xff\xff\x7f"),
+    "a number of 2 GiB": pickle_of(b"\x8b\xff\xff\xff\x7f"),
+    "a frame of 2 GiB": pickle_of(b"\x95\xff\xff\xff\x7f\x00\x00\x00\x00"),
+    "a note far away": pickle_of(b"Nr\xff\xff\xff\xff"),
+    "one text encoded again and again": pickle_of(ENCODE, TEXT, b"q\x01R", (ENCODE + b"h\x01R") * 2000),
+}
+
+
+@pytest.mark.parametrize("what", GREEDY)
+def test_small_pickles_take_neither_time_nor_memory(tmp_path: Path, what: str) -> None:
+    (tmp_path / "members.pkl").write_bytes(GREEDY[what])
+    began = time.perf_counter()
+    tracemalloc.start()
+    with pytest.raises(UserError) as caught:
+        load_sparse_matrix(tmp_path / "members.pkl")
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(str(caught.value)) < 400 and "\n" not in str(caught.value)
+    assert most < 2**24 and time.perf_counter() - began < 5
+
+
+def test_a_matrix_of_more_clusters_than_entries_is_refused(datastore: Datastore, tmp_path: Path) -> None:
+    matrix = sp.csc_matrix(([1], ([COUNT], [5])), shape=(1_500_000_000, COUNT))
+    (tmp_path / "members.pkl").write_bytes(pickle.dumps(matrix))
+    with pytest.raises(UserError, match="has 1,500,000,000 clusters, and the datastore .* only 3,000 entries"):
+        import_members(datastore, "theirs", tmp_path / "members.pkl")
+
+
+def test_more_clusters_than_int32_can_name_are_int64(datastore: Datastore, tmp_path: Path, monkeypatch) -> None:
+    assert cluster_dtype(2**31) is np.int32 and cluster_dtype(2**31 + 1) is np.int64
+    matrix, expected = random_matrix(3)
+    (tmp_path / "members.pkl").write_bytes(pickle.dumps(matrix))
+    monkeypatch.setattr(store_clusters, "MOST_IN_INT32", 49)
+    for name, make in (
+        ("theirs", lambda: import_members(datastore, "theirs", tmp_path / "members.pkl")),
+        ("kmeans", lambda: cluster_kmeans(datastore, "kmeans", num_clusters=50, iterations=1)),
+    ):
+        make()
+        clusters = Clusters.open(datastore, name)
+        assert clusters.cluster_of_entry.dtype == np.int64
+        assert_consistent(clusters)
+    assert Clusters.open(datastore, "theirs").cluster_of_entry.tolist() == expected.tolist()
 
 
 @settings(max_examples=200, deadline=None)

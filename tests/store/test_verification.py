@@ -128,7 +128,7 @@ def test_numbers_that_name_nothing_are_refused_whatever_their_checksum(
     change(array)
     np.save(store / name, array)
     files = {path.name: file_record(path) for path in store.glob("*.npy")}
-    change_json(store / "manifest.json", files=files, model={"vocabulary": 20})
+    change_json(store / "manifest.json", files=files, model={"pretrained": None, "args": {}, "vocabulary": 20})
     for _ in range(2):
         with pytest.raises(UserError, match=f"{name} is damaged: .*{sentence}"):
             Datastore.open(store)
