@@ -99,10 +99,11 @@ def cut_into_documents(lines: Iterable[str], mode: str) -> Iterator[Piece]:
 
 
 def read_text_file(path: Path) -> Iterator[str]:
-    """The lines of a UTF-8 text file."""
+    """The lines of a UTF-8 text file, with Unix line ends and without a byte order mark, as the tasks read theirs."""
     try:
-        with open(path, encoding="utf-8", newline="\n") as file:
-            yield from file
+        with open(path, encoding="utf-8-sig", newline="\n") as file:
+            for line in file:
+                yield line[:-2] + "\n" if line.endswith("\r\n") else line
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}).") from error
     except OSError as error:

@@ -193,6 +193,7 @@ class KNNHF(ScoringLM):
                 **saved_searches(counts, self.augmentation.mixture.weight.threshold is not None),
                 **self.settings,
                 "setting_sources": self.augmentation.sources,
+                "lm_arguments": self._loading,
                 **describe_store(self.retriever),
                 "processes": self.world_size,
                 **{name: counts[name] for name in REPORTED_COUNTS},

@@ -202,6 +202,9 @@ def differences(one: Result, other: Result, metric: str) -> list[str]:
     if "perplexity" in metric or metric == "bits_per_byte":
         check("windows (max_length)", one.max_length, other.max_length)
         check("windows (context_len)", one.context_len, other.context_len)
+    if one.model == other.model:
+        for name, value in one.lm_settings.items():
+            check(name, value, other.lm_settings.get(name))
     if metric == "token_perplexity":
         tokens, other_tokens = _token_count(one), _token_count(other)
         if tokens is not None and other_tokens is not None:

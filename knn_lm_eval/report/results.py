@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,15 @@ from knn_lm_eval.errors import UserError
 
 logger = logging.getLogger(__name__)
 
+# Arguments of ``hf`` that change the LM's own figures, and what others of that kind begin with. Not those that change
+# speed or memory alone, and not dtype and revision, which the files name as they were in force.
+LM_ARGUMENTS = (
+    *("add_bos_token", "autogptq", "backend", "delta", "gguf_file", "gptqmodel", "load_in_4bit", "load_in_8bit"),
+    *("mixed_precision_dtype", "peft", "prefix_token_id", "softmax_dtype", "subfolder", "tokenizer", "truncation"),
+    *("use_fast_tokenizer", "enable_thinking", "chat_template_args", "think_end_token"),
+)
+LM_ARGUMENT_FAMILIES = ("bnb_4bit_", "llm_int8_")
+NOT_GIVEN = "not given"
 TEXTS = ("doc", "target", "arguments", "resps", "filtered_resps")  # of a sample: large, and not compared
 
 
@@ -34,6 +43,8 @@ class Result:
     date : seconds since 1970; 0 where unknown.
     limit, version, num_fewshot, documents, max_length, context_len, special_tokens : what must agree before two
         results can be compared; None where the file does not say.
+    lm_settings : what else must agree between two results of one LM, by what it is called; what the file does not
+        say is not among them.
     retomaton : whether it is RetoMaton's.
     distances : ``exact`` or ``approximate``; None without retrieval, or where the file does not say.
     tokens_per_second, saved_searches, retrieval_bytes : None where the file does not say. Speed is that of the
@@ -57,6 +68,7 @@ class Result:
     max_length: int | None = None
     context_len: int | None = None
     special_tokens: str | None = None
+    lm_settings: dict[str, str] = field(default_factory=dict)
     retomaton: bool = False
     distances: str | None = None
     tokens_per_second: float | None = None
@@ -148,6 +160,7 @@ def _results(file: Path, content: dict[str, Any]) -> Iterator[Result]:
     kind = str(config.get("model") or content.get("model_source") or "")
     store = knn.get("datastore") or {}
     model = _model(content, config, kind)
+    lm_settings = _lm_settings(content, config, knn)
     tokens = [content.get(f"tokenizer_{name}_token") for name in ("bos", "eos", "pad")]
     for task, values in content["results"].items():
         metrics = _metrics(values)
@@ -175,6 +188,7 @@ def _results(file: Path, content: dict[str, Any]) -> Iterator[Result]:
             max_length=content.get("max_length"),
             context_len=knn.get("context_len", 1 if kind == "hf" else None),
             special_tokens=None if tokens == [None] * 3 else json.dumps(tokens),
+            lm_settings=lm_settings,
             retomaton=bool(knn.get("retomaton")),
             distances=knn.get("distances"),
             tokens_per_second=_tokens_per_second(knn),
@@ -190,18 +204,54 @@ def _of_task(content: dict[str, Any], part: str, task: str) -> Any:
 
 def _model(content: dict[str, Any], config: dict[str, Any], kind: str) -> str:
     """The LM's name: what somebody called it comes first."""
-    model_args = config.get("model_args") or {}
-    if isinstance(model_args, str):
-        model_args = dict(part.split("=", 1) for part in model_args.split(",") if "=" in part)
     store = (config.get("knn") or {}).get("datastore") or {}
     names = [
         (config.get("benchmark") or {}).get("model"),
-        model_args.get("pretrained"),
+        _model_args(config).get("pretrained"),
         store.get("model"),
         content.get("model_name"),
         (content.get("config_general") or {}).get("model_name"),  # early leaderboards'
     ]
     return str(next(filter(None, names), kind))
+
+
+def _model_args(config: dict[str, Any]) -> dict[str, Any]:
+    """The LM's arguments, which some releases wrote as they were typed."""
+    model_args = config.get("model_args") or {}
+    if isinstance(model_args, str):
+        return dict(part.split("=", 1) for part in model_args.split(",") if "=" in part)
+    return dict(model_args)
+
+
+def _lm_settings(content: dict[str, Any], config: dict[str, Any], knn: dict[str, Any]) -> dict[str, str]:
+    """What the LM's own figures depend on besides its name, the task and the windows.
+
+    A knn-hf that was given no model has its arguments from the datastore; where the file does not repeat them, only
+    what was given beside them is known.
+    """
+    given = _model_args(config)
+    known_as_a_whole = "lm_arguments" in knn or "pretrained" in given
+    given = given | (knn.get("lm_arguments") or {})
+    settings: dict[str, Any] = {name: NOT_GIVEN for name in LM_ARGUMENTS if known_as_a_whole}
+    for name, value in given.items():
+        if (name in LM_ARGUMENTS or name.startswith(LM_ARGUMENT_FAMILIES)) and value not in (None, "None", ""):
+            off = str(value) == "False" and name != "add_bos_token"  # which some models have on by themselves
+            settings[name] = NOT_GIVEN if off else value
+    dtype = config.get("model_dtype") or given.get("dtype")
+    settings["dtype"] = str(dtype).removeprefix("torch.") if dtype not in (None, "auto") else None
+    if settings.get("softmax_dtype") == NOT_GIVEN:
+        settings["softmax_dtype"] = settings["dtype"]  # the logits'
+    settings["revision"] = config.get("model_revision") or given.get("revision")
+    settings["commit (model_sha)"] = config.get("model_sha") or None
+    settings["commit of the adapter (peft_sha)"] = config.get("peft_sha") or None
+    for name in ("chat_template", "system_instruction"):
+        if f"{name}_sha" in content:
+            settings[name] = str(content[f"{name}_sha"] or NOT_GIVEN)[:12]
+    if content.get("chat_template_sha"):
+        settings["fewshot_as_multiturn"] = content.get("fewshot_as_multiturn")
+    if "gen_kwargs" in config:
+        settings["gen_kwargs"] = config["gen_kwargs"] or NOT_GIVEN
+    return {name: str(value) for name, value in settings.items() if value is not None}
 
 
 def _metrics(values: dict[str, Any]) -> dict[str, float]:

@@ -183,6 +183,77 @@ def test_rows_that_may_not_compare(folder: Path, change: dict[str, Any], reason:
     assert f"Warning: {task.warnings[0]}." in tables_of(compare(read_folder([folder])[0], "hf"))[0].notes
 
 
+@pytest.mark.parametrize(
+    ("given", "recorded", "reasons"),
+    [
+        ({}, {"model_dtype": "torch.bfloat16"}, ["softmax_dtype bfloat16 and float32", "dtype bfloat16 and float32"]),
+        ({"softmax_dtype": "float64"}, {}, ["softmax_dtype float64 and float32"]),
+        ({"softmax_dtype": "float32", "trust_remote_code": True, "batch_size": 8, "truncation": False}, {}, []),
+        ({}, {"model_revision": "step1000"}, ["revision step1000 and main"]),
+        ({}, {"model_sha": "abc"}, ["commit (model_sha) abc and def"]),
+        ({"add_bos_token": True}, {}, ["add_bos_token True and not given"]),
+        ({"peft": "adapter"}, {}, ["peft adapter and not given"]),
+        ({"delta": "delta"}, {}, ["delta delta and not given"]),
+        ({"load_in_8bit": True}, {}, ["load_in_8bit True and not given"]),
+        ({"gguf_file": "a.gguf"}, {}, ["gguf_file a.gguf and not given"]),
+        ({"mixed_precision_dtype": "float16"}, {}, ["mixed_precision_dtype float16 and not given"]),
+    ],
+)
+@pytest.mark.parametrize("way", ["given", "as text", "by the store"])
+def test_what_changes_the_lm_itself_is_named(
+    tmp_path: Path, given: dict[str, Any], recorded: dict[str, Any], reasons: list[str], way: str
+) -> None:
+    ours, baseline = documents(20, 0.2)
+    common = {"model_dtype": "torch.float32", "model_revision": "main", "model_sha": "def"}
+    hf = {"model": "hf", "model_args": {"pretrained": "models/m"}, "limit": None}
+    write_results(tmp_path / "hf", baseline, config=hf | common)
+    knn = knn_config(**({"lm_arguments": given} if way == "by the store" else {}))
+    if way != "by the store":
+        knn["model_args"] |= {"pretrained": "models/m"} | given
+    if way == "as text":
+        knn["model_args"] = ",".join(f"{name}={value}" for name, value in knn["model_args"].items())
+    write_results(tmp_path / "knn", ours, config=knn | common | recorded)
+    (task,) = compare(read_folder([tmp_path])[0], "hf").tasks
+    start = "kNN-LM k=1024 lmbda=0.25 knn_temp=1.0 and hf may not compare: "
+    assert sorted(task.warnings) == sorted(start + reason for reason in reasons)
+
+
+def test_other_prompts_and_other_generation_are_named(tmp_path: Path) -> None:
+    ours, baseline = documents(20, 0.2)
+    write_results(tmp_path / "hf", baseline, chat_template_sha=None, system_instruction_sha=None)
+    config = knn_config() | {"gen_kwargs": {"temperature": 0.5}}
+    prompts = {"chat_template_sha": "c" * 64, "system_instruction_sha": "d" * 64, "fewshot_as_multiturn": True}
+    write_results(tmp_path / "knn", ours, config=config, **prompts)
+    (task,) = compare(read_folder([tmp_path])[0], "hf").tasks
+    assert [warning.partition(": ")[2] for warning in task.warnings] == [
+        f"chat_template {'c' * 12} and not given",
+        f"system_instruction {'d' * 12} and not given",
+    ]
+
+
+def test_another_lm_may_have_another_dtype(tmp_path: Path) -> None:
+    ours, baseline = documents(20, 0.2)
+    for name, pairs, dtype in (("a", ours, "torch.float32"), ("b", baseline, "torch.bfloat16")):
+        config = {"model": "hf", "model_args": {"pretrained": name}, "limit": None, "model_dtype": dtype}
+        write_results(tmp_path / name, pairs, config=config)
+    (task,) = compare(read_folder([tmp_path])[0]).tasks
+    assert not task.warnings
+
+
+def test_published_figures_that_others_could_not_reproduce_are_told_as_such(tmp_path: Path) -> None:
+    pairs = documents(20, 0.2)[0]
+    write_results(tmp_path, pairs)
+    (file,) = tmp_path.glob("results_*.json")
+    file.write_text(file.read_text().replace('"law"', '"wikitext103_valid"'))
+    (samples,) = tmp_path.glob("samples_*.jsonl")
+    samples.rename(tmp_path / "samples_wikitext103_valid_1.jsonl")
+    (table,) = tables_of(compare(read_folder([tmp_path])[0]))
+    (note,) = [note for note in table.notes if "15.03" in note]
+    for said in ("12.57", "issues 14, 17 and 18", "17.34", "knn_temp=13"):
+        assert said in note
+    assert note in as_markdown([table]).replace("\\", "") and "14.70" not in note
+
+
 def test_other_documents_and_other_tokenizers(folder: Path) -> None:
     pairs = documents(200, 0.2)[0]
     write_results(folder / "knn" / "m", pairs[:150], config=knn_config())
