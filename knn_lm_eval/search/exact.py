@@ -18,7 +18,7 @@ from knn_lm_eval.store.key_stream import finite_keys
 BLOCK_BYTES = 2**23  # of keys as float32 at a time: what a CPU's caches hold
 SCORE_BYTES = 2**21  # of distances at a time
 GPU_FACTOR = 64  # by which both are larger on GPUs
-CENTRE_SAMPLE = 2**14  # keys that the centre is the mean of
+CENTRE_SAMPLE = 2**10  # keys that the centre is the mean of: near enough, and found in a moment
 # Neighbours more than asked for, which are ranked anew: rounding may have put them in each other's places.
 MARGIN = 32
 

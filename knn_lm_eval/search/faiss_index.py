@@ -15,6 +15,7 @@ logging.getLogger("faiss.loader").setLevel(logging.WARNING)
 import faiss  # noqa: E402
 
 from knn_lm_eval.errors import UserError  # noqa: E402
+from knn_lm_eval.search.exact import ExactSearch  # noqa: E402
 from knn_lm_eval.search.mapped_lists import read_with_mapped_lists  # noqa: E402
 from knn_lm_eval.search.trial import try_first  # noqa: E402
 from knn_lm_eval.store.datastore import Datastore  # noqa: E402
@@ -26,7 +27,10 @@ logger = logging.getLogger(__name__)
 DEFAULT_PROBE = 32  # of an index that was not measured: the kNN-LM papers'
 WORTH_TELLING = 2**26  # bytes of an index in memory
 METRICS = {"l2": faiss.METRIC_L2, "dot": faiss.METRIC_INNER_PRODUCT}
+NAMES = {metric: name for name, metric in METRICS.items()}
 GPU_MAX_K = 2048  # faiss's own limit
+# Of an index without codes, what faiss compares number by number: so many queries, of so many numbers in all.
+FEW_QUERIES, FEW_NUMBERS = 16, 2**16
 
 
 def make_index(factory: str, dimension: int, sim_func: str) -> faiss.Index:
@@ -147,6 +151,25 @@ def bytes_held(index: faiss.Index) -> int:
     return held
 
 
+def add_vectors(index: faiss.Index, vectors: np.ndarray) -> None:
+    """Add to a trained index; raises UserError where faiss cannot, as where it wants entries' numbers (``IDMap``)."""
+    try:
+        index.add(vectors)
+    except RuntimeError as error:
+        raise UserError(
+            f"faiss cannot add keys to {type(index).__name__} ({_reason(error)}); choose another --factory."
+        ) from error
+
+
+def bytes_per_code(index: faiss.Index) -> int:
+    """What a vector takes in an index; of a graph, which faiss calls no code, what it takes in the graph's storage."""
+    try:
+        return index.sa_code_size()
+    except RuntimeError:
+        storage: Any = getattr(index, "storage", None)
+        return 4 * index.d if storage is None else faiss.downcast_index(storage).sa_code_size()
+
+
 def join_parts(parts: list[faiss.Index], relative_ids: bool, threaded: bool = False) -> faiss.IndexShards:
     """One index over parts that hold runs of entries in order.
 
@@ -264,12 +287,49 @@ def search(
     entries : int64 ``[n, k]``; -1 in empty slots.
     """
     faiss.cvar.indexIVF_stats.reset()  # type: ignore[attr-defined]
+    if (len(queries) >= FEW_QUERIES or queries.size > FEW_NUMBERS) and _compares_all(index):
+        return _search_all(index, queries, k)
     # Where somebody imports faiss.contrib.torch_utils, as the published code does, a search that takes no parameters
     # stands in the place of faiss's own, which then has this name.
     search_arrays = getattr(index, "search_numpy", index.search)
     scores, entries = search_arrays(queries, k, params=parameters)
     distances = -scores if index.metric_type == faiss.METRIC_INNER_PRODUCT else scores
     distances[entries < 0] = np.inf
+    return distances, entries
+
+
+def _compares_all(index: faiss.Index) -> bool:
+    """Whether searches on the CPU compare with every vector, as it is: ``Flat``, in parts or behind a transform."""
+    if isinstance(index, faiss.IndexPreTransform):
+        return _compares_all(faiss.downcast_index(index.index))
+    if isinstance(index, faiss.IndexShards):
+        return all(_compares_all(part) for part, _ in split_parts(index))
+    return type(index) in (faiss.IndexFlat, faiss.IndexFlatL2, faiss.IndexFlatIP) and index.metric_type in NAMES
+
+
+def _search_all(index: faiss.Index, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """As ``search``, of an index that compares all.
+
+    Asked many at once, faiss takes |q|^2 - 2 qx + |x|^2 for (q - x)^2, which loses what is asked for where the vectors
+    have a large common part; ``ExactSearch`` takes that off first.
+    """
+    if isinstance(index, faiss.IndexPreTransform):
+        chain: Any = index.chain
+        for number in range(chain.size()):
+            queries = np.asarray(chain.at(number).apply(queries))
+        return _search_all(faiss.downcast_index(index.index), queries, k)
+    if isinstance(index, faiss.IndexShards):
+        found = [(_search_all(part, queries, k), start) for part, start in split_parts(index)]
+        distances = np.concatenate([distances for (distances, _), _ in found], 1)  # [n, parts k]
+        entries = np.concatenate([np.where(part < 0, -1, part + start) for (_, part), start in found], 1)
+        order = np.argsort(distances, axis=1, kind="stable")[:, :k]  # [n, k]
+        return np.take_along_axis(distances, order, 1), np.take_along_axis(entries, order, 1)
+    flat: Any = index
+    vectors = faiss.rev_swig_ptr(flat.get_xb(), flat.ntotal * flat.d).reshape(flat.ntotal, flat.d)
+    distances, entries = np.full((len(queries), k), np.inf, np.float32), np.full((len(queries), k), -1)
+    if there := min(k, flat.ntotal):
+        found_there = ExactSearch(vectors, NAMES[flat.metric_type]).search(queries, there)
+        distances[:, :there], entries[:, :there] = found_there
     return distances, entries
 
 

@@ -23,7 +23,9 @@ from knn_lm_eval.errors import UserError
 from knn_lm_eval.search.choosing import NO_BUDGET, TWO_LEVELS_ABOVE, Budget, choose_factory
 from knn_lm_eval.search.faiss_index import (
     METRICS,
+    add_vectors,
     bytes_held,
+    bytes_per_code,
     faiss_gpus,
     inverted_file,
     join_parts,
@@ -310,7 +312,7 @@ def _add_run(index: faiss.Index, keys: np.ndarray, start: int, stop: int) -> Ite
             assigner = faiss.index_cpu_to_all_gpus(quantizer)
     for chunk in key_chunks(keys, start + index.ntotal, stop):
         if assigner is None or ivf is None:
-            index.add(chunk)
+            add_vectors(index, chunk)
         else:
             lists = assigner.search(chunk, 1)[1][:, 0].copy()
             ivf.add_core(len(chunk), faiss.swig_ptr(chunk), None, faiss.swig_ptr(lists))
@@ -385,7 +387,7 @@ def _install(
 
 def _write(index: faiss.Index, path: Path) -> None:
     temporary = path.with_name(path.name + ".tmp")
-    check_free_space(path.parent, index.ntotal * index.sa_code_size(), "the index's codes")
+    check_free_space(path.parent, index.ntotal * bytes_per_code(index), "the index's codes")
     try:
         faiss.write_index(index, str(temporary))
     except RuntimeError as error:

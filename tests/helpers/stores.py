@@ -20,13 +20,14 @@ def change_json(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps(content | changes))
 
 
-def make_store(folder: Path, count: int = 3000, dimension: int = 16, seed: int = 0) -> Datastore:
-    """A datastore of clustered random keys."""
+def make_store(folder: Path, count: int = 3000, dimension: int = 16, seed: int = 0, common: float = 0.0) -> Datastore:
+    """A datastore of clustered random keys, which have a common part of length ``common``."""
     folder.mkdir(parents=True)
     rng = np.random.default_rng(seed)
     centres = rng.standard_normal((20, dimension)) * 2
     value_of = rng.integers(0, 20, count)
-    np.save(folder / "keys.npy", (centres[value_of] + rng.standard_normal((count, dimension))).astype(np.float16))
+    keys = centres[value_of] + rng.standard_normal((count, dimension)) + common / dimension**0.5
+    np.save(folder / "keys.npy", keys.astype(np.float16))
     np.save(folder / "values.npy", value_of.astype(np.int32))
     np.save(folder / "document_starts.npy", np.array([0], dtype=np.int64))
     files = {f.name: {"bytes": f.stat().st_size, "sha256": sha256(f)} for f in folder.glob("*.npy")}
