@@ -124,7 +124,7 @@ def read_index(path: Path) -> faiss.Index:
         return read_with_mapped_lists(path) or faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
     except RuntimeError as error:
         raise UserError(
-            f"The index {path} is damaged: faiss cannot read it ({reason_of(error)}); build it or copy it again."
+            f"The index {path} is damaged: faiss cannot read it ({_reason(error)}); build it or copy it again."
         ) from error
 
 
@@ -149,6 +149,16 @@ def bytes_held(index: faiss.Index) -> int:
         if isinstance(index, library.IndexIVFPQ):
             held += 4 * index.precomputed_table.size()
     return held
+
+
+def add_vectors(index: faiss.Index, vectors: np.ndarray) -> None:
+    """Add to a trained index; raises UserError where faiss cannot, as where it wants entries' numbers (``IDMap``)."""
+    try:
+        index.add(vectors)
+    except RuntimeError as error:
+        raise UserError(
+            f"faiss cannot add keys to {type(index).__name__} ({_reason(error)}); choose another --factory."
+        ) from error
 
 
 def bytes_per_code(index: faiss.Index) -> int:
@@ -231,7 +241,7 @@ def to_gpus(index: faiss.Index, k: int) -> faiss.Index:
         logger.warning(
             "knn_gpu=True, but faiss cannot put %s on GPUs (%s): searching on the CPU.",
             type(index).__name__,
-            reason_of(error),
+            _reason(error),
         )
         return index
     check_gpu_k(k)
@@ -346,6 +356,6 @@ def vectors_compared(index: faiss.Index, queries: int) -> int:
     return queries * index.ntotal if inverted_file(index) is None else faiss.cvar.indexIVF_stats.ndis  # type: ignore[attr-defined]
 
 
-def reason_of(error: RuntimeError) -> str:
+def _reason(error: RuntimeError) -> str:
     """The point of a faiss error, which begins with the C++ signature and source line."""
     return str(error).strip().splitlines()[0].rpartition(": ")[2][:200]

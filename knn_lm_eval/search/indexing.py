@@ -23,6 +23,7 @@ from knn_lm_eval.errors import UserError
 from knn_lm_eval.search.choosing import NO_BUDGET, TWO_LEVELS_ABOVE, Budget, choose_factory
 from knn_lm_eval.search.faiss_index import (
     METRICS,
+    add_vectors,
     bytes_held,
     bytes_per_code,
     faiss_gpus,
@@ -30,7 +31,6 @@ from knn_lm_eval.search.faiss_index import (
     join_parts,
     make_index,
     read_index,
-    reason_of,
 )
 from knn_lm_eval.search.kmeans import two_level_kmeans
 from knn_lm_eval.search.quality import fastest_enough, measure_quality
@@ -321,12 +321,7 @@ def _add_run(index: faiss.Index, keys: np.ndarray, start: int, stop: int) -> Ite
             assigner = faiss.index_cpu_to_all_gpus(quantizer)
     for chunk in key_chunks(keys, start + index.ntotal, stop):
         if assigner is None or ivf is None:
-            try:
-                index.add(chunk)
-            except RuntimeError as error:
-                raise UserError(
-                    f"faiss cannot add keys to {type(index).__name__} ({reason_of(error)}); choose another --factory."
-                ) from error
+            add_vectors(index, chunk)
         else:
             lists = assigner.search(chunk, 1)[1][:, 0].copy()
             ivf.add_core(len(chunk), faiss.swig_ptr(chunk), None, faiss.swig_ptr(lists))
