@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from helpers.mutations import mutated_text
 
-from knn_lm_eval.store.manifest import file_record
+from knn_lm_eval.system.files import sha256
+from knn_lm_eval.system.seals import write_sealed_json
 
-ODD_VALUES: list[Any] = [
-    *(None, True, False, 0, 1, -1, 2, 7, 2**31, -(2**31), 2**63, 10**30, 0.5, -0.5, 1e308),
-    *(float("nan"), float("inf"), -float("inf")),
-    *("", "x", "inf", "nan", "../../x", "\x1b[31mred", "x" * 5000, "\ud800"),
-    *([], [[]], [1, 2], [None], {}, {"a": {}}, {"": 0}),
-]
 EXTREME_NUMBERS = [0, 1, -1, 2, 127, -128, 255, 2**15, 2**31 - 1, -(2**31), 2**62, -(2**62), np.nan, np.inf, -np.inf]
 
 
@@ -76,21 +73,8 @@ def empty(data: bytes, rng: np.random.Generator) -> tuple[str, bytes]:
 
 
 def change_json(data: bytes, rng: np.random.Generator) -> tuple[str, bytes]:
-    """One of its values, at any depth, is another one or gone."""
-    content = json.loads(data)
-    places = list(_places(content))
-    holder, key = places[rng.integers(len(places))]
-    before = holder[key]
-    choices = [*ODD_VALUES, "gone", "number"]
-    value = choices[rng.integers(len(choices))]
-    if value == "gone":
-        del holder[key]
-    elif value == "number" and isinstance(before, (int, float)) and not isinstance(before, bool):
-        value = holder[key] = before + [1, -1, before, 0.5][rng.integers(4)]
-    else:
-        holder[key] = value
-    text = json.dumps(content, indent=1)
-    return f"JSON {key!r}: {str(before)[:40]!r} -> {str(value)[:40]!r}", text.encode()
+    seed = int(rng.integers(2**31))
+    return f"JSON changed by seed {seed}", mutated_text(json.loads(data), json.dumps, seed)
 
 
 def nest_json(data: bytes, rng: np.random.Generator) -> tuple[str, bytes]:
@@ -151,27 +135,37 @@ def change_header(data: bytes, rng: np.random.Generator) -> tuple[str, bytes]:
     return f"header {old!r} -> {new!r}", data[:8] + len(raw).to_bytes(2, "little") + raw + data[size:]
 
 
-def forge(file: Path, store: Path, forget_derived: bool = False) -> None:
-    """Make the checksums that a store has of one of its files fit it; or forget all those of what was made from it."""
-    manifest = store / "manifest.json"
-    try:
-        content = json.loads(manifest.read_bytes())
-        name = str(file.relative_to(store))
-        for records in (content["files"], content.get("derived", {})):
+def forge(file: Path, store: Path) -> None:
+    """Make every checksum that a store has of one of its files fit it."""
+    if file.suffix == ".json":
+        _reseal(file)
+    if file.parent.suffix == ".codes" and file.suffix == ".npy":
+        _reseal(file.parent / "codes.json", lambda content: content["files"].update({file.name: sha256(file)}))
+    name = str(file.relative_to(store))
+
+    def record(manifest: dict[str, Any]) -> None:
+        for records in (manifest["files"], manifest.get("derived", {})):
             if name in records:
-                records[name] = file_record(file)
-        if forget_derived:
-            content.pop("derived", None)
-        manifest.write_text(json.dumps(content, indent=1))
+                records[name] = {"bytes": file.stat().st_size, "sha256": sha256(file)}
+
+    if file.name != "manifest.json":
+        _reseal(store / "manifest.json", record)
+
+
+def forget_derived(manifest: Path) -> None:
+    """Leave the indexes and clusters of a store without checksums, as older versions and other programs do."""
+    _reseal(manifest, lambda content: content.pop("derived", None))
+
+
+def _reseal(file: Path, change: Callable[[dict[str, Any]], Any] = lambda content: None) -> None:
+    """Change a JSON file, whose own checksum fits it afterwards, if there is anything in it that can be sealed."""
+    try:
+        content = json.loads(file.read_bytes())
+        content.pop("sha256", None)
+        change(content)
+        write_sealed_json(file, content)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return  # the manifest itself is what was changed
-
-
-def _places(content: Any) -> Any:
-    items = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
-    for key, value in list(items):
-        yield content, key
-        yield from _places(value)
+        return
 
 
 def _with(data: bytes, place: int, run: bytes) -> bytes:

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.file_mutations import forge, mutate
+from helpers.file_mutations import forge, forget_derived, mutate
 from helpers.tiny_model import EVAL_TEXT, make_llama
 from lm_eval.api.instance import Instance
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
@@ -170,7 +170,7 @@ def test_no_crash_no_traceback_and_no_wrong_number(
     shutil.copytree(folder, place)
     if kind == "index without checksum":
         for manifest in place.glob("*/manifest.json"):
-            forge(manifest, manifest.parent, forget_derived=True)
+            forget_derived(manifest)
     whole = tmp_path / "whole"
     shutil.copytree(place, whole)
     state = state_of(place)
