@@ -22,7 +22,7 @@ import logging
 import socket
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import faiss
 import numpy as np
@@ -43,6 +43,7 @@ from knn_lm_eval.system.files import (
     read_json,
     unfinished_folder,
 )
+from knn_lm_eval.system.json_schema import check_json
 from knn_lm_eval.system.locks import DAY, locked
 from knn_lm_eval.system.seals import check_seal, write_sealed_json
 
@@ -52,6 +53,12 @@ CHUNK = 2**16
 IDENTITY = "codes.json"
 NOT_WRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM)
 ARRAYS = {"lists": np.int32, "offsets": np.float32, "scales": np.float32, "codes": np.uint8}
+
+
+class CodesJSON(TypedDict, total=False):
+    """What ``codes.json`` holds beside what the codes are of."""
+
+    files: dict[str, str]  # their checksums
 
 
 @dataclass(frozen=True)
@@ -287,6 +294,7 @@ def _is_of(folder: Path, identity: dict[str, Any]) -> bool:
     if not (folder / IDENTITY).is_file():
         return False
     said = check_seal(folder / IDENTITY, read_json(folder / IDENTITY), _remedy(folder))
+    check_json(said, CodesJSON, folder / IDENTITY, _remedy(folder))
     return {name: value for name, value in said.items() if name != "files"} == identity
 
 
