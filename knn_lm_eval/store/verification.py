@@ -170,7 +170,7 @@ def _bar(size: int) -> Iterator[Advance]:
 @contextmanager
 def _alone(size: int) -> Iterator[None]:
     """Of several processes that would all read the same files for the first time, one does it and the others wait."""
-    held: AbstractContextManager[None] = nullcontext()
+    held: AbstractContextManager[object] = nullcontext()
     if size >= WORTH_A_BAR:
         try:
             register().mkdir(parents=True, exist_ok=True)
