@@ -44,6 +44,7 @@ class _TunedFor(TypedDict, total=False):
     datastore: str
     model: str | None
     conditions: dict[str, Any]
+    contents: dict[str, dict[str, str]]
 
 
 class ParamsJSON(TypedDict):
@@ -132,9 +133,9 @@ class Params:
 
     def check_contents(self, store: Datastore, index: str, clusters: Clusters | None) -> None:
         """Warn where index or clusters are not those that were tuned with, though they have the same names."""
-        now = tuned_contents(store, index, clusters) if "contents" in self.tuned_for else {}
-        then = self.tuned_for.get("contents")
-        changed = [name for name in now if isinstance(then, dict) and name in then and then[name] != now[name]]
+        then = self.tuned_for.get("contents", {})
+        now = tuned_contents(store, index, clusters) if then else {}
+        changed = [name for name in now if name in then and then[name] != now[name]]
         if changed:
             logger.warning(
                 "The params were tuned with other content of %s than %s has under that name now: they may not fit.",

@@ -13,7 +13,7 @@ from helpers.stores import change_json, flip_bit, let_age, make_store
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.store.datastore import Datastore
 from knn_lm_eval.store.manifest import file_record
-from knn_lm_eval.store.verification import BEFORE, NO_CHECKSUM, NOT_VERIFIED, NOW
+from knn_lm_eval.store.verification import BEFORE, NOT_VERIFIED, NOW
 from knn_lm_eval.system import file_contents
 from knn_lm_eval.system.file_contents import contents_of, known, register
 from knn_lm_eval.system.files import CACHE_VARIABLE
@@ -151,14 +151,6 @@ def test_a_header_that_reads_the_numbers_in_another_order_is_refused(store: Path
     file.write_bytes(file.read_bytes().replace(b"'fortran_order': False", b"'fortran_order': True "))
     with pytest.raises(UserError, match="keys.npy is not what the manifest says"):
         Datastore.open(store, verify="never")
-
-
-def test_a_store_without_checksums_opens_and_says_so(store: Path) -> None:
-    files = {path.name: {"bytes": path.stat().st_size, "sha256": "x"} for path in store.glob("*.npy")}
-    for record in files.values():
-        del record["sha256"]
-    change_json(store / "manifest.json", files=files)
-    assert set(Datastore.open(store).verification.of_files(store).values()) == {NO_CHECKSUM}
 
 
 def test_what_was_written_here_is_not_read_again(store: Path, bytes_read: list[str]) -> None:

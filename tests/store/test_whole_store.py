@@ -200,7 +200,7 @@ def test_an_index_that_names_entries_that_do_not_exist_is_refused(store: Path, n
 def test_results_say_what_was_verified(store: Path) -> None:
     from knn_lm_eval.model.accounting import describe_store
 
-    change_json(store / "manifest.json", model={"pretrained": "m"})
+    change_json(store / "manifest.json", model={"pretrained": "m", "args": {}, "vocabulary": None})
     evaluate(store)
     retriever = LocalRetriever(Datastore.open(store), k=3)
     said = json.loads(json.dumps(describe_store(retriever)["datastore"]))
