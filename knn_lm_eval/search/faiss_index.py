@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 from contextlib import suppress
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -16,7 +15,7 @@ import faiss  # noqa: E402
 
 from knn_lm_eval.errors import UserError  # noqa: E402
 from knn_lm_eval.search.exact import ExactSearch  # noqa: E402
-from knn_lm_eval.search.mapped_lists import read_with_mapped_lists  # noqa: E402
+from knn_lm_eval.search.index_reading import read_index, reason_of  # noqa: E402
 from knn_lm_eval.search.trial import try_first  # noqa: E402
 from knn_lm_eval.store.datastore import Datastore  # noqa: E402
 from knn_lm_eval.store.index_files import DEFAULT_INDEX, IndexFiles, IndexPart, find_parts  # noqa: E402
@@ -83,51 +82,6 @@ def find_readable_parts(datastore: Datastore, name: str) -> tuple[dict[str, Any]
     return metadata, parts
 
 
-def try_index(path: Path, entries: int | None) -> None:
-    """Read and search the index file ``path``, in a process that may die of it.
-
-    Parameters
-    ----------
-    entries : how many entries the file may name; None where that is not known.
-
-    Raises
-    ------
-    UserError
-        Where faiss cannot read it, or it names others.
-    """
-    index = read_index(path)
-    search(index, np.zeros((1, index.d), dtype=np.float32), 1)
-    if entries is not None and index.ntotal and (beyond := _largest_id(index)) >= entries:
-        raise UserError(f"The index {path} is damaged: it names entry {beyond:,} of {entries:,}; build it again.")
-
-
-def _largest_id(index: faiss.Index) -> int:
-    """The largest number that an index, or what it is over, has for an entry; a negative one counts as beyond all."""
-    library: Any = faiss
-    ids = [np.array([index.ntotal - 1], dtype=np.int64)]
-    with suppress(RuntimeError):
-        ivf: Any = faiss.extract_index_ivf(index)
-        lists = range(ivf.nlist)
-        ids = [
-            faiss.rev_swig_ptr(ivf.invlists.get_ids(number), size)
-            for number in lists
-            if (size := ivf.invlists.list_size(number))
-        ]
-    if isinstance(index, library.IndexIDMap):
-        ids = [faiss.vector_to_array(index.id_map)]
-    return max((int(some.view(np.uint64).max()) for some in ids), default=-1)
-
-
-def read_index(path: Path) -> faiss.Index:
-    """Read an index file, memory-mapped where that can be done; raises UserError where it is none."""
-    try:
-        return read_with_mapped_lists(path) or faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
-    except RuntimeError as error:
-        raise UserError(
-            f"The index {path} is damaged: faiss cannot read it ({_reason(error)}); build it or copy it again."
-        ) from error
-
-
 def bytes_held(index: faiss.Index) -> int:
     """What an opened index takes of the process's own memory, but for what goes with the number of lists alone.
 
@@ -157,7 +111,7 @@ def add_vectors(index: faiss.Index, vectors: np.ndarray) -> None:
         index.add(vectors)
     except RuntimeError as error:
         raise UserError(
-            f"faiss cannot add keys to {type(index).__name__} ({_reason(error)}); choose another --factory."
+            f"faiss cannot add keys to {type(index).__name__} ({reason_of(error)}); choose another --factory."
         ) from error
 
 
@@ -241,7 +195,7 @@ def to_gpus(index: faiss.Index, k: int) -> faiss.Index:
         logger.warning(
             "knn_gpu=True, but faiss cannot put %s on GPUs (%s): searching on the CPU.",
             type(index).__name__,
-            _reason(error),
+            reason_of(error),
         )
         return index
     check_gpu_k(k)
@@ -354,8 +308,3 @@ def probe_parameters(index: faiss.Index, probe: int) -> faiss.SearchParameters |
 def vectors_compared(index: faiss.Index, queries: int) -> int:
     """How many vectors the last ``search``, of so many queries, computed distances to."""
     return queries * index.ntotal if inverted_file(index) is None else faiss.cvar.indexIVF_stats.ndis  # type: ignore[attr-defined]
-
-
-def _reason(error: RuntimeError) -> str:
-    """The point of a faiss error, which begins with the C++ signature and source line."""
-    return str(error).strip().splitlines()[0].rpartition(": ")[2][:200]

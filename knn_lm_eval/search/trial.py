@@ -20,7 +20,7 @@ CHILD = """
 import sys
 from pathlib import Path
 from knn_lm_eval.errors import UserError
-from knn_lm_eval.search.faiss_index import try_index
+from knn_lm_eval.search.index_reading import try_index
 try:
     try_index(Path(sys.argv[1]), int(sys.argv[2]) if sys.argv[2] else None)
 except UserError as error:
