@@ -22,15 +22,15 @@ import hashlib
 import inspect
 import json
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import yaml
 from lm_eval.models.huggingface import HFLM
 
-from knn_lm_eval.errors import UserError
+from knn_lm_eval.errors import UserError, printable, shortened
 from knn_lm_eval.model.params import STORE_DEFAULT
 from knn_lm_eval.model.settings import RetrievalSettings
 from knn_lm_eval.store.fetching import cache_folder, is_address
@@ -38,6 +38,7 @@ from knn_lm_eval.store.index_files import DEFAULT_INDEX, IndexFiles
 from knn_lm_eval.store.manifest import Manifest
 from knn_lm_eval.system.file_contents import contents_of
 from knn_lm_eval.system.files import read_json
+from knn_lm_eval.system.json_schema import mismatch
 
 TOP = ("output", "models", "datastores", "methods", "tasks", "metadata", "include_path", "batch_size", "device", "seed")
 TASK = ("task", "limit", "num_fewshot", "metadata", "gen_kwargs", "apply_chat_template", "system_instruction")
@@ -47,6 +48,28 @@ FOLDERS = ("pretrained", "tokenizer", "peft", "delta")
 KNN = [name for name in RetrievalSettings.names() if name != "datastore"]
 NAME = re.compile(r"[\w.+=-]*\w[\w.+=-]*")  # a folder gets this name
 DEFAULT_SEED = 1234
+MOST_BYTES, MOST_VALUES, DEEPEST = 2**20, 100_000, 50
+
+
+class _Top(TypedDict, total=False):
+    output: str | None
+    include_path: str | list[str] | None
+    batch_size: int | str
+    device: str | None
+    seed: int
+
+
+class _Store(TypedDict, total=False):
+    path: str | int  # a folder may be called 2024
+    models: str | list[str] | None
+
+
+class _Task(TypedDict, total=False):
+    task: str
+    num_fewshot: int | None
+    gen_kwargs: str | dict[str, Any] | None
+    apply_chat_template: bool | str | None
+    system_instruction: str | None
 
 
 @dataclass(frozen=True)
@@ -86,10 +109,11 @@ class Cell:
 
     def identity(self) -> dict[str, Any]:
         """What the results depend on: settings, and the content of model, datastore, index and files that they name."""
-        files = [str(value) for value in self.args.values() if isinstance(value, str) and Path(value).is_file()]
+        texts = [value for value in self.args.values() if isinstance(value, str)]
+        files = [text for text in texts if _is_there(text, Path.is_file)]
         contents: dict[str, Any] = {name: contents_of(Path(name)).sha256 for name in sorted(files)}
         for name in FOLDERS:
-            if isinstance(folder := self.args.get(name), str) and Path(folder).is_dir():
+            if isinstance(folder := self.args.get(name), str) and _is_there(folder, Path.is_dir):
                 inside = sorted(path for path in Path(folder).iterdir() if path.is_file())
                 contents[name] = {path.name: contents_of(path).sha256 for path in inside}
         if "datastore" in self.args:
@@ -97,7 +121,7 @@ class Cell:
             folder = cache_folder(given) if is_address(given) else Path(given)
             try:
                 contents |= self._contents_of_store(folder)
-            except (UserError, OSError, KeyError):
+            except (UserError, OSError, KeyError, ValueError, NotImplementedError):  # the last of odd names of clusters
                 contents["keys"] = None  # to be reported when the cell is run
         return {
             "model": self.kind,
@@ -127,7 +151,8 @@ class Cell:
 
     def checksum(self) -> str:
         """Of ``identity``."""
-        return hashlib.sha256(json.dumps(self.identity(), sort_keys=True, default=str).encode()).hexdigest()
+        plain = json.loads(json.dumps(self.identity(), default=str))  # names are texts, which can be sorted
+        return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -149,19 +174,43 @@ def read_matrix(path: Path) -> Matrix:
     UserError
         Where it is no YAML, or has keys that nobody reads; the nearest valid one is named.
     """
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"Cannot read {path}: {error.strerror}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    content = _top(_read(path), path)
     return Matrix(
-        output=Path(_top(content, path).get("output") or path.with_suffix("").name + "_results"),
+        output=Path(content.get("output") or path.with_suffix("").name + "_results"),
         cells=list(_cells(content, path)),
         batch_size=content.get("batch_size", 1),
         device=content.get("device"),
         include_path=[str(folder) for folder in _listed(content.get("include_path"))],
     )
+
+
+def _read(path: Path) -> Any:
+    """What the file holds, each alias a copy; raises UserError where it is no YAML, or larger than any benchmark is."""
+    try:
+        if (size := path.stat().st_size) > MOST_BYTES:
+            raise UserError(f"{path} has {size:,} bytes, which no benchmark's file has; is it another file?")
+        return _copied(yaml.safe_load(path.read_text(encoding="utf-8")), iter(range(MOST_VALUES)))
+    except OSError as error:
+        raise UserError(f"Cannot read {path}: {error.strerror}.") from error
+    except UserError:
+        raise
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
+        # ValueError: no UTF-8, a date that is none, a number of thousands of digits
+        reason = printable(" ".join(str(error).split()))
+        raise UserError(f"{path} is not valid YAML: {reason:.500}") from error
+
+
+def _copied(value: Any, left: Iterator[int], depth: int = 0) -> Any:
+    """A value without aliases; raises ValueError where that is more than ``left`` values, or too deep."""
+    if next(left, None) is None or depth > DEEPEST:
+        raise ValueError("its aliases, or its depth, make it larger than any benchmark is")
+    if isinstance(value, dict):
+        return {name: _copied(inner, left, depth + 1) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_copied(inner, left, depth + 1) for inner in value]
+    if isinstance(value, int) and value.bit_length() > 1024:
+        raise ValueError("a number of hundreds of digits")
+    return value
 
 
 def _cells(content: dict[str, Any], path: Path) -> Iterator[Cell]:
@@ -170,8 +219,6 @@ def _cells(content: dict[str, Any], path: Path) -> Iterator[Cell]:
     methods = _section(content, "methods", path)
     tasks = _section(content, "tasks", path)
     seed = content.get("seed", DEFAULT_SEED)
-    if not isinstance(seed, int):
-        raise UserError(f"{path}: seed: {seed!r} is not a whole number.")
     _check(path, models, stores, methods, tasks)
     metadata = _mapping(content.get("metadata"), f"{path}: metadata")
     for name, task_settings in tasks.items():
@@ -213,6 +260,7 @@ def _check(
                 raise UserError(f"{path}: models: {name}: unknown key {key!r}; did you mean {near[0]!r}?")
     for name, store in stores.items():
         _refuse_unknown(store, ["path", "models", *KNN], f"{path}: datastores: {name}")
+        _check_types(store, _Store, f"{path}: datastores: {name}")
         if "path" not in store:
             raise UserError(f"{path}: datastores: {name} has no `path`; say where the datastore is.")
         for model in _listed(store.get("models")):
@@ -220,7 +268,7 @@ def _check(
     for name, method in methods.items():
         kind = _kind(name, method)
         if kind not in ("hf", "knn-hf"):
-            raise UserError(f"{path}: methods: {name}: model: {kind!r} is unknown; use hf or knn-hf.")
+            raise UserError(f"{path}: methods: {name}: model: {shortened(kind)} is unknown; use hf or knn-hf.")
         _refuse_unknown(method, ["model", *(["context_len"] if kind == "hf" else KNN)], f"{path}: methods: {name}")
         if kind == "knn-hf" and not stores:
             raise UserError(f"{path}: methods: {name} needs a datastore; list some under `datastores`.")
@@ -228,8 +276,9 @@ def _check(
         where = f"{path}: tasks: {name}"
         _refuse_unknown(task, TASK, where)
         limit = task.get("limit")
-        if limit is not None and (isinstance(limit, bool) or not isinstance(limit, (int, float)) or limit <= 0):
-            raise UserError(f"{where}: limit: {limit!r} is not a number above 0.")
+        if limit is not None and (mismatch(limit, float) or limit <= 0):
+            raise UserError(f"{where}: limit: {shortened(limit)} is not a number above 0.")
+        _check_types(task, _Task, where)
 
 
 def _store_args(store: dict[str, Any]) -> dict[str, Any]:
@@ -248,10 +297,24 @@ def _top(content: Any, path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path} should hold keys and values: {', '.join(TOP)}.")
     _refuse_unknown(content, TOP, str(path))
+    _check_types(content, _Top, str(path))
     for name in ("models", "methods", "tasks"):
         if not content.get(name):
             raise UserError(f"{path}: {name} is missing or empty.")
     return content
+
+
+def _check_types(content: dict[str, Any], schema: Any, where: str) -> None:
+    """Raise UserError where a value is of another type than ``schema`` says."""
+    if wrong := mismatch(content, schema):
+        raise UserError(f"{where}: {wrong}.")
+
+
+def _is_there(name: str, kind: Callable[[Path], bool]) -> bool:
+    try:
+        return kind(Path(name))
+    except OSError:  # such as one that is too long for a name
+        return False
 
 
 def _section(content: dict[str, Any], name: str, path: Path, shorthand: str = "") -> dict[str, dict[str, Any]]:
@@ -263,7 +326,7 @@ def _section(content: dict[str, Any], name: str, path: Path, shorthand: str = ""
     for entry, settings in _mapping(section, f"{path}: {name}").items():
         if not NAME.fullmatch(str(entry)):
             raise UserError(
-                f"{path}: {name}: {entry!r} cannot name a folder; use letters, digits and . + - = _ "
+                f"{path}: {name}: {shortened(entry)} cannot name a folder; use letters, digits and . + - = _ "
                 "(and give the task's own name as `task:`)."
             )
         if shorthand and isinstance(settings, str):
@@ -276,7 +339,7 @@ def _mapping(value: Any, where: str) -> dict[str, Any]:
     if value is None:
         return {}
     if not isinstance(value, dict):
-        raise UserError(f"{where}: {value!r} should be keys and values.")
+        raise UserError(f"{where}: {shortened(value)} should be keys and values.")
     return dict(value)
 
 
@@ -290,4 +353,4 @@ def _refuse_unknown(given: Collection[str], known: Collection[str], where: str) 
     for key in given:
         if key not in known:
             near = difflib.get_close_matches(str(key), list(known), 1, 0)
-            raise UserError(f"{where}: unknown key {key!r}; did you mean {near[0]!r}?")
+            raise UserError(f"{where}: unknown key {shortened(key)}; did you mean {near[0]!r}?")

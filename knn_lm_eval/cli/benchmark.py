@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from knn_lm_eval.cli.main import SAME_COMMAND, verb
-from knn_lm_eval.errors import UserError
+from knn_lm_eval.errors import UserError, printable
 
 if TYPE_CHECKING:
     from knn_lm_eval.benchmark.estimate import Estimate
@@ -51,7 +51,7 @@ def main(arguments: argparse.Namespace) -> None:
     print(f"{total - len(failed)} of {total} cells are in {matrix.output}.")
     for outcome in failed:
         kind = "" if isinstance(outcome.error, UserError) else f"{type(outcome.error).__name__}: "
-        print(f"failed: {outcome.cell}: {kind}{outcome.error}", file=sys.stderr)
+        print(f"failed: {outcome.cell}: {kind}{printable(str(outcome.error))}", file=sys.stderr)
     if failed:
         raise SystemExit(1)
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from knn_lm_eval.errors import shortened
 from knn_lm_eval.report.comparison import Comparison, TaskComparison
 from knn_lm_eval.report.comparison_tables import detail_table, overview_table
 from knn_lm_eval.report.plots import Bar, Chart, Line, foss_lines, heat_map, interval_chart, line_chart
@@ -95,7 +96,7 @@ def _shown(
             try:
                 shown.append(show(content))
             except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
-                logger.warning("%s is not what it looks like (%r): left out.", content["file"], error)
+                logger.warning("%s is not what it looks like (%s): left out.", content["file"], shortened(error))
     return shown
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from knn_lm_eval.errors import UserError
+from knn_lm_eval.errors import UserError, shortened
 
 logger = logging.getLogger(__name__)
 
@@ -23,6 +24,7 @@ LM_ARGUMENTS = (
 )
 LM_ARGUMENT_FAMILIES = ("bnb_4bit_", "llm_int8_")
 NOT_GIVEN = "not given"
+MOST_BYTES = 2**28  # of a results file
 TEXTS = ("doc", "target", "arguments", "resps", "filtered_resps")  # of a sample: large, and not compared
 
 
@@ -84,9 +86,9 @@ class Result:
             return []
         try:
             with open(file, encoding="utf-8") as lines:
-                samples = [_without_texts(json.loads(line)) for line in lines]
+                samples = [_checked_sample(json.loads(line)) for line in lines]
             return sorted(samples, key=lambda sample: sample["doc_id"])
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             logger.warning("%s is damaged or half-written: its documents are left out.", file)
             return []
 
@@ -111,8 +113,8 @@ def read_folder(folders: Iterable[Path]) -> tuple[list[Result], list[dict[str, A
     others: list[dict[str, Any]] = []
     for file in _json_files(folders):
         try:
-            content = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            content = _read(file)
+        except (OSError, ValueError, RecursionError):
             logger.warning("%s is damaged or half-written (it is not valid JSON): left out.", file)
             continue
         if not isinstance(content, dict):
@@ -122,11 +124,18 @@ def read_folder(folders: Iterable[Path]) -> tuple[list[Result], list[dict[str, A
             continue
         try:
             found += _results(file, content)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            logger.warning("%s is not a results file as lm-eval writes it (%r): left out.", file, error)
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            logger.warning("%s is not a results file as lm-eval writes it (%s): left out.", file, shortened(error))
     if not found:
         raise UserError(f"There are no lm-eval results in {', '.join(map(str, folders))}.")
     return _newest(found), others
+
+
+def _read(file: Path) -> Any:
+    """A file's JSON; raises ValueError where it is none, or too large for results."""
+    if file.stat().st_size > MOST_BYTES:
+        raise ValueError("it is too large")
+    return json.loads(file.read_text(encoding="utf-8"))
 
 
 def _json_files(folders: Iterable[Path]) -> Iterator[Path]:
@@ -258,7 +267,7 @@ def _metrics(values: dict[str, Any]) -> dict[str, float]:
     return {
         name.removesuffix(",none"): float(value)
         for name, value in values.items()
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and _is_metric(name)
+        if _is_number(value) and not isinstance(value, bool) and _is_metric(name)
     }
 
 
@@ -274,8 +283,24 @@ def _tokens_per_second(knn: dict[str, Any]) -> float | None:
     return knn["tokens_scored"] / seconds * knn.get("processes", 1)
 
 
-def _without_texts(sample: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in sample.items() if name not in TEXTS}
+def _checked_sample(sample: dict[str, Any]) -> dict[str, Any]:
+    """A logged sample without its texts; raises ValueError where it is none that figures can be taken from."""
+    kept = {name: value for name, value in sample.items() if name not in TEXTS}
+    tokens = kept.get("token_perplexity", [0, 0])
+    pairs = [value for value in kept.values() if isinstance(value, list) and len(value) == 2]
+    if (
+        type(kept["doc_id"]) is not int
+        or not isinstance(kept.get("filter", "none"), str)
+        or tokens not in pairs + [[0, 0]]
+        or not all(_is_number(number) for pair in pairs for number in pair)
+        or not math.isfinite(tokens[1])
+    ):
+        raise ValueError("not a sample as lm-eval writes it")
+    return kept
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, float) or (isinstance(value, int) and abs(value) <= 2**63)
 
 
 def _is_metric(name: str) -> bool:

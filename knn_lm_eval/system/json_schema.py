@@ -42,8 +42,13 @@ def check_json(content: Any, schema: Any, file: str | Path, remedy: str) -> None
     file : what the sentence names, with its path or its address.
     remedy : what to do about it.
     """
-    if wrong := _wrong(content, schema, ""):
+    if wrong := mismatch(content, schema):
         raise UserError(f"{file} is damaged: {wrong}; {remedy}.")
+
+
+def mismatch(content: Any, schema: Any) -> str | None:
+    """What in ``content`` is not as ``schema`` says, in a few words; None where all is."""
+    return _wrong(content, schema, "")
 
 
 def _wrong(value: Any, kind: Any, where: str) -> str | None:
