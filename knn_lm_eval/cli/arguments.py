@@ -108,6 +108,15 @@ def check_options(method: str, given: Iterable[str], allowed: Collection[str]) -
             raise UserError(f"--{name} does not go with the method {method}; leave it out.")
 
 
+def check_outputs(*outputs: Path | None) -> None:
+    """Raise UserError, before any work is done, where one of the files to be written would overwrite a store's own."""
+    from knn_lm_eval.store.names import check_output
+
+    for output in outputs:
+        if output is not None:
+            check_output(output)
+
+
 def parse_numbers(option: str, text: str) -> list[float]:
     """The numbers of an option that takes several, separated by commas."""
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from knn_lm_eval.cli.arguments import add_output, check_at_least_one
+from knn_lm_eval.cli.arguments import add_output, check_at_least_one, check_outputs
 from knn_lm_eval.cli.main import verb
 from knn_lm_eval.errors import UserError
 
@@ -77,6 +77,7 @@ def check(arguments: argparse.Namespace) -> None:
         raise UserError(f"--seed {arguments.seed} must be 0 or more.")
     if arguments.output is not None and arguments.format == "terminal":
         raise UserError(f"--output {arguments.output} needs --format markdown, csv or latex.")
+    check_outputs(arguments.output, arguments.report)
 
 
 def write(path: Path, text: str) -> None:

@@ -12,6 +12,7 @@ from knn_lm_eval.cli.arguments import (
     add_output,
     add_timing_arguments,
     check_at_least_one,
+    check_outputs,
     read_model_args,
     read_text,
 )
@@ -46,6 +47,7 @@ def main(arguments: argparse.Namespace) -> None:
         if not path.is_file():
             raise UserError(f"There is no text file {path}.")
     check_at_least_one(arguments, "tokens", "repeats", "threads")
+    check_outputs(arguments.output / "indexes.json")
     ks = positive_numbers("--k", arguments.k)
     indexes: list[tuple[str, list[int | None]]] = []
     for text in arguments.indexes:

@@ -10,6 +10,7 @@ from knn_lm_eval.cli.arguments import (
     add_model_arguments,
     add_output,
     add_task_arguments,
+    check_outputs,
     parse_numbers,
     read_metadata,
     read_model_args,
@@ -41,6 +42,7 @@ def parse_arguments() -> argparse.Namespace:
 @verb(parse_arguments)
 def main(arguments: argparse.Namespace) -> None:
     min_knns = parse_numbers("--min_knns", arguments.min_knns)
+    check_outputs(*(arguments.output / f"{task}.json" for task in task_names(arguments)))
     model_args = read_model_args(arguments)
 
     from knn_lm_eval.study.foss_curve import foss_curves

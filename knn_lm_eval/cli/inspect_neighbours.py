@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from knn_lm_eval.cli.arguments import add_model_arguments, check_at_least_one, read_model_args
+from knn_lm_eval.cli.arguments import add_model_arguments, check_at_least_one, check_outputs, read_model_args
 from knn_lm_eval.cli.main import verb
 from knn_lm_eval.errors import UserError
 
@@ -38,6 +38,7 @@ def parse_arguments() -> argparse.Namespace:
 @verb(parse_arguments)
 def main(arguments: argparse.Namespace) -> None:
     check_at_least_one(arguments, "neighbours", "context")
+    check_outputs(arguments.html, arguments.json)
 
     from knn_lm_eval.make.text import read_text_file
 

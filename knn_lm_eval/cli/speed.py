@@ -18,6 +18,7 @@ from knn_lm_eval.cli.arguments import (
     add_model_arguments,
     add_timing_arguments,
     check_at_least_one,
+    check_outputs,
     read_model_args,
     read_text,
 )
@@ -48,6 +49,7 @@ def main(arguments: argparse.Namespace) -> None:
         if not path.exists():
             raise UserError(f"There is no {path}.")
     check_at_least_one(arguments, "tokens", "repeats", "threads")
+    check_outputs(arguments.json)
     model_args = read_model_args(arguments)
 
     from knn_lm_eval.study.speed import SEARCH, SpeedComparison

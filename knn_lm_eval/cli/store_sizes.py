@@ -8,6 +8,7 @@ from knn_lm_eval.cli.arguments import (
     add_model_arguments,
     add_output,
     add_task_arguments,
+    check_outputs,
     parse_numbers,
     read_metadata,
     read_model_args,
@@ -36,6 +37,7 @@ def parse_arguments() -> argparse.Namespace:
 @verb(parse_arguments)
 def main(arguments: argparse.Namespace) -> None:
     fractions = parse_numbers("--fractions", arguments.fractions)
+    check_outputs(*(arguments.output / f"{task}.json" for task in task_names(arguments)))
     model_args = read_model_args(arguments)
 
     from knn_lm_eval.report.tables import print_table

@@ -11,6 +11,7 @@ from knn_lm_eval.cli.arguments import (
     add_model_arguments,
     add_output,
     add_task_arguments,
+    check_outputs,
     read_metadata,
     read_model_args,
     task_names,
@@ -58,6 +59,7 @@ def parse_arguments() -> argparse.Namespace:
 def main(arguments: argparse.Namespace) -> None:
     if arguments.output.suffix != ".json":
         raise UserError(f"--output {arguments.output} should end in .json; CSV and plots are written beside it.")
+    check_outputs(arguments.output)
     axes = {name: axis for name in AXES if (axis := getattr(arguments, name)) is not None}
     model_args = read_model_args(arguments)
 

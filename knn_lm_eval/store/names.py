@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from pathlib import Path
 
 from knn_lm_eval.errors import UserError
+from knn_lm_eval.system.files import read_json
 
 # What lies in a store's folder beside indexes and clusterings, without its ending. A disk may not tell Keys from keys.
 RESERVED = {
@@ -41,3 +43,26 @@ def check_new_name(name: str, what: str) -> str:
     if len(name.encode("utf-8", "surrogatepass")) > MOST_BYTES:
         raise UserError(f"{name[:20]!r}... cannot name {what}: it is longer than {MOST_BYTES} bytes; choose another.")
     return name
+
+
+def check_output(output: Path) -> None:
+    """Raise UserError where ``output``, a file that is no part of a store, would overwrite a store's own file.
+
+    Files are told apart without their last ending: what writes ``x.json`` often writes ``x.csv`` and pictures beside
+    it, and an index lies in several files of one name.
+    """
+    output = output.expanduser().resolve()
+    for folder in output.parents[:3]:
+        manifest = folder / "manifest.json"
+        if not manifest.is_file():
+            continue
+        names: set[str] = set(RESERVED)
+        with suppress(UserError):  # a damaged one: other files that it may name are not known
+            content = read_json(manifest)
+            for part in ("files", "derived"):
+                names |= set(content.get(part) or {})
+        taken = {Path(name).with_suffix("").as_posix().casefold() for name in names} | RESERVED
+        if output.relative_to(folder).with_suffix("").as_posix().casefold() in taken:
+            raise UserError(
+                f"{output} would overwrite a file of the datastore {folder}, or be taken for one; give another output."
+            )

@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 from helpers.stores import make_store
 
+from knn_lm_eval.cli import main as cli
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.make.clustering import cluster_kmeans
 from knn_lm_eval.search.indexing import build_index
 from knn_lm_eval.search.retriever import LocalRetriever
 from knn_lm_eval.store.clusters import Clusters
+from knn_lm_eval.store.names import check_output
 
 OUTSIDE = ["", ".", "..", "../x", "a/b", "/tmp/x", "a\\b", "a\nb", "a\0b"]
 TAKEN = [
@@ -57,3 +59,65 @@ def test_other_names_stay(name: str, tmp_path: Path) -> None:
     build_index(store, "Flat", name=name, quality_queries=0)
     assert LocalRetriever(store, k=2, index=name).index.ntotal == 200
     assert len(cluster_kmeans(store, name, num_clusters=2)) == 2
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "Params.json", "keys.npy", "index.json", "index.csv", "ours.html"])
+def test_an_output_that_is_a_file_of_the_store_is_refused(name: str, tmp_path: Path) -> None:
+    store = make_store(tmp_path / "store")
+    build_index(store, "Flat")
+    build_index(store, "Flat", name="ours")
+    with pytest.raises(UserError, match="would overwrite a file of the datastore"):
+        check_output(store.path / name)
+
+
+def test_an_output_inside_of_a_store_s_folders_is_refused_where_it_is_the_store_s(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "store")
+    cluster_kmeans(store, num_clusters=4, sample=100)
+    (file,) = (store.path / "clusters").rglob("*.json")
+    with pytest.raises(UserError, match="would overwrite a file of the datastore"):
+        check_output(file)
+
+
+def test_other_outputs_may_lie_in_a_store_s_folder(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "store")
+    build_index(store, "Flat")
+    for output in (store.path / "tuned.json", store.path / "plots" / "index.json", tmp_path / "manifest.json"):
+        check_output(output)
+    check_output(tmp_path / "no folder yet" / "keys.npy")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["tune", "--model_args", "datastore=STORE", "--tasks", "law_valid", "--output", "STORE/manifest.json"],
+        ["compare", "STORE", "--report", "STORE/index.json"],
+        ["compare", "STORE", "--format", "csv", "--output", "STORE/manifest.json"],
+        ["speed", "--model_args", "datastore=STORE", "--text", "STORE/manifest.json", "--json", "STORE/manifest.json"],
+        ["inspect_neighbours", "--model_args", "datastore=STORE", "--text", "x", "--html", "STORE/index.json"],
+        ["foss_curve", "--model_args", "datastore=STORE", "--tasks", "index", "--output", "STORE"],
+        ["store_sizes", "--model_args", "datastore=STORE", "--tasks", "index", "--output", "STORE"],
+        [
+            "compare_indexes",
+            "--model_args",
+            "datastore=STORE",
+            "--text",
+            "STORE/manifest.json",
+            "--indexes",
+            "index",
+            "--output",
+            "STORE",
+        ],
+    ],
+)
+def test_every_verb_leaves_the_store_s_files_alone(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = make_store(tmp_path / "store")
+    build_index(store, "Flat")
+    build_index(store, "Flat", name="indexes")
+    before = files(store.path)
+    monkeypatch.setattr("sys.argv", [])
+    monkeypatch.setattr("knn_lm_eval.cli.main.report_user_errors", lambda *_: None)
+    with pytest.raises(UserError, match="would overwrite a file of the datastore"):
+        cli.main([argument.replace("STORE", str(store.path)) for argument in arguments])
+    assert files(store.path) == before
