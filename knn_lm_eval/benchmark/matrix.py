@@ -321,6 +321,8 @@ def _section(content: dict[str, Any], name: str, path: Path, shorthand: str = ""
     """A section's entries by name: a mapping, or a list of names."""
     section = content.get(name) or {}
     if isinstance(section, list):
+        if nested := [entry for entry in section if isinstance(entry, (dict, list))]:
+            raise UserError(f"{path}: {name}: {shortened(nested[0])} in the list is no name.")
         section = dict.fromkeys(section)
     entries = {}
     for entry, settings in _mapping(section, f"{path}: {name}").items():

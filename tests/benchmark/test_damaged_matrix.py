@@ -78,6 +78,7 @@ BOMB = "a: &a0 [x]\n" + "".join(f"b{n}: &a{n + 1} [*a{n}, *a{n}]\n" for n in ran
         "? [a, b]\n: c",
         "? {a: b}\n: c",
         "models: 2026-99-99",
+        "models: [{a: b}]\nmethods: [base]\ntasks: [law]",
         "models: " + "9" * 9000,
         "seed: 0x" + "f" * 9000,
         "a: b\n---\nc: d",
