@@ -9,10 +9,12 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from lm_eval.api.task import ConfigurableTask
 
 from knn_lm_eval.errors import report_user_errors
-from knn_lm_eval.model.scores import RollingLoglikelihood
+from knn_lm_eval.model.scores import RollingLoglikelihood, Spans
+from knn_lm_eval.report.intervals import standard_error
 
 logger = logging.getLogger(__name__)
 
@@ -48,19 +50,25 @@ class PerplexityTask(ConfigurableTask):
             texts.update(hashlib.sha256(self.doc_to_target(doc).encode()).digest())
         return texts.hexdigest()[:16]
 
-    def process_results(self, doc: dict[str, str], results: Sequence[float]) -> dict[str, tuple[float, int]]:
+    def process_results(self, doc: dict[str, str], results: Sequence[float]) -> dict[str, Any]:
+        """A document's terms of each metric, and behind them those of its standard error.
+
+        lm-eval has no standard error for these metrics and leaves a gap (N/A), which a metric of the gap's name fills:
+        for that it has to come later.
+        """
         (loglikelihood,) = results
         metrics = super().process_results(doc, results)  # words and bytes, as the task file says
-        searches = None
+        searches, spans = None, None
         if isinstance(loglikelihood, RollingLoglikelihood):
             tokens: int | None = loglikelihood.num_tokens
-            searches = loglikelihood.num_searches
+            searches, spans = loglikelihood.num_searches, loglikelihood.spans
         else:
             tokens = self._count_tokens(self.doc_to_target(doc)) if self._count_tokens else None
         if tokens is not None:
             metrics["token_perplexity"] = (float(loglikelihood), tokens)
-            if searches is not None:
-                metrics["saved_searches"] = (searches, tokens)
+        metrics |= {f"{name}_stderr": parts(loglikelihood, units, spans) for name, (_, units) in metrics.items()}
+        if tokens is not None and searches is not None:
+            metrics["saved_searches"] = (searches, tokens)
         # Fewer are wanted where lm-eval replaced the metrics (--predict_only).
         return {name: value for name, value in metrics.items() if name in self._metric_fn_list}
 
@@ -117,6 +125,35 @@ def words_and_bytes(doc: dict[str, str], results: Sequence[float]) -> dict[str, 
         "byte_perplexity": (loglikelihood, num_bytes),
         "bits_per_byte": (loglikelihood, num_bytes),
     }
+
+
+def parts(loglikelihood: float, units: int, spans: Spans | None) -> list[tuple[float, float]]:
+    """A document's terms in parts: the log-likelihood of each span, and its share of the units by its tokens.
+
+    Parameters
+    ----------
+    units : tokens, words or bytes of the whole document.
+    spans : consecutive parts of the text; None where the LM does not tell.
+    """
+    tokens = sum(length for _, length in spans or [])
+    if not spans or not tokens:
+        return [(float(loglikelihood), units)]
+    return [(log_prob, units * length / tokens) for log_prob, length in spans]
+
+
+def perplexity_stderr(items: Sequence[Sequence[tuple[float, float]]]) -> float | str:
+    """The standard error of a perplexity, from each document's parts; lm-eval's N/A where there is none."""
+    return _standard_error(items, "weighted_perplexity")
+
+
+def bits_per_byte_stderr(items: Sequence[Sequence[tuple[float, float]]]) -> float | str:
+    """As ``perplexity_stderr``, of bits per byte."""
+    return _standard_error(items, "bits_per_byte")
+
+
+def _standard_error(items: Sequence[Sequence[tuple[float, float]]], aggregation: str) -> float | str:
+    error = standard_error([np.array(item) for item in items], aggregation)
+    return "N/A" if error is None else error
 
 
 def saved_searches(items: Sequence[tuple[int, int]]) -> float:

@@ -9,6 +9,10 @@ from torch import Tensor
 
 from knn_lm_eval.lm.reading import Reading
 
+# A text's parts: of each the sum of its tokens' log-probabilities (natural logarithm), and how many tokens it has.
+Spans = list[tuple[float, int]]
+MOST_SPANS = 400  # of a text: windows that overlap but for one token are as many as tokens
+
 
 class Score(NamedTuple):
     """A continuation's score.
@@ -56,13 +60,29 @@ class RollingLoglikelihood(float):
 
     num_tokens: int  # tokens scored, of the LM's own tokenizer
     num_searches: int | None  # full searches made for them; None where every token is searched
+    spans: Spans | None  # the sum's parts, in the text's order; None where nobody kept them
 
-    def __new__(cls, value: float, num_tokens: int, num_searches: int | None = None) -> RollingLoglikelihood:
+    def __new__(
+        cls, value: float, num_tokens: int, num_searches: int | None = None, spans: Spans | None = None
+    ) -> RollingLoglikelihood:
         self = super().__new__(cls, value)
         self.num_tokens = num_tokens
         self.num_searches = num_searches
+        self.spans = spans
         return self
 
-    def __getnewargs__(self) -> tuple[float, int, int | None]:  # type: ignore[override]
+    def __getnewargs__(self) -> tuple[float, int, int | None, Spans | None]:  # type: ignore[override]
         # float's own gives the value only, which __new__ above could not do with when unpickling.
-        return float(self), self.num_tokens, self.num_searches
+        return float(self), self.num_tokens, self.num_searches, self.spans
+
+
+def spans_of(windows: Sequence[tuple[float, int]]) -> Spans:
+    """Sums of consecutive windows: of each, or of several where there are very many.
+
+    Parameters
+    ----------
+    windows : sums of log-probabilities and numbers of tokens, in the text's order.
+    """
+    size = -(-len(windows) // MOST_SPANS) or 1
+    parts = [windows[start : start + size] for start in range(0, len(windows), size)]
+    return [(sum(log_prob for log_prob, _ in part), sum(tokens for _, tokens in part)) for part in parts]

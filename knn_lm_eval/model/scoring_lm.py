@@ -15,7 +15,7 @@ from knn_lm_eval.errors import UserError
 from knn_lm_eval.lm.language_model import LanguageModel
 from knn_lm_eval.lm.loading import CausalHFLM
 from knn_lm_eval.lm.reading import Passage
-from knn_lm_eval.model.scores import RollingLoglikelihood, Score
+from knn_lm_eval.model.scores import RollingLoglikelihood, Score, spans_of
 from knn_lm_eval.model.scoring import PassageScorer
 
 # A CPU gains nothing from larger batches and cannot find its limit by trial: batch_size=auto takes this many
@@ -74,7 +74,7 @@ class ScoringLM(CausalHFLM):
 
         Returns
         -------
-        One ``RollingLoglikelihood`` per request: the sum, which also knows the number of tokens.
+        One ``RollingLoglikelihood`` per request: the sum, which also knows the number of tokens and its parts.
         """
         windows = [
             [
@@ -90,11 +90,13 @@ class ScoringLM(CausalHFLM):
         ]
         results = [RollingLoglikelihood(0.0, 0, None)] * len(requests)
         for number, of_windows in self._score_in_windows(windows, False, disable_tqdm):
-            searches = [score.searches for score in of_windows if score.searches is not None]
+            searches = [score.searches for score in of_windows.values() if score.searches is not None]
+            tokens = [len(continuation) for _, continuation in windows[number]]
             results[number] = RollingLoglikelihood(
-                sum(score.log_prob for score in of_windows),
-                sum(len(continuation) for _, continuation in windows[number]),
+                sum(score.log_prob for score in of_windows.values()),
+                sum(tokens),
                 sum(searches) if searches else None,
+                spans_of([(of_windows[place].log_prob, length) for place, length in enumerate(tokens)]),
             )
             self.cache_hook.add_partial("loglikelihood_rolling", requests[number].args, results[number])
         return list(results)
@@ -109,8 +111,8 @@ class ScoringLM(CausalHFLM):
         results: list[tuple[float, bool]] = [(0.0, True)] * len(requests)  # of an empty continuation
         windows = [self._windows(context, continuation) for _, context, continuation in requests]
         for number, of_windows in self._score_in_windows(windows, True, disable_tqdm, override_bs):
-            log_prob = sum(score.log_prob for score in of_windows)
-            results[number] = log_prob, all(score.is_greedy for score in of_windows)
+            log_prob = sum(score.log_prob for score in of_windows.values())
+            results[number] = log_prob, all(score.is_greedy for score in of_windows.values())
             if requests[number][0] is not None:
                 self.cache_hook.add_partial("loglikelihood", requests[number][0], results[number])
         return results
@@ -136,16 +138,20 @@ class ScoringLM(CausalHFLM):
         want_greedy: bool,
         disable_tqdm: bool = False,
         batch_size: int | None = None,
-    ) -> Iterator[tuple[int, list[Score]]]:
-        """Score texts in windows, a list for each; yields (the text, its scores) as they get done."""
-        texts = [number for number, of_text in enumerate(windows) for _ in of_text]
-        scores: dict[int, list[Score]] = {}
+    ) -> Iterator[tuple[int, dict[int, Score]]]:
+        """Score texts in windows, a list for each; yields (the text, its scores by window) as they get done."""
+        places = [(text, place) for text, of_text in enumerate(windows) for place in range(len(of_text))]
+        scores: dict[int, dict[int, Score]] = {}
         for number, score in self._score(
-            [window for of_text in windows for window in of_text], want_greedy, disable_tqdm, batch_size, texts
+            [window for of_text in windows for window in of_text],
+            want_greedy,
+            disable_tqdm,
+            batch_size,
+            [text for text, _ in places],
         ):
-            text = texts[number]
-            of_text = scores.setdefault(text, [])
-            of_text.append(score)
+            text, place = places[number]
+            of_text = scores.setdefault(text, {})
+            of_text[place] = score
             if len(of_text) == len(windows[text]):
                 yield text, scores.pop(text)
 

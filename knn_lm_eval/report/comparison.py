@@ -13,10 +13,12 @@ import numpy as np
 
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.report.intervals import (
+    BLOCKS_AS_UNITS,
     DEFAULT_RESAMPLES,
     DEFAULT_SEED,
     TRANSFORMS,
     Interval,
+    blocks_of,
     paired_interval,
 )
 from knn_lm_eval.report.published_figures import PUBLISHED_FIGURES, PublishedFigure
@@ -265,22 +267,44 @@ def _interval(task: TaskComparison, result: Result, reference: Result, draws: di
     if values.keys() != reference_values.keys():
         _add(task.warnings, f"{result.method} and {reference.method} were run on other documents: no interval")
         return None
-    if len(values) < 2:
-        _add(task.notes, "no intervals: one document only")
-        return None
     documents = sorted(values)
-    pairs, reference_pairs = (np.array([of[key] for key in documents]) for of in (values, reference_values))
-    if not (np.isfinite(pairs).all() and np.isfinite(reference_pairs).all()):
-        _add(task.notes, f"no intervals: documents of {result.method} or {reference.method} have no finite score")
+    ours, theirs = (np.array([of[key] for key in documents]) for of in (values, reference_values))
+    units = "documents"
+    if len(documents) == 1:
+        blocks = _paired_blocks(_windows(result, task.metric), _windows(reference, task.metric))
+        if blocks is None:
+            _add(task.notes, "no intervals: one document only, and no sums over the same windows of it")
+            return None
+        (ours, theirs), units = blocks, "blocks of consecutive windows"
+        _add(task.notes, f"one document: intervals are over its {len(ours)} {units}")
+    if not (np.isfinite(ours).all() and np.isfinite(theirs).all()):
+        _add(task.notes, f"no intervals: {units} of {result.method} or {reference.method} have no finite score")
         return None
-    interval = paired_interval(pairs, reference_pairs, aggregation, **draws)
+    interval = paired_interval(ours, theirs, aggregation, **draws)
     if interval is None:
         _add(task.notes, "no intervals: one document only that is not empty")
     elif interval.p_value is None:
-        _add(
-            task.notes, f"no p: with {len(documents)} documents not even the clearest difference could have a small one"
-        )
+        _add(task.notes, f"no p: with {len(ours)} {units} not even the clearest difference could have a small one")
     return interval
+
+
+def _windows(result: Result, metric: str) -> np.ndarray:
+    """What the windows of a single document contribute, ``[windows, 2]``; empty where its sample does not say."""
+    name, _, filter_name = metric.partition(",")
+    of_filter = (one for one in result.samples if one.get("filter", "none") == (filter_name or "none"))
+    pairs = next(of_filter, {}).get(f"{name}_stderr")
+    try:
+        return np.array(pairs or [], dtype=float).reshape(-1, 2)
+    except (TypeError, ValueError):
+        return np.empty((0, 2))
+
+
+def _paired_blocks(windows: np.ndarray, of_reference: np.ndarray) -> list[np.ndarray] | None:
+    """Both in the same blocks, ``[blocks, 2]`` each; None where there are not several windows, the same in both."""
+    if not 2 <= len(windows) == len(of_reference) or not np.allclose(windows[:, 1], of_reference[:, 1]):
+        return None
+    (blocks,) = blocks_of([np.concatenate([windows, of_reference], axis=1)], BLOCKS_AS_UNITS)
+    return np.split(blocks, 2, axis=1)
 
 
 def _add(sentences: list[str], sentence: str) -> None:

@@ -55,8 +55,8 @@ def detail_table(comparison: Comparison, task: TaskComparison) -> Table:
     notes += [f"{note[0].upper()}{note[1:]}." for note in task.notes]
     if any(row.interval is not None for row in task.rows):
         notes.append(
-            "Intervals over documents: jackknife and bootstrap-t; p: exchange of the methods in documents; "
-            f"{comparison.resamples:,} draws, seed {comparison.seed}."
+            f"Intervals: jackknife and bootstrap-t; p: exchange of the methods; {comparison.resamples:,} draws, "
+            f"seed {comparison.seed}."
         )
     if sources:
         listed = "; ".join(f"[{number}] {source}" for source, number in sources.items())

@@ -8,7 +8,7 @@ are what makes intervals hard: docs/measurements/intervals.md shows how often th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +16,10 @@ import numpy as np
 DEFAULT_SEED = 0
 DEFAULT_RESAMPLES = 10_000
 DRAWN_AT_ONCE = 2**20  # units: about 100 bytes each
+MANY_DOCUMENTS = 20  # so many say by themselves how much they differ
+# Blocks of the windows of few documents, about: fewer say less of how they differ, shorter ones hang together.
+BLOCKS = 40  # where it is seen how neighbours hang together
+BLOCKS_AS_UNITS = 20  # where they are taken for as many documents
 # Below, draws of so few units say nothing of how their differences are distributed; above, they say what is known.
 BOOTSTRAPPED = range(5, 501)
 
@@ -94,6 +98,57 @@ def paired_interval(
     if 2.0 ** (1 - len(terms)) <= 1 - confidence:
         p_value = _exchange_p(terms, aggregation, resamples, generator)
     return Interval(difference, low, high, p_value)
+
+
+def standard_error(documents: Sequence[np.ndarray], aggregation: str) -> float | None:
+    """Of a metric, by the jackknife: over documents where there are many.
+
+    Of few documents it is the larger one of two: over documents, and over blocks of consecutive windows, of which
+    neighbours may hang together.
+
+    Parameters
+    ----------
+    documents : float64 ``[windows, 2]`` each, a and b of consecutive parts.
+    aggregation : one of ``TRANSFORMS``.
+
+    Returns
+    -------
+    None where nothing can be told: of a single document in a single window, and where a log-likelihood is infinite.
+    """
+    errors = [_error([windows.sum(axis=0, keepdims=True) for windows in documents], aggregation)]
+    if len(documents) < MANY_DOCUMENTS:
+        errors.append(_error(blocks_of(documents, BLOCKS), aggregation))
+    return max((error for error in errors if error is not None), default=None)
+
+
+def blocks_of(documents: Sequence[np.ndarray], blocks: int) -> list[np.ndarray]:
+    """Sums over about so many ``blocks`` of consecutive windows, ``[blocks, columns]`` for each document.
+
+    Parameters
+    ----------
+    documents : ``[windows, columns]`` each.
+    """
+    size = max(1, round(sum(map(len, documents)) / blocks))
+    return [
+        np.array([block.sum(axis=0) for block in np.array_split(windows, max(1, round(len(windows) / size)))])
+        for windows in documents
+    ]
+
+
+def _error(documents: Sequence[np.ndarray], aggregation: str) -> float | None:
+    """The standard error over units, ``[units, 2]`` for each document, that are as like their neighbours as they look.
+
+    None where fewer than two have a length, or one is infinite.
+    """
+    lengths = [int((units[:, 1] > 0).sum()) for units in documents]
+    terms = np.concatenate([units[units[:, 1] > 0] for units in documents])
+    if len(terms) < 2 or not np.isfinite(terms).all():
+        return None
+    left = terms.sum(axis=0) - terms
+    without_one = TRANSFORMS[aggregation](left[:, 0] / left[:, 1])
+    away = np.split(without_one - without_one.mean(), np.cumsum(lengths)[:-1])
+    alike = sum(float(of_document[1:] @ of_document[:-1]) for of_document in away)
+    return math.hypot(_jackknife(without_one), math.sqrt(2 * max(0.0, alike) * (len(terms) - 1) / len(terms)))
 
 
 def _difference(sums: np.ndarray, aggregation: str) -> np.ndarray:  # [..., 4] -> [...]

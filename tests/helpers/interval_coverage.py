@@ -1,6 +1,7 @@
 """How often intervals hold the truth, and how often p is small where there is nothing to find, on texts made up.
 
-``python tests/helpers/interval_coverage.py documents`` prints the tables that docs/measurements/intervals.md shows.
+``python tests/helpers/interval_coverage.py documents`` (or ``windows``) prints the tables that
+docs/measurements/intervals.md shows.
 """
 
 from __future__ import annotations
@@ -9,8 +10,9 @@ import argparse
 from collections.abc import Callable
 
 import numpy as np
+from scipy.signal import lfilter
 
-from knn_lm_eval.report.intervals import paired_interval
+from knn_lm_eval.report.intervals import BLOCKS_AS_UNITS, blocks_of, paired_interval, standard_error
 
 COUNTS = (2, 3, 5, 8, 12, 20, 50, 200)
 RESAMPLES = 999
@@ -70,6 +72,72 @@ def level(count: int, kind: str, lengths: str, runs: int, seed: int) -> float:
     return found / runs
 
 
+# Tokens of a text, those of its windows, and how far its losses hang together (tokens).
+TEXTS = [
+    (tokens, window, length)
+    for tokens, window, lengths in (
+        (10_000, 256, (0, 10, 50)),
+        (40_000, 1024, (0, 50, 200)),
+        (290_000, 1024, (0, 300, 1000, 4000)),
+    )
+    for length in lengths
+]
+
+
+def text(generator: np.random.Generator, tokens: int, window: int, length: float, gain: float) -> Pairs:
+    """Two methods' log-likelihoods and tokens of the windows of one text, ``[windows, 2]`` each.
+
+    Losses, and gains, are those of single tokens, skewed, and a level that goes up and down over ``length`` tokens.
+    """
+
+    def levels() -> np.ndarray:
+        if length == 0:
+            return generator.normal(0, 1, tokens)
+        memory = np.exp(-1 / length)
+        start = np.array([memory * generator.normal()])
+        return lfilter([np.sqrt(1 - memory**2)], [1, -memory], generator.normal(0, 1, tokens), zi=start)[0]
+
+    baseline = LOSS + 0.5 * levels() + 3 * (generator.exponential(1, tokens) - 1)
+    gains = gain + 0.3 * levels() + generator.normal(0, 1, tokens)
+    starts = np.arange(0, tokens, window)
+    counts = np.diff(np.append(starts, tokens)).astype(float)
+    return tuple(np.stack([-np.add.reduceat(loss, starts), counts], axis=1) for loss in (baseline - gains, baseline))  # type: ignore[return-value]
+
+
+def shares_of_a_text(tokens: int, window: int, length: float, runs: int, seed: int) -> tuple[float, float, float]:
+    """Of a single text: how often the truth lies within 1.96 standard errors, and in the interval of a difference.
+
+    The third is the share of p < 0.05 where neither method is better.
+    """
+    generator = np.random.default_rng([seed, tokens, int(length)])
+    perplexity, difference = np.exp(LOSS), np.exp(LOSS - GAIN) - np.exp(LOSS)
+    within, held, found = 0, 0, 0
+    for run in range(runs):
+        ours, baseline = text(generator, tokens, window, length, GAIN)
+        error = standard_error([baseline], AGGREGATION)
+        within += abs(np.exp(-baseline[:, 0].sum() / tokens) - perplexity) <= 1.96 * error
+        interval = paired_interval(*_blocks(ours, baseline), AGGREGATION, resamples=RESAMPLES, seed=run)
+        held += interval.low <= difference <= interval.high
+        nothing = _blocks(*text(generator, tokens, window, length, 0.0))
+        found += paired_interval(*nothing, AGGREGATION, resamples=RESAMPLES, seed=run).p_value < 0.05
+    return within / runs, held / runs, found / runs
+
+
+def _blocks(ours: np.ndarray, baseline: np.ndarray) -> list[np.ndarray]:
+    """As ``compare`` pairs a single text."""
+    (blocks,) = blocks_of([np.concatenate([ours, baseline], axis=1)], BLOCKS_AS_UNITS)
+    return np.split(blocks, 2, axis=1)
+
+
+def print_windows(runs: int, seed: int) -> None:
+    """A line for each kind of text."""
+    heads = ["tokens", "in windows of", "losses hang together over", "1.96 standard errors, %", "interval, %"]
+    print(f"| {' | '.join(heads)} | p < 0.05, % |\n|{'---:|' * 6}")
+    for kind in TEXTS:
+        shares = " | ".join(f"{100 * share:.1f}" for share in shares_of_a_text(*kind, runs, seed))
+        print(f"| {' | '.join(f'{number:,}' for number in kind)} | {shares} |", flush=True)
+
+
 def print_documents(runs: int, seed: int) -> None:
     """Both tables: kinds of documents down, their numbers across."""
     for title, share in (("held the truth, %", coverage), ("p < 0.05 without a difference, %", level)):
@@ -82,8 +150,8 @@ def print_documents(runs: int, seed: int) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["documents"])
+    parser.add_argument("what", choices=["documents", "windows"])
     parser.add_argument("--runs", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
-    print_documents(given.runs, given.seed)
+    (print_documents if given.what == "documents" else print_windows)(given.runs, given.seed)

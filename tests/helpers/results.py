@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,13 @@ def write_results(
     pairs: np.ndarray | None,
     value: float | None = None,
     stamp: str = "1",
+    windows: Sequence[np.ndarray] | None = None,
     **changes: Any,
 ) -> dict[str, Any]:
-    """A results file with a perplexity task, as lm-eval writes it; ``changes`` go to its top level."""
+    """A results file with a perplexity task, as lm-eval writes it; ``changes`` go to its top level.
+
+    ``windows`` are what each document's pair is the sum of, ``[windows, 2]``.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     if pairs is not None:
         value = math.exp(-pairs[:, 0].sum() / pairs[:, 1].sum())
@@ -39,6 +44,8 @@ def write_results(
             }
             for number, (log_p, tokens) in enumerate(pairs)
         ]
+        for line, of_document in zip(lines, windows or [], strict=False):
+            line["token_perplexity_stderr"] = of_document.tolist()
         text = "".join(json.dumps(line) + "\n" for line in lines[::-1])  # lm-eval's order is not ours
         (folder / f"samples_law_{stamp}.jsonl").write_text(text)
     content = {

@@ -100,6 +100,9 @@ def test_rolling_log_likelihood_equals_the_oracle(make, store: Datastore, settin
         assert result.num_tokens == len(tokens)
         # lmbda = 1 has no LM to fall back on: a token that no neighbour has gives minus infinity in both.
         assert result == pytest.approx(sum(score for score, _ in scores), abs=TOLERANCE * len(tokens))
+        of_windows, lengths = zip(*result.spans, strict=True)
+        assert of_windows == pytest.approx([score for score, _ in scores], abs=TOLERANCE * len(tokens))
+        assert sum(lengths) == len(tokens) and max(lengths) <= MAX_LENGTH
 
 
 def test_continuation_and_greedy_equal_the_oracle(make) -> None:

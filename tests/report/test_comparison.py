@@ -347,7 +347,31 @@ def test_no_interval_from_one_document(tmp_path: Path) -> None:
     write_results(tmp_path / "knn", ours, config=knn_config())
     (task,) = compare(read_folder([tmp_path])[0], "hf").tasks
     assert task.rows[1].difference < 0 and task.rows[1].interval is None
-    assert task.notes == ["no intervals: one document only"]
+    assert task.notes == ["no intervals: one document only, and no sums over the same windows of it"]
+
+
+def test_one_document_is_compared_by_its_windows(tmp_path: Path) -> None:
+    ours, baseline = documents(283, 0.1)
+    for name, windows, config in (("hf", baseline, {"model": "hf"}), ("knn", ours, knn_config())):
+        write_results(tmp_path / name, windows.sum(axis=0)[None], windows=[windows], config=config)
+    (task,) = compare(read_folder([tmp_path])[0], "hf").tasks
+    interval = task.rows[1].interval
+    assert task.rows[1].difference == pytest.approx(interval.difference)
+    assert interval.low < interval.difference < interval.high < 0
+    assert interval.p_value < 0.05
+    assert task.notes == ["one document: intervals are over its 20 blocks of consecutive windows"]
+    assert [row.result.metrics.keys() for row in task.rows] == [{"token_perplexity"}] * 2
+
+
+def test_other_windows_and_damaged_ones_give_no_interval(tmp_path: Path) -> None:
+    ours, baseline = documents(50, 0.1)
+    other = np.add.reduceat(ours, range(0, 50, 2))
+    write_results(tmp_path / "hf", baseline.sum(axis=0)[None], windows=[baseline])
+    for windows in (other, ours[:1], np.array([["a", "b"]]), np.zeros((3, 3)), np.zeros(5), np.array(1.0)):
+        write_results(tmp_path / "knn", ours.sum(axis=0)[None], windows=[windows], config=knn_config())
+        (task,) = compare(read_folder([tmp_path])[0], "hf").tasks
+        assert task.rows[1].interval is None
+        assert task.notes == ["no intervals: one document only, and no sums over the same windows of it"]
 
 
 def script(*arguments: object) -> subprocess.CompletedProcess[str]:

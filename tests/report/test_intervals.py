@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import numpy as np
 import pytest
 import scipy.stats
-from helpers.interval_coverage import coverage, level
+from helpers.interval_coverage import coverage, level, shares_of_a_text
 from helpers.results import documents
 
-from knn_lm_eval.report.intervals import TRANSFORMS, paired_interval, student_t
+from knn_lm_eval.report.intervals import TRANSFORMS, blocks_of, paired_interval, standard_error, student_t
 
 
 @pytest.mark.parametrize("lengths", ["equal", "unequal"])
@@ -67,3 +68,55 @@ def test_student_t_is_scipys() -> None:
         for confidence in (0.5, 0.9, 0.95, 0.99):
             expected = scipy.stats.t.ppf((1 + confidence) / 2, degrees)
             assert student_t(degrees, confidence) == pytest.approx(expected, rel=1e-4)
+
+
+# ---------------------------------------------------------------------------------- one text, and standard errors
+
+
+@pytest.mark.parametrize("length", [0, 50])
+def test_of_one_text_whose_losses_hang_together(length: float) -> None:
+    runs = 200
+    within, held, found = shares_of_a_text(10_000, 256, length, runs, seed=5)
+    for share in (within, held):
+        assert scipy.stats.binom.cdf(round(share * runs), runs, 0.94) > 0.002
+        assert scipy.stats.binom.sf(round(share * runs) - 1, runs, 0.96) > 0.002
+    assert scipy.stats.binom.sf(round(found * runs) - 1, runs, 0.06) > 0.002
+
+
+def test_blocks_are_consecutive_windows_of_one_document_each() -> None:
+    documents_ = [np.arange(count, dtype=float)[:, None] * [1, 0] + [0, 1] for count in (283, 3, 1, 100)]
+    blocks = blocks_of(documents_, 40)
+    assert 30 <= sum(map(len, blocks)) <= 50
+    for windows, of_document in zip(documents_, blocks, strict=True):
+        ends = np.cumsum(of_document[:, 1]).astype(int)
+        expected = [windows[start:end].sum(axis=0) for start, end in itertools.pairwise([0, *ends])]
+        assert np.array_equal(of_document, expected) and ends[-1] == len(windows)
+    assert np.array_equal(blocks_of(documents_[1:2], 40)[0], documents_[1])
+
+
+def test_neighbours_that_hang_together_make_the_error_larger() -> None:
+    rises = np.array([[value, 1.0] for value in (-3.0, -3.0, -2.0, -2.0)])
+    apart = rises[[0, 2, 1, 3]]
+    usual = np.std(rises[:, 0], ddof=1) / 2
+    assert standard_error([apart], "mean") == pytest.approx(usual)  # neighbours that differ make it no smaller
+    assert standard_error([rises], "mean") == pytest.approx(usual * math.sqrt(1.5))
+    assert standard_error([rises[:2], rises[2:]], "mean") == 0.5  # two documents say more than their windows
+
+
+def test_the_standard_error_of_a_mean_is_the_usual_one() -> None:
+    values = np.random.default_rng(0).normal(3, 1, 25)
+    documents_ = [np.array([[value, 1.0]]) for value in values]
+    expected = np.std(values, ddof=1) / 5
+    assert standard_error(documents_, "mean") == pytest.approx(expected)
+    assert standard_error([np.concatenate(documents_)], "mean") == pytest.approx(expected, rel=0.5)
+    # Windows say nothing of how many documents differ, and few documents may differ more than their windows show.
+    halves = [np.repeat(windows / 2, 2, axis=0) for windows in documents_]
+    assert standard_error(halves, "mean") == pytest.approx(expected)
+    assert standard_error(halves[:4], "mean") == pytest.approx(np.std(values[:4], ddof=1) / 2)
+
+
+def test_no_standard_error_where_nothing_can_be_told() -> None:
+    window, empty = np.array([[-5.0, 2.0]]), np.array([[0.0, 0.0]])
+    assert standard_error([window], "weighted_perplexity") is None
+    assert standard_error([window, empty], "weighted_perplexity") is None
+    assert standard_error([window, np.array([[-np.inf, 2.0]])], "weighted_perplexity") is None
