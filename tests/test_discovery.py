@@ -409,6 +409,35 @@ def test_hook_helps_where_task_entry_points_fail(env: Environment, tmp_path: Pat
     env.code(source, PYTHONPATH=write_package(tmp_path, FAKE_LM_EVAL | {"tasks/manager.py": manager}))
 
 
+def test_a_host_with_entry_points_for_models_alone(env: Environment, tmp_path: Path) -> None:
+    """It has tasks by --include_path only; our hook gives it ours all the same, and once where they are given, too."""
+    manager = """
+        class TaskManager:
+            def __init__(self, include_path=None, include_defaults=True):
+                self.paths = [include_path] if isinstance(include_path, str) else list(include_path or [])
+    """
+    source = """
+        from importlib.metadata import EntryPoint
+        import lm_eval.models
+        from lm_eval.api.registry import model_registry
+        from lm_eval.tasks.manager import TaskManager
+        from knn_lm_eval._startup import tasks_dir
+
+        assert list(model_registry) == ["hf", "knn-hf"]
+        assert isinstance(model_registry["knn-hf"], EntryPoint)
+        assert TaskManager().paths == [tasks_dir()]
+        assert TaskManager("theirs").paths == [tasks_dir(), "theirs"]
+        assert TaskManager(str(tasks_dir())).paths == [str(tasks_dir())]
+    """
+    host = FAKE_LM_EVAL | {"tasks/manager.py": manager}
+    env.code(source, PYTHONPATH=write_package(tmp_path, host))
+    by_path = """
+        from lm_eval.tasks.manager import TaskManager
+        assert TaskManager("ours").paths == ["ours"]  # without the hook, as its guide says
+    """
+    env.code(by_path, PYTHONPATH=str(tmp_path), KNN_LM_EVAL_NO_HOOK="1")
+
+
 # The hook keeps out of the way
 
 
