@@ -18,15 +18,16 @@ find_python() {
     fail "there is no Python 3.10 or newer here; install one, so that the command python3 starts it"
 }
 
-# Makes .venv, if need be, with the package (editable) and its extras $1 in it, and puts it first in PATH.
+# Makes the environment $2 (.venv), if need be, with the package (editable) and its extras $1 in it, in the versions of
+# the file $3 (constraints.txt), and puts it first in PATH.
 prepare() {
-    local python constraints=constraints.txt
-    if [ ! -x .venv/bin/pip ]; then
+    local python folder="${2:-.venv}" constraints="${3:-constraints.txt}"
+    if [ ! -x "$folder/bin/pip" ]; then
         stage "virtual environment"
         python="$(find_python)"
-        "$python" -m venv .venv || fail "$python cannot make a virtual environment; its reason is above"
+        "$python" -m venv "$folder" || fail "$python cannot make a virtual environment; its reason is above"
     fi
-    export PATH="$PWD/.venv/bin:$PATH"
+    export PATH="$PWD/$folder/bin:$PATH"
 
     stage "installation (downloads PyTorch and more the first time)"
     python -c 'import sys; sys.exit(sys.version_info < (3, 11))' || constraints=/dev/null  # not for Python 3.10

@@ -1,8 +1,37 @@
 #!/usr/bin/env bash
-# Sets up .venv, if need be, and runs all checks and tests in it. Arguments go to pytest.
+# Sets up a virtual environment, if need be, and runs checks and tests in it. Arguments go to pytest, but the first may be
+#   --lowest    the lowest versions that the package admits (constraints-lowest.txt), in .venv-lowest: some minutes of
+#               tests that touch every room
+#   --unpinned  the newest of everything but torch, in .venv-unpinned: all tests
+# Without one of them: the versions of constraints.txt, in .venv, and all checks and tests.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/_environment.sh
+
+case "${1:-}" in
+--lowest)
+    shift
+    prepare cpu,test .venv-lowest constraints-lowest.txt
+    stage "pytest, lowest versions"
+    exec pytest -n 2 --dist loadgroup -m "not slow" tests/test_lowest_versions.py tests/system tests/methods \
+        tests/store/test_old_store.py tests/store/test_names.py tests/store/test_key_stream.py \
+        tests/lm/test_loading.py tests/search/test_retriever.py tests/search/test_factory_strings.py \
+        tests/search/test_mapped_lists.py tests/model/test_generation.py tests/model/test_params.py \
+        tests/make/test_text.py tests/make/test_growing.py tests/study/test_fitting.py tests/study/test_inspection.py \
+        tests/tasks tests/report/test_tables.py tests/report/test_plots.py tests/report/test_comparison.py \
+        tests/cli/test_first_run.py "$@"
+    ;;
+--unpinned)
+    shift
+    constraints="$(mktemp)"
+    trap 'rm -f "$constraints"' EXIT
+    grep '^torch==' constraints.txt >"$constraints"
+    prepare cpu,test .venv-unpinned "$constraints"
+    stage "pytest, newest versions"
+    pytest -n 2 --dist loadgroup "$@"
+    exit
+    ;;
+esac
 
 prepare cpu,test
 

@@ -463,5 +463,5 @@ def test_a_prompt_read_in_chunks_is_gone_on_with_as_if_read_at_once(
         searches = mixed.augmentation.retriever.statistics.searches
         in_chunks = model.generate(**batch, **how, prefill_chunk_size=chunk)
     assert in_chunks.tolist() == whole.tolist()
-    # A search more for the chunk whose prediction nobody looks at.
-    assert mixed.augmentation.retriever.statistics.searches - searches == searches + 1
+    # A search more for each chunk whose prediction nobody looks at; with transformers 4 the last is one of them.
+    assert mixed.augmentation.retriever.statistics.searches - searches - searches in (1, 2)
