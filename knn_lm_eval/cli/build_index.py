@@ -33,8 +33,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--quality_queries",
         type=int,
-        default=512,
-        help="held-out queries to measure the index with (default: 512)",
+        default=4096,
+        help="held-out queries to choose the probe by (default: 4096); 512 of them are compared with exact search",
     )
     parser.add_argument("--k", type=int, default=1024, help="neighbours for the measurement (default: 1024)")
     parser.add_argument("--knn_temp", type=float, default=1.0, help="temperature for the measurement (default: 1)")
@@ -79,6 +79,9 @@ def print_quality(metadata: dict[str, Any]) -> None:
     from knn_lm_eval.report.tables import print_table
 
     columns = {"": "", "probe": ">", "recall": ".3f", "error of p_kNN": ".5f", "mean p_kNN": ".5f", "us/query": ".0f"}
+    with_costs = "perplexity_cost" in metadata["quality"][0]
+    if with_costs:
+        columns |= {"cost": "", "at most": ""}
     rows = [
         (
             "*" if row["probe"] == metadata["probe"] else "",
@@ -87,14 +90,19 @@ def print_quality(metadata: dict[str, Any]) -> None:
             row["p_knn_error"],
             row["p_knn"],
             row["microseconds"],
+            *([f"{row[name]:.2%}" for name in ("perplexity_cost", "perplexity_cost_bound")] if with_costs else []),
         )
         for row in metadata["quality"]
     ]
     notes = []
     if metadata["probe"]:
-        reason = "more probes bring p_kNN hardly nearer to exact search"
+        used = next(row for row in metadata["quality"] if row["probe"] == metadata["probe"])
+        notes = [
+            f"* used by default (probe={used['probe']}): expected to cost {used['perplexity_cost']:.2%} of perplexity "
+            f"beside probe={metadata['quality'][-1]['probe']}, with 95 % confidence at most "
+            f"{used['perplexity_cost_bound']:.2%} (by {metadata['quality_queries']:,} held-out entries)"
+        ]
         if "slowdown" in metadata:
-            reason += f", or more than {metadata['slowdown']:g} times the LM's own time"
-        notes = [f"* used by default (probe={metadata['probe']}): {reason}"]
+            notes[0] += f"; larger ones may take more than {metadata['slowdown']:g} times the LM's own time"
     title = f"against exact search, k = {metadata['quality_k']}, temperature {metadata['quality_knn_temp']}:"
     print_table(title, columns, rows, notes)

@@ -33,7 +33,8 @@ from knn_lm_eval.search.faiss_index import (
     read_index,
 )
 from knn_lm_eval.search.kmeans import two_level_kmeans
-from knn_lm_eval.search.quality import fastest_enough, measure_quality
+from knn_lm_eval.search.probe_choice import fastest_enough
+from knn_lm_eval.search.quality import measure_quality
 from knn_lm_eval.store.datastore import Datastore
 from knn_lm_eval.store.index_files import DEFAULT_INDEX, IndexFiles, IndexJSON
 from knn_lm_eval.store.key_stream import key_chunks, keys_of
@@ -60,7 +61,7 @@ def build_index(
     sim_func: str = "l2",
     name: str = DEFAULT_INDEX,
     train_sample: int | None = None,
-    quality_queries: int = 512,
+    quality_queries: int = 4096,
     k: int = 1024,
     knn_temp: float = 1.0,
     seed: int = 1,
@@ -79,7 +80,8 @@ def build_index(
         slowdown, once the index is built. See ``make.lm_speed``.
     sim_func : what nearness means: ``l2`` or ``dot``.
     train_sample : keys to train on; None takes 64 per inverted list, and at least 65,536.
-    quality_queries : held-out queries for the comparison with exact search; 0 leaves it out.
+    quality_queries : held-out queries for the choice of the probe, of which at most 512 are compared with exact
+        search; 0 leaves it out.
     k, knn_temp : neighbours and temperature of that comparison.
     seed : of the training sample and the held-out queries.
     parts : build the index in so many parts, one at a time; None builds it in one piece.

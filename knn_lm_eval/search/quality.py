@@ -1,14 +1,14 @@
 """How well an index serves kNN-LM: compared with exact search on held-out queries.
 
 The queries are entries of the store, each with itself taken out of both results. What is compared is p_kNN, because
-an index that ranks well can still have distances of no use for a softmax.
+an index that ranks well can still have distances of no use for a softmax. Which probe is used by default is chosen by
+what it costs in perplexity, see ``probe_choice``.
 """
 
 from __future__ import annotations
 
-import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import faiss
@@ -20,16 +20,19 @@ from tqdm import tqdm
 from knn_lm_eval.methods.mixture import knn_log_prob, neighbour_log_weights
 from knn_lm_eval.search.exact import ExactSearch
 from knn_lm_eval.search.faiss_index import inverted_file, search, set_probe
+from knn_lm_eval.search.probe_choice import (
+    add_costs,
+    best_log_probs,
+    bigram_log_probs,
+    good_enough,
+    temperatures,
+)
 from knn_lm_eval.search.retriever import entry_counts
 from knn_lm_eval.store.datastore import Datastore
 from knn_lm_eval.store.key_stream import finite_keys
 
-logger = logging.getLogger(__name__)
-
 PROBES = (1, 2, 4, 8, 16, 32, 64, 128)
-# The probe recommended is the smallest whose p_kNN error exceeds the largest probe's by at most this share of
-# that error, or of the mean p_kNN.
-ENOUGH_OF_ERROR, ENOUGH_OF_P_KNN = 0.05, 0.01
+EXACT_QUERIES = 512  # at most, that are searched for among all keys; the rest is for the choice of the probe
 
 
 def search_exactly(datastore: Datastore, queries: np.ndarray, k: int, sim_func: str) -> tuple[np.ndarray, np.ndarray]:
@@ -75,8 +78,13 @@ class HeldOutQueries:
         keys = finite_keys(datastore.require_keys("measuring an index")[entries])  # [n, dimension]
         return cls(datastore, entries, keys, min(k, len(datastore) - 1), knn_temp)
 
-    def p_knn(self, distances: np.ndarray, entries: np.ndarray) -> tuple[torch.Tensor, np.ndarray]:
-        """p_kNN ``[n]`` of each query's own next token, and the entries ``[n, k]`` that it rests on.
+    def first(self, count: int) -> HeldOutQueries:
+        """So many of them, evenly spread over the store."""
+        some = np.linspace(0, len(self.entries) - 1, min(count, len(self.entries))).astype(np.int64)
+        return replace(self, entries=self.entries[some], keys=self.keys[some])
+
+    def others(self, distances: np.ndarray, entries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """What was found without the query's own entry: the nearest ``[n, k]``.
 
         Parameters
         ----------
@@ -86,11 +94,30 @@ class HeldOutQueries:
         order = np.argsort(is_itself, axis=1, kind="stable")[:, : self.k]  # [n, k]
         distances, entries = np.take_along_axis(distances, order, 1), np.take_along_axis(entries, order, 1)  # [n, k]
         distances[entries == self.entries[:, None]] = np.inf
-        values = torch.from_numpy(self.datastore.values[np.maximum(entries, 0)])  # [n, k]
-        counts = entry_counts(self.datastore.weights, entries)
+        return distances, entries
+
+    @property
+    def targets(self) -> torch.Tensor:
+        """The queries' own next tokens ``[n]``."""
+        return torch.from_numpy(self.datastore.values[self.entries].copy())
+
+    def values_and_counts(self, entries: np.ndarray) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The values of entries ``[n, k]``, and how often each counts."""
+        values = torch.from_numpy(self.datastore.values[np.maximum(entries, 0)])
+        return values, entry_counts(self.datastore.weights, entries)
+
+    def p_knn(self, distances: np.ndarray, entries: np.ndarray) -> torch.Tensor:
+        """p_kNN ``[n]`` of each query's own next token, by ``others``."""
+        values, counts = self.values_and_counts(entries)
         log_weights = neighbour_log_weights(torch.from_numpy(distances), self.knn_temp, counts)  # [n, k]
-        targets = torch.from_numpy(self.datastore.values[self.entries].copy())  # [n]
-        return knn_log_prob(log_weights, values, targets).exp().nan_to_num(0.0), entries
+        return knn_log_prob(log_weights, values, self.targets).exp().nan_to_num(0.0)
+
+    def log_p(
+        self, distances: np.ndarray, entries: np.ndarray, base: torch.Tensor, knn_temps: list[float]
+    ) -> torch.Tensor:
+        """log p ``[n]`` of each query's own next token by the best mixture of ``others`` with ``base``."""
+        values, counts = self.values_and_counts(entries)
+        return best_log_probs(torch.from_numpy(distances), values, counts, self.targets, base, knn_temps)
 
 
 def measure_quality(
@@ -107,52 +134,49 @@ def measure_quality(
     -------
     ``{"probe": the one to use, "quality": [one row per probe]}``; a row has ``recall`` (the share of the exact
     ``k`` neighbours found), ``p_knn_error`` (mean absolute error of p_kNN of the query's own next token),
-    ``p_knn`` (its mean by exact search) and ``microseconds`` per query. ``probe`` is None without lists.
+    ``p_knn`` (its mean by exact search) and ``microseconds`` per query; with lists also what ``add_costs`` notes.
+    ``probe`` is None without lists. Recall and p_kNN are of ``EXACT_QUERIES`` of the queries.
     """
     held_out = HeldOutQueries.draw(datastore, queries, k, knn_temp, seed + 1)
     if held_out.k < 1:
         return {"probe": None, "quality": []}
-    exact_p, exact_entries = held_out.p_knn(*search_exactly(datastore, held_out.keys, held_out.k + 1, sim_func))
-    ivf, rows = inverted_file(index), []
+    ivf = inverted_file(index)
     probes: list[int | None] = [p for p in PROBES if p <= ivf.nlist] if ivf is not None else [None]
+    compared = held_out.first(EXACT_QUERIES if ivf is not None else queries)
+    is_compared = np.isin(held_out.entries, compared.entries)  # [n]
+    exact_distances, exact_entries = compared.others(
+        *search_exactly(datastore, compared.keys, held_out.k + 1, sim_func)
+    )
+    exact_p = compared.p_knn(exact_distances, exact_entries)  # [compared]
+    base = bigram_log_probs(datastore, held_out.entries)  # [n]
+    knn_temps = temperatures(torch.from_numpy(exact_distances))
+    rows, log_probs = [], []
     for probe in tqdm(probes, desc="Measuring the index", unit=" probe"):
         if probe is not None:
             set_probe(index, probe)
         start = time.perf_counter()
-        distances, entries = search(index, held_out.keys, held_out.k + 1)
+        found = search(index, held_out.keys, held_out.k + 1)
         seconds = time.perf_counter() - start
-        p, entries = held_out.p_knn(distances, entries)
+        distances, entries = held_out.others(*found)  # [n, k]
+        p = compared.p_knn(distances[is_compared], entries[is_compared])  # [compared]
         rows.append(
             {
                 "probe": probe,
                 # Exact search leaves no slot empty, so that empty ones are never taken for found.
-                "recall": round(knn_intersection_measure(exact_entries, entries), 4),
+                "recall": round(knn_intersection_measure(exact_entries, entries[is_compared]), 4),
                 "p_knn_error": round(float((p - exact_p).abs().mean()), 6),
                 "p_knn": round(float(exact_p.mean()), 6),
                 "microseconds": round(1e6 * seconds / len(held_out.keys), 1),
             }
         )
-    return {"probe": good_enough(rows), "quality_k": held_out.k, "quality_knn_temp": knn_temp, "quality": rows}
-
-
-def good_enough(rows: list[dict[str, Any]]) -> int | None:
-    """The smallest probe after which p_kNN comes hardly nearer to that of exact search."""
-    best = rows[-1]["p_knn_error"]
-    enough = best + max(ENOUGH_OF_ERROR * best, ENOUGH_OF_P_KNN * rows[-1]["p_knn"])
-    return next(row["probe"] for row in rows if row["p_knn_error"] <= enough)
-
-
-def fastest_enough(rows: list[dict[str, Any]], microseconds: float) -> int | None:
-    """The smallest good enough probe among those whose search takes at most so long; the fastest where none does."""
-    allowed = [row for row in rows if row["microseconds"] <= microseconds]
-    if allowed:
-        return good_enough(allowed)
-    fastest = min(rows, key=lambda row: row["microseconds"])
-    logger.warning(
-        "No probe keeps to the budget of %.0f us a query; probe=%s takes %.0f us. A smaller k, fewer bytes per entry "
-        "or RetoMaton take less.",
-        microseconds,
-        fastest["probe"],
-        fastest["microseconds"],
-    )
-    return fastest["probe"]
+        if probe is not None:
+            log_probs.append(held_out.log_p(distances, entries, base, knn_temps))
+    if ivf is not None:
+        add_costs(rows, log_probs)
+    return {
+        "probe": good_enough(rows),
+        "quality_k": held_out.k,
+        "quality_knn_temp": knn_temp,
+        "quality_queries": len(held_out.entries),
+        "quality": rows,
+    }

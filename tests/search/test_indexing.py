@@ -17,7 +17,7 @@ from helpers.stores import change_json, make_store
 
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.make.lm_speed import lm_microseconds
-from knn_lm_eval.search import choosing, indexing, quality
+from knn_lm_eval.search import choosing, indexing, probe_choice, quality
 from knn_lm_eval.search.choosing import Budget, choose_factory
 from knn_lm_eval.search.exact_distances import exact_distances
 from knn_lm_eval.search.faiss_index import open_index, search
@@ -91,11 +91,11 @@ def test_a_built_index_keeps_to_its_bytes(tmp_path: Path, limit: float, monkeypa
 
 
 def test_a_slowdown_limits_the_probe(own_store: Datastore, monkeypatch, caplog) -> None:
-    rows = [{"probe": p, "p_knn_error": e, "p_knn": 0.5, "microseconds": t} for p, e, t in ((1, 0.3, 10), (2, 0.1, 20))]
-    assert quality.fastest_enough(rows, 100) == 2
-    assert quality.fastest_enough(rows, 15) == 1
+    rows = [{"probe": p, "perplexity_cost_bound": c, "microseconds": t} for p, c, t in ((1, 0.03, 10), (2, 0.0, 20))]
+    assert probe_choice.fastest_enough(rows, 100) == 2
+    assert probe_choice.fastest_enough(rows, 15) == 1
     assert not caplog.text
-    assert quality.fastest_enough(rows, 5) == 1
+    assert probe_choice.fastest_enough(rows, 5) == 1
     assert "No probe keeps to the budget of 5 us" in caplog.text
     for microseconds, allowed in ((1e9, [1, 2, 4, 8, 16]), (0.0, [1, 2, 4, 8, 16])):
         metadata = build_index(
@@ -272,10 +272,10 @@ def test_quality_figures_are_recall_and_error_of_p_knn(pristine: Datastore) -> N
             errors.append(abs(ps[0] - ps[1]))
         assert row["recall"] == pytest.approx(np.mean(recalls), abs=2e-3)
         assert row["p_knn_error"] == pytest.approx(np.mean(errors), abs=2e-3)
-    rows = {row["probe"]: row for row in measured["quality"]}
-    slack = max(0.05 * rows[16]["p_knn_error"], 0.01 * rows[16]["p_knn"])
-    enough = [probe for probe in rows if rows[probe]["p_knn_error"] <= rows[16]["p_knn_error"] + slack]
-    assert measured["probe"] == min(enough)
+    assert measured["quality"][-1]["perplexity_cost"] == measured["quality"][-1]["perplexity_cost_bound"] == 0
+    assert all(row["perplexity_cost_bound"] >= row["perplexity_cost"] for row in measured["quality"])
+    surely_cheap = [row["probe"] for row in measured["quality"] if row["perplexity_cost_bound"] <= 0.01]
+    assert measured["probe"] == surely_cheap[0]
 
 
 def test_probe_given_beats_the_recommended_one(pristine: Datastore) -> None:
