@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
 
@@ -120,3 +121,65 @@ def test_no_standard_error_where_nothing_can_be_told() -> None:
     assert standard_error([window], "weighted_perplexity") is None
     assert standard_error([window, empty], "weighted_perplexity") is None
     assert standard_error([window, np.array([[-np.inf, 2.0]])], "weighted_perplexity") is None
+
+
+# ----------------------------------------------------------------------------------------------- closed forms
+
+
+def test_the_interval_of_a_mean_is_the_normal_one() -> None:
+    generator = np.random.default_rng(1)
+    ours, baseline = generator.normal(0.6, 1, 2000), generator.normal(0.5, 1, 2000)
+    ones = np.ones_like(ours)
+    interval = paired_interval(
+        np.stack([ours, ones], axis=1), np.stack([baseline, ones], axis=1), "mean", resamples=20_000
+    )
+    difference, error = np.mean(ours - baseline), np.std(ours - baseline) / math.sqrt(2000)
+    assert interval.difference == pytest.approx(difference)
+    assert interval.low == pytest.approx(difference - 1.96 * error, abs=0.05 * error)
+    assert interval.high == pytest.approx(difference + 1.96 * error, abs=0.05 * error)
+    assert interval.p_value == pytest.approx(2 * scipy.stats.norm.sf(abs(difference) / error), rel=0.2)
+
+
+@pytest.mark.parametrize("aggregation", ["weighted_perplexity", "bits_per_byte"])
+def test_the_interval_of_a_ratio_is_scipys(aggregation: str) -> None:
+    ours, baseline = documents(150, 0.1)
+    transform = TRANSFORMS[aggregation]
+    interval = paired_interval(ours, baseline, aggregation, resamples=20_000, confidence=0.9)
+
+    def statistic(a: np.ndarray, b: np.ndarray, c: np.ndarray, axis: int) -> np.ndarray:
+        return transform(a.sum(axis) / b.sum(axis)) - transform(c.sum(axis) / b.sum(axis))
+
+    seeded = "rng" if "rng" in inspect.signature(scipy.stats.bootstrap).parameters else "random_state"  # before 1.15
+    expected = scipy.stats.bootstrap(
+        (ours[:, 0], ours[:, 1], baseline[:, 0]),
+        statistic,
+        paired=True,
+        method="percentile",
+        n_resamples=20_000,
+        confidence_level=0.9,
+        **{seeded: np.random.default_rng(5)},
+    ).confidence_interval
+    width = expected.high - expected.low
+    assert (interval.low, interval.high) == pytest.approx((expected.low, expected.high), abs=0.04 * width)
+    assert interval.low < interval.difference < interval.high
+
+
+def test_the_p_value_agrees_with_the_interval_and_is_uniform_under_no_difference() -> None:
+    for shift in (0.0, 0.02, 0.04, 0.08):
+        interval = paired_interval(*documents(80, shift), "weighted_perplexity", resamples=4000)
+        assert (interval.p_value < 0.05) == (not interval.low <= 0 <= interval.high)
+    p_values = [
+        paired_interval(*documents(60, 0.0, seed), "bits_per_byte", resamples=400).p_value for seed in range(1, 301)
+    ]
+    assert scipy.stats.kstest(p_values, "uniform").pvalue > 0.001
+    same = documents(20, 0.1)[0]
+    assert paired_interval(same, same, "mean", resamples=100).p_value == 1
+
+
+def test_the_same_seed_gives_the_same_figures_in_blocks_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = documents(50, 0.1)
+    first = paired_interval(*data, "weighted_perplexity", resamples=500, seed=3)
+    assert first == paired_interval(*data, "weighted_perplexity", resamples=500, seed=3)
+    monkeypatch.setattr("knn_lm_eval.report.intervals.DRAWN_AT_ONCE", 333)
+    assert first == paired_interval(*data, "weighted_perplexity", resamples=500, seed=3)
+    assert first != paired_interval(*data, "weighted_perplexity", resamples=500, seed=4)
