@@ -28,6 +28,8 @@ WORTH_TELLING = 2**26  # bytes of an index in memory
 METRICS = {"l2": faiss.METRIC_L2, "dot": faiss.METRIC_INNER_PRODUCT}
 NAMES = {metric: name for name, metric in METRICS.items()}
 GPU_MAX_K = 2048  # faiss's own limit
+# Of the tables of a search: fast scans (faiss 1.15) crash beyond 2 GiB of them.
+MOST_TABLE_BYTES = 2**30
 # Of an index without codes, what faiss compares number by number: so many queries, of so many numbers in all.
 FEW_QUERIES, FEW_NUMBERS = 16, 2**16
 
@@ -224,15 +226,14 @@ def _clone_to(gpus: list[int], index: faiss.Index) -> faiss.Index:
         return faiss.index_cpu_to_gpus_list(index, options, gpus)
 
 
-def search(
-    index: faiss.Index, queries: np.ndarray, k: int, parameters: faiss.SearchParameters | None = None
-) -> tuple[np.ndarray, np.ndarray]:
+def search(index: faiss.Index, queries: np.ndarray, k: int, probe: int | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Search for the ``k`` nearest entries of each query.
 
     Parameters
     ----------
     queries : float32 ``[n, dimension]``.
-    parameters : of this search alone, see ``probe_parameters``; None takes what is set in the index.
+    probe : inverted lists that this search visits, whatever is set in the index; None takes what is set, as it must for
+        an index on GPUs.
 
     Returns
     -------
@@ -246,10 +247,22 @@ def search(
     # Where somebody imports faiss.contrib.torch_utils, as the published code does, a search that takes no parameters
     # stands in the place of faiss's own, which then has this name.
     search_arrays = getattr(index, "search_numpy", index.search)
-    scores, entries = search_arrays(queries, k, params=parameters)
+    parameters, at_once = None if probe is None else _probe_parameters(index, probe), _queries_at_once(index, probe)
+    found = [
+        search_arrays(queries[start : start + at_once], k, params=parameters)
+        for start in range(0, max(len(queries), 1), at_once)
+    ]
+    scores, entries = found[0] if len(found) == 1 else (np.concatenate(arrays) for arrays in zip(*found, strict=True))
     distances = -scores if index.metric_type == faiss.METRIC_INNER_PRODUCT else scores
     distances[entries < 0] = np.inf
     return distances, entries
+
+
+def _queries_at_once(index: faiss.Index, probe: int | None) -> int:
+    """How many queries faiss can be given: it makes a table of each and each list that it visits."""
+    if (ivf := inverted_file(index)) is None:
+        return MOST_TABLE_BYTES
+    return max(1, MOST_TABLE_BYTES // (4 * ivf.d * min(probe or ivf.nprobe, ivf.nlist)))
 
 
 def _compares_all(index: faiss.Index) -> bool:
@@ -287,7 +300,7 @@ def _search_all(index: faiss.Index, queries: np.ndarray, k: int) -> tuple[np.nda
     return distances, entries
 
 
-def probe_parameters(index: faiss.Index, probe: int) -> faiss.SearchParameters | None:
+def _probe_parameters(index: faiss.Index, probe: int) -> faiss.SearchParameters | None:
     """What makes one search of ``index`` visit ``probe`` lists, whatever is set in it; None without lists.
 
     Not for indexes on GPUs, whose copies and shards take no parameters.
@@ -295,13 +308,13 @@ def probe_parameters(index: faiss.Index, probe: int) -> faiss.SearchParameters |
     library: Any = faiss  # whose type stubs lack some of what is used here
     index = split_parts(index)[0][0]
     if isinstance(index, faiss.IndexPreTransform):
-        below = probe_parameters(faiss.downcast_index(index.index), probe)
+        below = _probe_parameters(faiss.downcast_index(index.index), probe)
         return below and library.SearchParametersPreTransform(index_params=below)
     if isinstance(index, faiss.IndexRefine):
-        below = probe_parameters(faiss.downcast_index(index.base_index), probe)
+        below = _probe_parameters(faiss.downcast_index(index.base_index), probe)
         return below and library.IndexRefineSearchParameters(k_factor=index.k_factor, base_index_params=below)
     if isinstance(index, faiss.IndexIDMap):
-        return probe_parameters(faiss.downcast_index(index.index), probe)
+        return _probe_parameters(faiss.downcast_index(index.index), probe)
     return library.SearchParametersIVF(nprobe=min(probe, index.nlist)) if isinstance(index, faiss.IndexIVF) else None
 
 

@@ -23,7 +23,7 @@ import torch
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.search.code_distances import CodeDistances
 from knn_lm_eval.search.exact_distances import exact_distances
-from knn_lm_eval.search.faiss_index import inverted_file, probe_parameters, read_index, search, vectors_compared
+from knn_lm_eval.search.faiss_index import inverted_file, read_index, search, vectors_compared
 from knn_lm_eval.store.datastore import Datastore
 from knn_lm_eval.store.index_files import IndexPart
 from knn_lm_eval.system.ray_cluster import connect
@@ -67,8 +67,7 @@ class Shard:
 
     def search(self, queries: np.ndarray, k: int, probe: int | None) -> tuple[Life, FoundArrays, int]:
         """The life; the part's ``k`` nearest entries of each query, and with how many vectors they were compared."""
-        parameters = None if probe is None else probe_parameters(self._index, probe)
-        distances, entries = search(self._index, queries, k, parameters)  # [n, k]
+        distances, entries = search(self._index, queries, k, probe)  # [n, k]
         empty = entries < 0
         entries[~empty] += self.part.first_id
         values, weights = self._of_entries(self._datastore.values, entries), self._datastore.weights

@@ -28,7 +28,6 @@ from knn_lm_eval.search.faiss_index import (
     find_readable_parts,
     inverted_file,
     open_index,
-    probe_parameters,
     search,
     set_probe,
     to_gpus,
@@ -286,7 +285,6 @@ class LocalRetriever(Retriever):
         index: str = DEFAULT_INDEX,
     ) -> None:
         super().__init__(datastore, index, k, probe, sim_func, recompute_dists, gpu)
-        self._parameters = self._search_parameters()
 
     def _open(self, settings: SearchSettings) -> int | None:
         self._cpu_index, _ = open_index(self.datastore, self.index_name)
@@ -306,12 +304,7 @@ class LocalRetriever(Retriever):
             check_gpu_k(other.k)
             if other.probe != self.probe:
                 other._open(other.settings)
-        other._parameters = other._search_parameters()
         return other
-
-    def _search_parameters(self) -> faiss.SearchParameters | None:
-        """What makes searches visit this retriever's lists; None on GPUs, where that is set in the index."""
-        return None if self.probe is None or self.on_gpus else probe_parameters(self._index, self.probe)
 
     @property
     def cpu_index(self) -> faiss.Index:
@@ -346,7 +339,7 @@ class LocalRetriever(Retriever):
     def find(self, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """As ``Retriever.find``."""
         statistics, start = self.statistics, now()
-        distances, entries = search(self._index, queries, self.k, self._parameters)
+        distances, entries = search(self._index, queries, self.k, None if self.on_gpus else self.probe)
         statistics.searches += len(queries)
         statistics.entries_compared += vectors_compared(self._index, len(queries))
         statistics.seconds["search"] += now() - start

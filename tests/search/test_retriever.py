@@ -16,7 +16,7 @@ from knn_lm_eval.errors import UserError
 from knn_lm_eval.methods.automaton import AutomatonSettings
 from knn_lm_eval.model.opening import open_automaton
 from knn_lm_eval.search import retriever as retriever_module
-from knn_lm_eval.search.faiss_index import open_index, probe_parameters, search, set_probe
+from knn_lm_eval.search.faiss_index import inverted_file, open_index, search, set_probe, vectors_compared
 from knn_lm_eval.search.indexing import build_index
 from knn_lm_eval.search.retriever import LocalRetriever
 from knn_lm_eval.store.datastore import Datastore
@@ -53,11 +53,35 @@ def test_a_probe_of_one_search_finds_what_a_set_one_does(tmp_path: Path, factory
     found = []
     for probe in (1, 3, 16, 1000):
         set_probe(index, 2)
-        found.append(search(index, QUERIES, 50, probe_parameters(index, probe)))
+        found.append(search(index, QUERIES, 50, probe))
         set_probe(index, probe)
         for array, expected in zip(found[-1], search(index, QUERIES, 50), strict=True):
             np.testing.assert_array_equal(array, expected)
     assert not np.array_equal(found[0][1], found[1][1])
+
+
+@pytest.mark.parametrize("probe", [None, 3])
+@pytest.mark.parametrize("factory", FACTORIES)
+def test_faiss_is_given_no_more_queries_than_it_has_tables_for(
+    tmp_path: Path, factory: str, probe: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 16,000 queries of 576 numbers at probe 64, which are 2.2 GiB, RaBitQfs in faiss 1.15 dies."""
+    store = make_store(tmp_path / "s")
+    build_index(store, factory, quality_queries=0)
+    index, _ = open_index(store)
+    set_probe(index, 4)
+    expected, compared = search(index, QUERIES, 50, probe), vectors_compared(index, len(QUERIES))
+    calls, original = [], index.search
+    monkeypatch.setattr(
+        index, "search", lambda queries, *rest, **more: calls.append(len(queries)) or original(queries, *rest, **more)
+    )
+    width = inverted_file(index).d
+    monkeypatch.setattr("knn_lm_eval.search.faiss_index.MOST_TABLE_BYTES", 4 * width * (probe or 4) * 7 + 1)
+    distances, _ = search(index, QUERIES, 50, probe)
+    np.testing.assert_allclose(distances, expected[0], rtol=1e-4)  # a transform of fewer queries rounds otherwise
+    assert max(calls) == 7 and sum(calls) == len(QUERIES)
+    assert vectors_compared(index, len(QUERIES)) == compared
+    assert search(index, QUERIES[:0], 50, probe)[0].shape == (0, 50)
 
 
 @pytest.mark.parametrize(
