@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import importlib.util
 import os
 import re
@@ -135,5 +136,5 @@ def _end(signal_number: int, frame: FrameType | None) -> None:
     """On SIGTERM: leave all that is begun in order, as on any error, and end."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if isinstance(sys.excepthook, _Hook):
-        say_interrupted(sys.excepthook.kept)
+        atexit.register(say_interrupted, sys.excepthook.kept)  # last, when progress bars have ended
     raise SystemExit(128 + signal_number)

@@ -57,16 +57,16 @@ def lm_log_probs(datastore: Datastore, load_lm: Callable[[], CausalHFLM]) -> np.
         made it or gives NaN, or the disk is full.
     """
     path = datastore.path / LOG_PROBS
-    if LOG_PROBS not in Manifest.read(datastore.path).derived:
+    # The file of progress says for which keys it is, beside how far it is; it may be the last that is left of a run.
+    settings = {"keys_sha256": datastore.keys_checksum}
+    states = SavedStates(datastore.path / PROGRESS, settings, nested=False, notes=_Notes)
+    if LOG_PROBS not in Manifest.read(datastore.path).derived or states.file.exists():
         datastore.require_text_order("the LM's confidence")
         if datastore.manifest.windows is None:
             raise UserError(
                 f"The datastore {datastore.path} was imported and does not say in which windows the LM read its text, "
                 f"which the LM's confidence needs; dump the text with dump_datastore, or prune by another method."
             )
-        # The file of progress says for which keys it is, beside how far it is.
-        settings = {"keys_sha256": datastore.keys_checksum}
-        states = SavedStates(datastore.path / PROGRESS, settings, nested=False, notes=_Notes)
         lock = locked(datastore.path / f".{LOG_PROBS}.lock", f"{path}", seconds=DAY)
         with disk_errors_in(datastore.path), lock:
             if LOG_PROBS not in Manifest.read(datastore.path).derived:  # another may just have written it

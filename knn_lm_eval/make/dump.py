@@ -201,9 +201,10 @@ class Dump:
         """Look at what is in the folder; what was noted so far, with ``runs_done`` None before the text is read."""
         output = self.output
         output.mkdir(parents=True, exist_ok=True)
-        if (output / MANIFEST).exists():
+        begun = self.states.file.exists()
+        if (output / MANIFEST).exists() and not (begun and resume):  # it may lack its last step only
             raise UserError(f"{output} already holds a finished datastore; choose another folder or delete it.")
-        if not self.states.file.exists():
+        if not begun:
             if (output / KEYS).exists() or (output / VALUES).exists():
                 raise UserError(f"{output} holds arrays that this program did not make; choose another folder.")
             notes = {"key_module": self.model.key_module_name, "fingerprint": self.fingerprint, "runs_done": None}
@@ -312,6 +313,9 @@ def finish_dump(output: Path) -> None:
     """Make a datastore of a folder in which all shares' keys are written."""
     with disk_errors_in(output):
         states = dump_states(output)
+        if (output / MANIFEST).exists():  # it was interrupted when all was done but this
+            states.remove()
+            return
         settings, notes = states.settings, states.notes()
         values, starts = (map_npy(output / name, START_ANEW) for name in (VALUES, DOCUMENT_STARTS))
         assert entries_done(output) == len(values), "a share of the keys is missing"
@@ -335,6 +339,7 @@ def finish_dump(output: Path) -> None:
             versions=_versions(),
             order=ORDER_OF_DUMPS,
         )
+        states.note(**notes | {"runs_done": runs_written(output)})  # so that it is all in one file, which goes last
         manifest.write(output)
         states.remove()
 

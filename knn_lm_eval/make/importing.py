@@ -199,7 +199,7 @@ def _convert(
     limit, whose = beyond or (2**31, "")
     largest = 0
     bar = tqdm(total=count, desc=f"Reading {source.name}", unit=" entries", unit_scale=True, disable=count < CHUNK)
-    with open(target, "wb") as file, bar:
+    with bar, open(target, "wb") as file:
         write_npy_header(file, np.int32, (count,))
         for start in range(0, count, CHUNK):
             chunk = np.asarray(numbers[start : start + CHUNK])
@@ -222,7 +222,7 @@ def _place(source: Path, target: Path, copy: bool) -> None:
         return
     size = source.stat().st_size
     bar = tqdm(total=size, desc=f"Copying {source.name}", unit="B", unit_scale=True, disable=size < 2**28)
-    with open(source, "rb") as read, open(target, "wb") as write, bar:
+    with bar, open(source, "rb") as read, open(target, "wb") as write:
         while block := read.read(2**22):
             write.write(block)
             bar.update(len(block))

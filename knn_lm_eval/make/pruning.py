@@ -257,7 +257,7 @@ def _made_by(datastore: Datastore, method: dict[str, Any]) -> dict[str, Any]:
 def _copy_rows(array: np.ndarray, kept: np.ndarray, count: int, target: Path) -> None:
     """Write the rows that are kept, in file order: as .npy, or without a header where the name is another."""
     bar = tqdm(total=len(array), desc=f"Copying {target.stem}", unit=" entries", unit_scale=True)
-    with open(target, "wb") as file, bar:
+    with bar, open(target, "wb") as file:
         if target.suffix == ".npy":
             write_npy_header(file, array.dtype, (count, *array.shape[1:]))
         for start in range(0, len(array), CHUNK):

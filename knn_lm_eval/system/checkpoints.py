@@ -128,7 +128,7 @@ class SavedStates:
     def remove(self) -> None:
         """Remove all of it."""
         patterns = ("*.npz.part", "*.npz.part.tmp", *self.others)
-        found = [path for pattern in patterns for path in self.folder.glob(pattern)]
+        found = {path for pattern in patterns for path in self.folder.glob(pattern)} - {self.file}
         for path in (*found, self.file.with_name(self.file.name + ".tmp"), self.file):
             path.unlink(missing_ok=True)
 

@@ -143,3 +143,7 @@ def test_of_the_confidence(own_store: Datastore, lm: CausalHFLM, stop) -> None:
     assert calls and Reader.read is original
     assert np.isfinite(lm_log_probs(own_store, lambda: lm)).all()
     assert not (own_store.path / "lm_log_probs.progress.json").exists()
+    # Of a run that was killed at its last step.
+    (own_store.path / "lm_log_probs.progress.json").write_text(json.dumps(progress | {"entries_done": len(own_store)}))
+    lm_log_probs(own_store, lambda: pytest.fail("it is all there"))
+    assert not (own_store.path / "lm_log_probs.progress.json").exists()

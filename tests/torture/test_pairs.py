@@ -52,7 +52,7 @@ PAIRS: dict[str, tuple[str, str, bool]] = {
     "clusters a, index b": (f"{CLUSTERS} a", f"{INDEX} b", True),
     "fetch, fetch": (FETCH, FETCH, True),
     "benchmark, benchmark": ("benchmark HERE/matrix.yaml",) * 2 + (True,),
-    "tune, tune": (TUNE, TUNE, True),
+    "tune, tune": (TUNE, TUNE, False),
     "codes, codes": (f"EVALUATE {EVALUATE},retomaton=True",) * 2 + (True,),
     "index replaced, evaluation": (f"{INDEX} index --overwrite", f"EVALUATE {EVALUATE}", False),
 }
