@@ -212,7 +212,7 @@ class Dump:
             return notes
         if not resume:
             raise UserError(f"{output} holds an unfinished dump; add --resume to go on with it, or delete the folder.")
-        if "runs_done" not in self.states.notes():
+        if not {"key_module", "fingerprint", "runs_done"} <= self.states.notes().keys():
             raise UserError(f"The dump in {output} was begun by another version of this program; delete the folder.")
         notes = self.states.begin_or_resume(resume)
         self._check_fingerprint(notes)

@@ -28,7 +28,7 @@ class _ShareNotes(TypedDict, total=False):
     runs_done: list[list[Count]] | None
 
 
-class _DumpNotes(_ShareNotes):
+class _DumpNotes(_ShareNotes, total=False):
     key_module: str | None
     fingerprint: dict[str, Any]
 

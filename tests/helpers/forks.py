@@ -6,6 +6,7 @@ import atexit
 import os
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import IO, Any
+
+import psutil
 
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.symlink", "os.link", "os.truncate")
@@ -60,9 +63,17 @@ class Child:
         with self._output as output:
             return Ended(status, output.read().decode(errors="replace").replace("\r", "\n"))
 
+    def left(self) -> list[int]:
+        """The processes that it began and that go on without it, after a moment for those that are about to end."""
+        until = time.monotonic() + 5
+        while (going_on := [pid for pid in psutil.pids() if _session(pid) == self.pid]) and time.monotonic() < until:
+            time.sleep(0.1)
+        return going_on
+
     def _be(self, work: Callable[[], object], below: Path, at: int | None, number: int) -> None:
         status = 1
         try:
+            os.setsid()
             os.dup2(self._output.fileno(), 1)
             os.dup2(self._output.fileno(), 2)
             sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
@@ -89,6 +100,13 @@ class Child:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(status)
+
+
+def _session(pid: int) -> int | None:
+    try:
+        return os.getsid(pid)
+    except OSError:  # it has ended
+        return None
 
 
 def _count(below: Path, at: int, number: int) -> None:

@@ -32,7 +32,7 @@ from knn_lm_eval.search.faiss_index import open_index, search
 from knn_lm_eval.search.indexing import build_index
 from knn_lm_eval.store import key_stream
 from knn_lm_eval.store.datastore import Datastore
-from knn_lm_eval.store.manifest import FORMAT, FORMAT_VERSION, file_record
+from knn_lm_eval.store.manifest import FORMAT, FORMAT_VERSION, file_record, record_derived
 from knn_lm_eval.study.inspection import inspect_text
 from knn_lm_eval.system import checkpoints as states
 from knn_lm_eval.system.files import write_json
@@ -166,6 +166,7 @@ def test_confidence_keeps_what_the_lm_predicts_worst(store: Datastore, lm: Causa
 def test_of_equal_confidence_the_first_stay(store: Datastore, lm: CausalHFLM, tmp_path: Path) -> None:
     lm_log_probs(store, lambda: lm)
     np.save(store.path / LOG_PROBS, np.zeros(len(store), dtype=np.float32))
+    record_derived(store.path, [LOG_PROBS])
     third = prune_confidence(store, tmp_path / "third", no_lm, keep=1 / 3)
     assert_is_part(third, store, np.arange(round(len(store) / 3)))
 

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM in each verb and in lm_eval: one sentence, which says what is kept, and no half file."""
+"""Ctrl-C and SIGTERM in each verb and in lm_eval: one sentence of what is kept; no half file, no process left."""
 
 from __future__ import annotations
 
@@ -72,7 +72,9 @@ def test_a_verb(name: str, number: int, status: int, anew: Callable[[], Path], m
     if name == "compare":
         benchmark = Child(run_verb("benchmark", here / "matrix.yaml"), here).ended()
         assert benchmark.status == 0, benchmark.said[-2000:]
-    ended = Child(work, here, at, number).ended()
+    child = Child(work, here, at, number)
+    ended = child.ended()
+    assert not child.left()
     assert ended.status == status, ended.said[-3000:]
     assert "Traceback" not in ended.said and "Exception ignored" not in ended.said, ended.said[-3000:]
     assert ended.complaint == f"interrupted: {kept}", ended.said[-3000:]
@@ -100,7 +102,9 @@ def test_lm_eval(number: int, anew: Callable[[], Path], model_folder: Path, monk
     model_args = f"pretrained={model_folder},max_length=64,datastore={here}/store,k=8,lmbda=0.5"
     command = [*LM_EVAL.replace("HERE", str(here)).split(), "--model_args", model_args]
     monkeypatch.setattr("sys.argv", ["lm_eval", *command, "--metadata", f'{{"data_dir": "{here}/data"}}'])
-    ended = Child(cli_evaluate, here, 2, number).ended()
+    child = Child(cli_evaluate, here, 2, number)
+    ended = child.ended()
+    assert not child.left()
     assert ended.status != 0 and "Traceback" not in ended.said, ended.said[-3000:]
     assert ended.complaint == f"interrupted: {NO_RESULTS}", ended.said[-3000:]
     assert not (here / "results").exists()
