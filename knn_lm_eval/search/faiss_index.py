@@ -287,10 +287,13 @@ def _search_all(index: faiss.Index, queries: np.ndarray, k: int) -> tuple[np.nda
         return _search_all(faiss.downcast_index(index.index), queries, k)
     if isinstance(index, faiss.IndexShards):
         found = [(_search_all(part, queries, k), start) for part, start in split_parts(index)]
-        distances = np.concatenate([distances for (distances, _), _ in found], 1)  # [n, parts k]
-        entries = np.concatenate([np.where(part < 0, -1, part + start) for (_, part), start in found], 1)
-        order = np.argsort(distances, axis=1, kind="stable")[:, :k]  # [n, k]
-        return np.take_along_axis(distances, order, 1), np.take_along_axis(entries, order, 1)
+        distances = np.stack([distances for (distances, _), _ in found])  # [parts, n, k]
+        entries = np.stack([np.where(part < 0, -1, part + start) for (_, part), start in found])  # [parts, n, k]
+        dot = index.metric_type == faiss.METRIC_INNER_PRODUCT
+        # As faiss merges parts, here and for shards, so that ties fall alike.
+        merge: Any = faiss.merge_knn_results
+        scores, entries = merge(-distances if dot else distances, entries, keep_max=dot)
+        return (-scores if dot else scores), entries
     flat: Any = index
     vectors = faiss.rev_swig_ptr(flat.get_xb(), flat.ntotal * flat.d).reshape(flat.ntotal, flat.d)
     distances, entries = np.full((len(queries), k), np.inf, np.float32), np.full((len(queries), k), -1)
