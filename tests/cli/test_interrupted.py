@@ -16,7 +16,8 @@ import argparse, time
 from knn_lm_eval.cli.main import WITH_RESUME, verb
 from knn_lm_eval.system.files import finished_folder
 from pathlib import Path
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background has it ignored
 @verb(argparse.Namespace, kept=WITH_RESUME)
 def main(arguments):
     with finished_folder(Path(sys.argv[1]) / "new") as folder:

@@ -10,6 +10,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -71,7 +72,7 @@ class Child:
         return going_on
 
     def _be(self, work: Callable[[], object], below: Path, at: int | None, number: int) -> None:
-        status = 1
+        status, at_its_end = 1, list[Callable[[], object]]()
         try:
             os.setsid()
             os.dup2(self._output.fileno(), 1)
@@ -79,7 +80,8 @@ class Child:
             sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
             sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
             sys.excepthook = sys.__excepthook__
-            atexit._clear()  # what the tests have begun is theirs
+            # What the tests have begun is theirs: it is neither ended here nor let go, which may end in a crash.
+            atexit.register = lambda *call, **more: at_its_end.append(partial(*call, **more)) or call[0]
             signal.signal(signal.SIGINT, signal.default_int_handler)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             if at is not None:
@@ -96,7 +98,8 @@ class Child:
             except BaseException:
                 traceback.print_exc()
         finally:
-            atexit._run_exitfuncs()
+            for function in reversed(at_its_end):
+                function()
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(status)
