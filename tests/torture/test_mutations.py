@@ -1,6 +1,6 @@
 """A damaged store gives one sentence or the numbers of the whole one: changes to each of its files by the thousand.
 
-``KNN_LM_EVAL_MUTATIONS=8000 pytest -s tests/torture/test_mutations.py`` makes so many, of the three kinds by ``SHARES``,
+``KNN_LM_EVAL_MUTATIONS=8000 pytest -s tests/torture/test_mutations.py`` makes so many, by ``SHARES`` of three kinds,
 and prints what came of them; without the variable it is a sample.
 """
 
@@ -34,7 +34,7 @@ from knn_lm_eval.search.indexing import build_index
 from knn_lm_eval.store.datastore import Datastore
 
 MUTATIONS = int(os.environ.get("KNN_LM_EVAL_MUTATIONS", "100"))
-# Of all files; of all but indexes, with checksums that fit; of index files without a checksum, which a child reads first.
+# Of all files; of all but indexes, with checksums that fit; of indexes without a checksum, which a child reads first.
 SHARES = {"damaged": 0.4125, "forged": 0.4125, "index without checksum": 0.175}
 SECONDS = 120.0  # after which one is said to hang
 LONGEST_SENTENCE = 1500  # characters, with paths
