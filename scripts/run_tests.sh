@@ -8,6 +8,17 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/_environment.sh
 
+all_tests() {
+    if [ $# -gt 0 ]; then
+        pytest -n 2 --dist loadgroup "$@"
+        return
+    fi
+    pytest -n 2 --dist loadgroup --ignore tests/torture
+    stage "pytest, torture"
+    # It forks, and so begins where no test has used Ray: a child might wait for ever for what Ray's threads held.
+    pytest -n 2 tests/torture
+}
+
 case "${1:-}" in
 --lowest)
     shift
@@ -28,7 +39,7 @@ case "${1:-}" in
     grep '^torch==' constraints.txt >"$constraints"
     prepare cpu,test .venv-unpinned "$constraints"
     stage "pytest, newest versions"
-    pytest -n 2 --dist loadgroup "$@"
+    all_tests "$@"
     exit
     ;;
 esac
@@ -46,4 +57,4 @@ stage "lint-imports"
 lint-imports
 
 stage "pytest"
-pytest -n 2 --dist loadgroup "$@"
+all_tests "$@"
