@@ -81,7 +81,7 @@ def print_quality(metadata: dict[str, Any]) -> None:
     columns = {"": "", "probe": ">", "recall": ".3f", "error of p_kNN": ".5f", "mean p_kNN": ".5f", "us/query": ".0f"}
     with_costs = "perplexity_cost" in metadata["quality"][0]
     if with_costs:
-        columns |= {"cost": "", "at most": ""}
+        columns |= {"cost": ".2%", "at most": ".2%"}
     rows = [
         (
             "*" if row["probe"] == metadata["probe"] else "",
@@ -90,12 +90,12 @@ def print_quality(metadata: dict[str, Any]) -> None:
             row["p_knn_error"],
             row["p_knn"],
             row["microseconds"],
-            *([f"{row[name]:.2%}" for name in ("perplexity_cost", "perplexity_cost_bound")] if with_costs else []),
+            *([row["perplexity_cost"], row["perplexity_cost_bound"]] if with_costs else []),
         )
         for row in metadata["quality"]
     ]
     notes = []
-    if metadata["probe"]:
+    if metadata["probe"] and with_costs:
         used = next(row for row in metadata["quality"] if row["probe"] == metadata["probe"])
         notes = [
             f"* used by default (probe={used['probe']}): expected to cost {used['perplexity_cost']:.2%} of perplexity "
