@@ -46,11 +46,9 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory, model_folder: Path, text_file: Path) -> Datastore:
-    """The store that one process makes: of its own, for what tests before did to this one may change a last bit."""
-    output = tmp_path_factory.mktemp("stores") / "alone"
-    run = subprocess.run(command(1, model_folder, text_file, output), env=ENVIRONMENT, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    return Datastore.open(output)
+    """The store that one process makes."""
+    lm = CausalHFLM(str(model_folder), device="cpu")
+    return dump_datastore(lm, TextSource(text_file).pieces(), tmp_path_factory.mktemp("stores") / "alone", **WINDOWS)
 
 
 def assert_same_files(store: Path, expected: Datastore) -> None:

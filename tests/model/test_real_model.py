@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -46,11 +47,13 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def smollm2() -> CausalHFLM:
+def smollm2() -> Iterator[CausalHFLM]:
     file = gguf()
     assert file is not None
+    threads = torch.get_num_threads()
     torch.set_num_threads(2)
-    return CausalHFLM(str(file.parent), gguf_file=file.name, dtype="float32", max_length=MAX_LENGTH, batch_size=4)
+    yield CausalHFLM(str(file.parent), gguf_file=file.name, dtype="float32", max_length=MAX_LENGTH, batch_size=4)
+    torch.set_num_threads(threads)  # on which last bits of other tests' sums depend
 
 
 @pytest.fixture(scope="module")
