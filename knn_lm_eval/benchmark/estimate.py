@@ -15,8 +15,8 @@ from accelerate import init_empty_weights
 from knn_lm_eval.benchmark.matrix import Cell, Matrix
 from knn_lm_eval.benchmark.runner import finished_results, task_manager
 from knn_lm_eval.errors import UserError
-from knn_lm_eval.store.index_files import DEFAULT_INDEX, IndexFiles
-from knn_lm_eval.store.manifest import Manifest
+from knn_lm_eval.store.index_files import IndexFiles, searched_index
+from knn_lm_eval.store.manifest import KEYS, Manifest
 from knn_lm_eval.system.files import read_json
 from knn_lm_eval.system.json_schema import Count, check_json
 
@@ -173,9 +173,14 @@ def _memory(cell: Cell, size: ModelSize | None) -> int | None:
     if "datastore" in cell.args:
         folder = Path(cell.args["datastore"])
         try:
-            index = read_json(IndexFiles(folder, cell.args.get("index", DEFAULT_INDEX)).metadata)
+            manifest = Manifest.read(folder)
+            total += 4 * manifest.count
+            name = searched_index(folder, manifest.derived, cell.args.get("index"))
+            if name is None:
+                return total + (folder / KEYS).stat().st_size
+            index = read_json(IndexFiles(folder, name).metadata)
             check_json(index, _IndexSizes, folder, "build the index again")
-            total += index["bytes"] + index.get("bytes_held", 0) + 4 * Manifest.read(folder).count
+            total += index["bytes"] + index.get("bytes_held", 0)
         except (UserError, OSError):
             return None
     return total

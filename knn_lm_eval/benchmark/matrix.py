@@ -34,7 +34,7 @@ from knn_lm_eval.errors import UserError, printable, shortened
 from knn_lm_eval.model.params import STORE_DEFAULT
 from knn_lm_eval.model.settings import RetrievalSettings
 from knn_lm_eval.store.fetching import cache_folder, is_address
-from knn_lm_eval.store.index_files import DEFAULT_INDEX, IndexFiles
+from knn_lm_eval.store.index_files import EXACT, IndexFiles, searched_index
 from knn_lm_eval.store.manifest import Manifest
 from knn_lm_eval.system.file_contents import contents_of
 from knn_lm_eval.system.files import read_json
@@ -134,8 +134,9 @@ class Cell:
     def _contents_of_store(self, folder: Path) -> dict[str, Any]:
         """The checksums of the store's files, and of those of its index, clusters and default params that count."""
         manifest = Manifest.read(folder)
-        index = IndexFiles(folder, self.args.get("index", DEFAULT_INDEX))
-        found: dict[str, Any] = {"keys": manifest.files, "index": read_json(index.metadata)}
+        name = searched_index(folder, manifest.derived, self.args.get("index"))
+        index = IndexFiles(folder, name or EXACT)
+        found: dict[str, Any] = {"keys": manifest.files, "index": EXACT if name is None else read_json(index.metadata)}
         one = [index.index] if index.index.is_file() else []
         parts = one or sorted(folder.glob(f"{index.name}.[0-9][0-9][0-9].faiss"))
         arrays = sorted(folder.glob(f"clusters/{self.args.get('clusters')}/*.npy"))

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from knn_lm_eval.search.retriever import Retriever
+from knn_lm_eval.store.index_files import EXACT
 from knn_lm_eval.system.memory import resident_bytes
 
 REPORTED_COUNTS = ("tokens_scored", "positions_generated", "searches", "entries_compared")
@@ -71,8 +72,8 @@ def describe_store(retriever: Retriever) -> dict[str, Any]:
             "verify": store.verification.mode,
             "verified": store.verification.of_files(store.path),
         },
-        "index_factory": retriever.metadata["factory"],
-        "index_bytes": retriever.metadata["bytes"],
+        "index_factory": retriever.factory,
+        "index_bytes": retriever.bytes_on_disk,
         "distances": retriever.kind_of_distances,
         "memory": _memory(retriever),
     }
@@ -85,12 +86,12 @@ def rounded(seconds: Mapping[str, float]) -> dict[str, float]:
 
 def _memory(retriever: Retriever) -> dict[str, Any]:
     """Bytes on disk that are mapped, what the index takes of memory itself, and what the process takes."""
-    store = retriever.datastore
+    store, reads_keys = retriever.datastore, retriever.recompute_dists or retriever.factory == EXACT
     return {
-        "index_on_disk": retriever.metadata["bytes"],
+        "index_on_disk": retriever.bytes_on_disk,
         "index_in_memory": retriever.bytes_held,
         "values_on_disk": store.values.nbytes,
-        "keys_on_disk": store.keys.nbytes if retriever.recompute_dists and store.keys is not None else 0,
+        "keys_on_disk": store.keys.nbytes if reads_keys and store.keys is not None else 0,
         "process": resident_bytes(),
     }
 

@@ -33,6 +33,7 @@ from knn_lm_eval.methods.mixture import mixed_log_probs
 from knn_lm_eval.model.accounting import Work
 from knn_lm_eval.model.opening import Augmentation, open_augmentation
 from knn_lm_eval.model.scoring import NEIGHBOURS_PER_BLOCK, FindNeighbours
+from knn_lm_eval.model.search_cost import tell_costly_search
 from knn_lm_eval.model.settings import RetrievalSettings
 from knn_lm_eval.system.timing import StageTimer
 
@@ -66,6 +67,7 @@ def retrieval_augmented(
     opened = open_augmentation(given)
     lm = LanguageModel(model, opened.key_type, key_module=opened.key_module)
     opened.check_model(lm, tokenizer, f"a given {type(lm.inner).__name__}")
+    tell_costly_search(opened, lm)
     return MixedForward(lm, opened)
 
 

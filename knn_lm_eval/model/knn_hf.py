@@ -31,10 +31,10 @@ try:
         from knn_lm_eval.model.retomaton import RetomatonScorer
         from knn_lm_eval.model.scoring import KNNScorer, LMScorer, PassageScorer
         from knn_lm_eval.model.scoring_lm import ScoringLM
+        from knn_lm_eval.model.search_cost import tell_costly_search
         from knn_lm_eval.model.settings import RetrievalSettings
         from knn_lm_eval.search.retriever import Retriever
         from knn_lm_eval.store.clusters import Clusters
-        from knn_lm_eval.store.index_files import index_checksums
 except MissingPackage:
     report_user_errors()  # lm-eval's command line imports this first of all of ours
     raise
@@ -85,6 +85,7 @@ class KNNHF(ScoringLM):
         model = LanguageModel(self.model, opened.key_type, self.mixed_precision_dtype, opened.key_module)
         name = pretrained if isinstance(pretrained, str) else f"a given {type(model.inner).__name__}"
         opened.check_model(model, self.tokenizer, name)
+        tell_costly_search(opened, model)
         self.augmentation = opened
         self.scorer = _scorer(model, opened, self.softmax_dtype)
         self.mixed_forward = MixedForward(model, opened)
@@ -159,8 +160,7 @@ class KNNHF(ScoringLM):
             "add_bos_token": self.add_bos_token,
             "prefix_token_id": self.prefix_token_id,
             "files": store.manifest.files,
-            "index_type": self.retriever.metadata,
-            "index_files": index_checksums(store, self.retriever.index_name),
+            **self.retriever.identity(),
             "clusters_files": None if clusters is None else Clusters.open(store, str(clusters)).checksums(),
             "loading": self._loading,
         }

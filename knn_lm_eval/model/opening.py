@@ -16,11 +16,13 @@ from knn_lm_eval.methods.automaton import Automaton, AutomatonSettings
 from knn_lm_eval.methods.mixture import Mixture
 from knn_lm_eval.model.params import Params, find_params
 from knn_lm_eval.model.settings import RetrievalSettings, SettingsInForce
-from knn_lm_eval.search.code_distances import CodeDistances
-from knn_lm_eval.search.retriever import EntryDistances, LocalRetriever, Retriever
+from knn_lm_eval.search.exact_retriever import ExactRetriever
+from knn_lm_eval.search.index_retriever import LocalRetriever
+from knn_lm_eval.search.retriever import Retriever
 from knn_lm_eval.store.clusters import Clusters
 from knn_lm_eval.store.datastore import Datastore
 from knn_lm_eval.store.fetching import find_datastore
+from knn_lm_eval.store.index_files import searched_index
 from knn_lm_eval.system.timing import now
 
 logger = logging.getLogger(__name__)
@@ -89,7 +91,7 @@ def open_augmentation(given: RetrievalSettings) -> Augmentation:
     record = _record(settings, retriever, key_type)
     if tuned:
         tuned.check_conditions(record)
-        tuned.check_contents(store, settings.index, clusters)
+        tuned.check_contents(store, retriever.checksums(), clusters)
     assert settings.knn_temp is not None
     return Augmentation(
         retriever=retriever,
@@ -108,8 +110,8 @@ def open_automaton(
 ) -> tuple[Automaton, Retriever]:
     """RetoMaton over a retriever's datastore, and the retriever that it searches with.
 
-    That is another one where the index gives no distances to given entries: the pointers' distances must be of the
-    same kind as the search's, and so both are exact then.
+    That is another one where the index gives no distances to given entries, see ``Retriever.with_distances``: the
+    pointers' distances must be of the same kind as the search's.
 
     Parameters
     ----------
@@ -122,27 +124,10 @@ def open_automaton(
     """
     store = retriever.datastore
     store.require_text_order("RetoMaton")
-    retriever, distances = _with_pointer_distances(retriever)
+    retriever, distances = retriever.with_distances()
     csr = None if clusters is None else (clusters.cluster_of_entry, clusters.member_starts, clusters.members)
     automaton = Automaton(retriever.values, store.document_starts, csr, retriever.find, distances, settings, now)
     return automaton, retriever
-
-
-def _with_pointer_distances(retriever: Retriever) -> tuple[Retriever, EntryDistances]:
-    if retriever.recompute_dists:
-        return retriever, retriever.distances_to(None)
-    codes = CodeDistances.open(retriever.datastore, retriever.cpu_index, retriever.index_name)
-    if codes is not None:
-        return retriever, retriever.distances_to(codes)
-    if retriever.metadata["factory"] != "Flat":
-        logger.info(
-            "RetoMaton has no distances by the codes of %s: exact ones are used for searches and pointers "
-            "(recompute_dists=True).",
-            retriever.metadata["factory"],
-        )
-        retriever.datastore.require_keys(f"RetoMaton with the index {retriever.metadata['factory']}")
-        retriever = retriever.with_settings(recompute_dists=True)
-    return retriever, retriever.distances_to(None)
 
 
 def _warn_of_untuned_defaults(given: RetrievalSettings, in_force: SettingsInForce, tuned: Params | None) -> None:
@@ -173,14 +158,20 @@ def _check_key_type(settings: RetrievalSettings, store: Datastore) -> str:
 
 def _open_retriever(settings: RetrievalSettings, store: Datastore) -> Retriever:
     assert settings.k is not None
-    searching = settings.k, settings.probe, settings.knn_sim_func, settings.recompute_dists
-    if settings.retriever == "local":
-        return LocalRetriever(store, *searching, settings.knn_gpu, settings.index)
-    if settings.knn_gpu:
-        raise UserError("knn_gpu=True is for the local retriever: Ray's shards search on CPUs; leave one out.")
-    from knn_lm_eval.search.ray_retriever import RayRetriever
+    index = searched_index(store.path, store.manifest.derived, settings.index)
+    if settings.retriever == "ray":
+        if settings.knn_gpu:
+            raise UserError("knn_gpu=True is for the local retriever: Ray's shards search on CPUs; leave one out.")
+        from knn_lm_eval.search.ray_retriever import RayExactRetriever, RayRetriever
 
-    return RayRetriever(store, *searching, settings.index, settings.address)
+        if index is None:
+            return RayExactRetriever(store, settings.k, settings.knn_sim_func, settings.address)
+        searching = settings.k, settings.probe, settings.knn_sim_func, settings.recompute_dists
+        return RayRetriever(store, *searching, index, settings.address)
+    if index is None:
+        return ExactRetriever(store, settings.k, settings.knn_sim_func, settings.knn_device)
+    searching = settings.k, settings.probe, settings.knn_sim_func, settings.recompute_dists
+    return LocalRetriever(store, *searching, settings.knn_gpu, index)
 
 
 def _record(settings: RetrievalSettings, retriever: Retriever, key_type: str) -> dict[str, Any]:
@@ -191,7 +182,7 @@ def _record(settings: RetrievalSettings, retriever: Retriever, key_type: str) ->
         "knn_sim_func": retriever.sim_func,
         "knn_keytype": key_type,
         "recompute_dists": retriever.recompute_dists,
-        "index": settings.index,
+        "index": retriever.name,
     }
     if settings.retriever != "local":
         record |= {name: getattr(settings, name) for name in ("retriever", "address")}

@@ -14,7 +14,6 @@ from typing import Any, Literal, TypedDict
 from knn_lm_eval.errors import UserError, shortened
 from knn_lm_eval.store.clusters import Clusters
 from knn_lm_eval.store.datastore import Datastore
-from knn_lm_eval.store.index_files import index_checksums
 from knn_lm_eval.system.files import read_json
 from knn_lm_eval.system.json_schema import check_json
 from knn_lm_eval.system.seals import check_seal, write_sealed_json
@@ -131,10 +130,13 @@ class Params:
                 ", ".join(f"{name}={settings.get(name)}" for name in changed),
             )
 
-    def check_contents(self, store: Datastore, index: str, clusters: Clusters | None) -> None:
-        """Warn where index or clusters are not those that were tuned with, though they have the same names."""
+    def check_contents(self, store: Datastore, index: dict[str, str], clusters: Clusters | None) -> None:
+        """Warn where index or clusters are not those that were tuned with, though they have the same names.
+
+        ``index`` is the checksums of the index's files, by name.
+        """
         then = self.tuned_for.get("contents", {})
-        now = tuned_contents(store, index, clusters) if then else {}
+        now = tuned_contents(index, clusters) if then else {}
         changed = [name for name in now if name in then and then[name] != now[name]]
         if changed:
             logger.warning(
@@ -144,9 +146,12 @@ class Params:
             )
 
 
-def tuned_contents(store: Datastore, index: str, clusters: Clusters | None) -> dict[str, dict[str, str]]:
-    """The SHA-256 of the files whose content decides what distances there are, by file, of index and clusters."""
-    contents = {"index": index_checksums(store, index), "clusters": {} if clusters is None else clusters.checksums()}
+def tuned_contents(index: dict[str, str], clusters: Clusters | None) -> dict[str, dict[str, str]]:
+    """The SHA-256 of the files whose content decides what distances there are, by file, of index and clusters.
+
+    ``index`` is the checksums of the index's files, by name.
+    """
+    contents = {"index": index, "clusters": {} if clusters is None else clusters.checksums()}
     # The JSON beside them also says when they were made.
     return {
         what: {name: checksum for name, checksum in files.items() if not name.endswith(".json")}

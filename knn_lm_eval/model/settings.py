@@ -156,7 +156,18 @@ class RetrievalSettings:
         "search on all visible GPUs (needs faiss-gpu), in float16, in shards where the index does not fit one; of "
         "several processes each takes its own GPU",
     )
-    index: str = setting(DEFAULT_INDEX, "which index to search", may_be="the name of one of the datastore's")
+    index: str | None = setting(
+        None,
+        "which index to search; `exact` goes without one and compares all keys with every query",
+        may_be="the name of one of the datastore's, or exact",
+        shown_default=f"`{DEFAULT_INDEX}`, or exact where the datastore has no index",
+    )
+    knn_device: str | None = setting(
+        None,
+        "where exact search without an index compares queries and keys",
+        may_be="cpu, cuda, cuda:1, ...",
+        shown_default="the process's GPU if there is one, otherwise the CPU",
+    )
     retriever: str = setting(
         "local",
         "`local` searches in this process, `ray` searches the index's parts on a Ray cluster, whose nodes must see "

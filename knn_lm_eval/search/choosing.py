@@ -11,7 +11,6 @@ from knn_lm_eval.errors import UserError
 from knn_lm_eval.search.faiss_index import inverted_file, make_index
 
 LISTS_PER_ROOT = 4  # inverted lists for each root of the number of entries
-EXACT_UP_TO = 2**16  # entries; below, exact search costs less than an approximate index saves
 # K-means costs lists times sample. Beyond so many lists, on CPUs, it is done in two levels: minutes, not days.
 TWO_LEVELS_ABOVE = 4096
 
@@ -58,7 +57,7 @@ NO_BUDGET = Budget()
 
 
 def choose_factory(count: int, dimension: int, sim_func: str = "l2", bytes_per_entry: float | None = None) -> str:
-    """The faiss factory string that serves kNN-LM best in so many bytes per entry: exact when small, RaBitQ when large.
+    """The faiss factory string that serves kNN-LM best in so many bytes per entry.
 
     RaBitQ's distance estimates are unbiased, which a softmax over distances needs; they are nearest the truth for
     vectors that are rotated at random first, so that no dimension outweighs the others. What was measured is in
@@ -75,8 +74,6 @@ def choose_factory(count: int, dimension: int, sim_func: str = "l2", bytes_per_e
     UserError
         Where nothing is as small as that.
     """
-    if count < EXACT_UP_TO and (bytes_per_entry is None or 4 * dimension <= bytes_per_entry):
-        return "Flat"
     lists = 2 ** max(0, round(math.log2(LISTS_PER_ROOT * math.sqrt(count))))
     ivf = f"IVF{lists}" if lists <= TWO_LEVELS_ABOVE else f"IVF{lists}_HNSW32"
     codes = [f"RR{dimension},{ivf},RaBitQfs"]

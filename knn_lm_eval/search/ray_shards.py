@@ -1,4 +1,4 @@
-"""The parts of an index as Ray actors, spread over a cluster's nodes, and how they are asked.
+"""The parts of an index, or runs of keys, as Ray actors, spread over a cluster's nodes, and how they are asked.
 
 A part's actor (a shard) maps its file and the store's arrays from a file system that all nodes share. Ray restarts a
 shard that dies and sends it again what it had not answered.
@@ -22,10 +22,12 @@ import torch
 
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.search.code_distances import CodeDistances
+from knn_lm_eval.search.exact import ExactSearch
 from knn_lm_eval.search.exact_distances import exact_distances
 from knn_lm_eval.search.faiss_index import inverted_file, read_index, search, vectors_compared
 from knn_lm_eval.store.datastore import Datastore
 from knn_lm_eval.store.index_files import IndexPart
+from knn_lm_eval.store.manifest import KEYS
 from knn_lm_eval.system.ray_cluster import connect
 
 RESTARTS = 3  # of each shard
@@ -67,7 +69,7 @@ class Shard:
 
     def search(self, queries: np.ndarray, k: int, probe: int | None) -> tuple[Life, FoundArrays, int]:
         """The life; the part's ``k`` nearest entries of each query, and with how many vectors they were compared."""
-        distances, entries = search(self._index, queries, k, probe)  # [n, k]
+        distances, entries, compared = self._nearest(queries, k, probe)  # [n, k]
         empty = entries < 0
         entries[~empty] += self.part.first_id
         values, weights = self._of_entries(self._datastore.values, entries), self._datastore.weights
@@ -75,7 +77,6 @@ class Shard:
         if weights is not None:
             weights = self._of_entries(weights, entries)
             weights[empty] = 1
-        compared = vectors_compared(self._index, len(queries))
         return self.life, FoundArrays(distances, entries, values, weights), compared
 
     def distances(
@@ -97,6 +98,11 @@ class Shard:
         else:
             distances = exact_distances(self._datastore.require_keys("exact distances"), queries, rows, sim_func)
         return self.life, distances[there], self._of_entries(self._datastore.values, entries)
+
+    def _nearest(self, queries: np.ndarray, k: int, probe: int | None) -> tuple[np.ndarray, np.ndarray, int]:
+        """Distances and entries ``[n, k]``, counted from the part's first, and how many were compared."""
+        distances, entries = search(self._index, queries, k, probe)
+        return distances, entries, vectors_compared(self._index, len(queries))
 
     @cached_property
     def _datastore(self) -> Datastore:
@@ -122,15 +128,49 @@ class Shard:
         return array[np.maximum(entries, 0)]
 
 
+class ExactShard(Shard):
+    """An actor that compares all keys of a run of entries; ``sim_func`` says how."""
+
+    def __init__(self, store: Path, part: IndexPart, index: str, threads: int, sim_func: str) -> None:
+        super().__init__(store, part, index, threads)
+        self.sim_func = sim_func
+
+    def lists(self) -> tuple[Life, int | None]:
+        """The life, and that there are no lists."""
+        assert self._datastore
+        return self.life, None
+
+    def _nearest(self, queries: np.ndarray, k: int, probe: int | None) -> tuple[np.ndarray, np.ndarray, int]:
+        distances, entries = np.full((len(queries), k), np.inf, np.float32), np.full((len(queries), k), -1)
+        there = min(k, self.part.stop - self.part.start)
+        distances[:, :there], entries[:, :there] = self._exact.search(queries, there)
+        return distances, entries, len(queries) * (self.part.stop - self.part.start)
+
+    @cached_property
+    def _exact(self) -> ExactSearch:
+        keys = self._datastore.require_keys("exact search")
+        return ExactSearch(keys[self.part.start : self.part.stop], self.sim_func)
+
+
+def count_nodes(address: str) -> int:
+    """How many nodes with a CPU a Ray cluster has, at least one; see ``connect`` for ``address``."""
+    return max(1, len(_nodes(connect(address))))
+
+
+def _nodes(ray: Any) -> list[str]:
+    return [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
+
+
 class Shards:
-    """All shards of an index, started in turn on a cluster's nodes.
+    """All shards of an index, or of all keys, started in turn on a cluster's nodes.
 
     Parameters
     ----------
     store : the datastore's folder.
-    index_name : the index's name.
-    parts : its files, in order.
+    index_name : the index's name, or ``exact``.
+    parts : its files, or runs of keys, in order.
     address : of the Ray cluster, see ``connect``.
+    sim_func : how keys are compared; None for an index, which knows.
 
     Attributes
     ----------
@@ -145,7 +185,9 @@ class Shards:
         good or does not start on a node in twice ``PLACE_SECONDS``.
     """
 
-    def __init__(self, store: Path, index_name: str, parts: list[IndexPart], address: str) -> None:
+    def __init__(
+        self, store: Path, index_name: str, parts: list[IndexPart], address: str, sim_func: str | None = None
+    ) -> None:
         self._ray = ray = connect(address)
         self._parts, self._address = parts, address
         folder = store.resolve()
@@ -153,15 +195,15 @@ class Shards:
         if (limit := os.environ.get("OMP_NUM_THREADS", "")).isdigit():
             threads = min(threads, int(limit))
         # In turn, as Ray's own SPREAD may put all on one node; soft: a shard of a node that is gone goes elsewhere.
-        nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
         affinity = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy
-        places = [affinity(node, soft=True) for node in nodes] or ["SPREAD"]
+        places = [affinity(node, soft=True) for node in _nodes(ray)] or ["SPREAD"]
         # Two calls at a time: one that works, and one that asks whether the shard is there.
         options = {"max_restarts": RESTARTS, "max_task_retries": -1, "max_concurrency": 2}
+        kind, how = (Shard, ()) if sim_func is None else (ExactShard, (sim_func,))
         self.actors = [
-            ray.remote(Shard)
+            ray.remote(kind)
             .options(scheduling_strategy=place, **options)
-            .remote(folder, replace(part, path=folder / part.path.name), index_name, threads)
+            .remote(folder, replace(part, path=folder / part.path.name), index_name, threads, *how)
             for part, place in zip(parts, itertools.cycle(places), strict=False)
         ]
         self._starts = np.array([part.start for part in parts])  # [parts]
@@ -255,4 +297,6 @@ class Shards:
         """A shard, for an error message."""
         life = self._lives.get(number)
         where = "" if life is None else f", last on the node {life.node}"
-        return f"The shard with {self._parts[number].path.name} (Ray at address={self._address}{where})"
+        part = self._parts[number]
+        run = f" from {part.start:,} to {part.stop:,}" if part.path.name == KEYS else ""
+        return f"The shard with {part.path.name}{run} (Ray at address={self._address}{where})"

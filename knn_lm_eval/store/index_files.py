@@ -10,6 +10,7 @@ the store does (``absolute``). Part i lies in ``NAME.00i.faiss``.
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -25,6 +26,7 @@ from knn_lm_eval.system.json_schema import Count, Positive, check_json
 from knn_lm_eval.system.seals import check_seal
 
 DEFAULT_INDEX = "index"
+EXACT = "exact"  # in the place of an index's name: all keys are compared, and no index is needed
 REMEDY = "fetch it or build the index again"
 
 
@@ -79,6 +81,8 @@ class IndexFiles:
     def check_new(self) -> None:
         """Raise UserError where an index that is to be made cannot have this name."""
         check_new_name(self.name, "an index")
+        if self.name.casefold() == EXACT:
+            raise UserError(f"{self.name!r} cannot name an index: it stands for search without one; choose another.")
 
     @property
     def index(self) -> Path:
@@ -97,13 +101,32 @@ class IndexFiles:
         return self.folder / f"{self.name}.{number:03d}.faiss"
 
 
+def searched_index(folder: Path, derived: Container[str], name: str | None) -> str | None:
+    """The name of the index to search; None where all keys are to be compared.
+
+    Parameters
+    ----------
+    folder, derived : the datastore's, and what its manifest lists beside its own files.
+    name : as asked for; None takes the index called ``index``, or none where the store has no index at all. An index
+        called ``exact``, as older stores may have, is taken for that name.
+    """
+    files = IndexFiles(folder, DEFAULT_INDEX if name is None else name)
+    is_there = files.metadata.is_file() or files.index.is_file() or files.part(0).is_file()
+    if is_there or files.metadata.name in derived:
+        return files.name
+    return None if name == EXACT or (name is None and not _index_names(folder)) else files.name
+
+
 def find_parts(datastore: Datastore, name: str = DEFAULT_INDEX) -> tuple[dict[str, Any], list[IndexPart]]:
     """The metadata and the files of the index ``name``, in order; verifies as ``open_index`` does, but opens none."""
     files = IndexFiles(datastore.path, name)
     if not files.metadata.is_file() or not (files.index.is_file() or files.part(0).is_file()):
         built = index_names(datastore)
         others = f"it has {', '.join(built)}" if built else "build one with build_index"
-        raise UserError(f"The datastore {datastore.path} has no index called {name!r}: {others}.")
+        raise UserError(
+            f"The datastore {datastore.path} has no index called {name!r}: {others}, or compare all keys with "
+            f"index={EXACT}."
+        )
     metadata = check_seal(files.metadata, read_json(files.metadata), REMEDY)
     check_json(metadata, IndexJSON, files.metadata, REMEDY)
     if metadata["keys_sha256"] != datastore.keys_checksum:
@@ -154,6 +177,10 @@ def index_checksums(datastore: Datastore, name: str = DEFAULT_INDEX) -> dict[str
 
 def index_names(datastore: Datastore) -> list[str]:
     """The names of the finished indexes of ``datastore``."""
-    names = [path.stem for path in datastore.path.glob("*.json")]
-    files = [IndexFiles(datastore.path, name) for name in sorted(names)]
+    return _index_names(datastore.path)
+
+
+def _index_names(folder: Path) -> list[str]:
+    names = [path.stem for path in folder.glob("*.json")]
+    files = [IndexFiles(folder, name) for name in sorted(names)]
     return [f.name for f in files if f.index.is_file() or f.part(0).is_file()]

@@ -170,7 +170,7 @@ class CurveScorer(PassageScorer):
             logger.warning(
                 "kNN-LM is scored with approximate distances and RetoMaton with exact ones, since the index %s gives "
                 "none to its pointers: for a curve that compares them add recompute_dists=True to --model_args.",
-                lm.retriever.metadata["factory"],
+                lm.retriever.factory,
             )
 
     @property

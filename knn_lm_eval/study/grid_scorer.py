@@ -28,7 +28,6 @@ from knn_lm_eval.model.opening import open_automaton
 from knn_lm_eval.model.scores import Score
 from knn_lm_eval.model.scoring import NEIGHBOURS_PER_BLOCK, PassageScorer
 from knn_lm_eval.model.settings import DEFAULTS
-from knn_lm_eval.search.factory_strings import first_of_more_are_fewer
 from knn_lm_eval.search.retriever import Retriever
 from knn_lm_eval.store.clusters import Clusters
 from knn_lm_eval.study.fitting import SAMPLE_TOKENS, Sample
@@ -89,7 +88,7 @@ class Searches:
     rows_at_once = 1
 
     def __init__(self, retriever: Retriever, grid: Grid) -> None:
-        self._shared = first_of_more_are_fewer(retriever.metadata["factory"])
+        self._shared = retriever.first_of_more_are_fewer
         self._retrievers: list[Retriever] = []
         self.surfaces: list[Surface] = []
         for of_probe in [_with_probe(retriever, probe) for probe in grid.probe]:
@@ -118,7 +117,7 @@ class Walks:
         name = settings["clusters"]
         clusters = None if name is None else Clusters.open(retriever.datastore, str(name))
         automaton, retriever = open_automaton(retriever, AutomatonSettings(), clusters)
-        searched = grid.k[-1:] if first_of_more_are_fewer(retriever.metadata["factory"]) else grid.k
+        searched = grid.k[-1:] if retriever.first_of_more_are_fewer else grid.k
         self._retrievers = {k: _with_k(retriever, k) for k in searched}
         self.surfaces: list[Surface] = []
         self._automata: list[Automaton] = []
@@ -276,7 +275,5 @@ def _with_probe(retriever: Retriever, probe: int | None) -> Retriever:
     if probe is None:
         return retriever
     if retriever.probe is None:
-        raise UserError(
-            f"--probe is for indexes with inverted lists, and {retriever.index_name!r} has none; leave it out."
-        )
+        raise UserError(f"--probe is for indexes with inverted lists, and {retriever.name!r} has none; leave it out.")
     return retriever.with_settings(probe=probe)

@@ -32,8 +32,9 @@ from knn_lm_eval.methods.mixture import knn_log_probs, mix
 from knn_lm_eval.model.knn_hf import KNNHF
 from knn_lm_eval.model.scores import Score, sum_up
 from knn_lm_eval.model.scoring import NEIGHBOURS_PER_BLOCK, PassageScorer
+from knn_lm_eval.search.index_retriever import LocalRetriever
 from knn_lm_eval.search.quality import search_exactly
-from knn_lm_eval.search.retriever import Found, LocalRetriever, Retriever, entry_counts
+from knn_lm_eval.search.retriever import Found, Retriever, entry_counts
 from knn_lm_eval.store.datastore import Datastore
 from knn_lm_eval.study.grid import Surface, find_best
 from knn_lm_eval.study.run import MAX_LENGTH, first_tokens, load_knn_hf
@@ -200,9 +201,8 @@ class IndexComparison:
         results = []
         queries = self.queries.queries.numpy()
         for retriever in tqdm(retrievers, desc="Measuring quality", unit=" settings"):
-            metadata = retriever.metadata
-            size = metadata["bytes"] / len(self.store)
-            result = Measurement(retriever.index_name, metadata["factory"], size, retriever.probe, retriever.k)
+            size = retriever.bytes_on_disk / len(self.store)
+            result = Measurement(retriever.name, retriever.factory, size, retriever.probe, retriever.k)
             distances, entries = (torch.from_numpy(array) for array in retriever.find(queries))
             self._judge(result, self._found(distances, entries))
             results.append(result)

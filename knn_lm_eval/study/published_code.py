@@ -20,6 +20,7 @@ import torch
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch.nn.utils.rnn import pad_sequence
 
+from knn_lm_eval.search.index_retriever import IndexRetriever
 from knn_lm_eval.store.clusters import Clusters
 from knn_lm_eval.system.timing import now
 
@@ -33,8 +34,9 @@ ScoreText = Callable[[str], tuple[float, float, float | None]]
 def why_not(lm: KNNHF) -> str | None:
     """What keeps the published code from running with these settings, if anything does."""
     retriever, model = lm.retriever, lm.language_model
-    if not isinstance(faiss.downcast_index(retriever.index), faiss.IndexIVF):
-        return f"it needs an index with inverted lists, which {retriever.metadata['factory']} has not"
+    index = faiss.downcast_index(retriever.index) if isinstance(retriever, IndexRetriever) else None
+    if not isinstance(index, faiss.IndexIVF):
+        return f"it needs an index with inverted lists, which {retriever.factory} has not"
     if not hasattr(model.inner, "lm_head"):
         return f"{type(model.inner).__name__} has no head of the name lm_head"
     if retriever.sim_func != "l2" or model.inner.dtype != torch.float32:

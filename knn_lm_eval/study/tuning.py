@@ -218,7 +218,7 @@ def _make_params(
             "keys_sha256": store.keys_checksum,
             "model": store.manifest.model["pretrained"],
             "conditions": {name: lm.settings[name] for name in CONDITIONS if name in lm.settings},
-            "contents": tuned_contents(store, lm.retriever.index_name, clusters),
+            "contents": tuned_contents(lm.retriever.checksums(), clusters),
             "tasks": tuned_for["tasks"],
             "limit": tuned_for["limit"],
             "context_len": lm.context_len,

@@ -26,8 +26,8 @@ from knn_lm_eval.make.clustering import cluster_greedy_merge, cluster_kmeans
 from knn_lm_eval.make.importing import import_datastore
 from knn_lm_eval.methods.automaton import AutomatonSettings
 from knn_lm_eval.search.faiss_index import join_parts, open_index, search, set_probe
+from knn_lm_eval.search.index_retriever import LocalRetriever
 from knn_lm_eval.search.indexing import build_index
-from knn_lm_eval.search.retriever import LocalRetriever
 from knn_lm_eval.store.clusters import Clusters
 from knn_lm_eval.store.manifest import file_record
 from knn_lm_eval.study.foss_curve import CurveScorer

@@ -61,7 +61,7 @@ from knn_lm_eval.model.opening import open_automaton
 from knn_lm_eval.methods.automaton import AutomatonSettings, Walk
 from knn_lm_eval.store.clusters import Clusters
 from knn_lm_eval.store.datastore import Datastore
-from knn_lm_eval.search.retriever import LocalRetriever
+from knn_lm_eval.search.index_retriever import LocalRetriever
 
 def run(path, queries):
     store = Datastore.open(path, verify="never")  # checksums are not what is measured

@@ -10,8 +10,8 @@ from helpers.stores import make_store
 
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.search.code_distances import CodeDistances
+from knn_lm_eval.search.index_retriever import LocalRetriever
 from knn_lm_eval.search.indexing import build_index
-from knn_lm_eval.search.retriever import LocalRetriever
 from knn_lm_eval.store.datastore import Datastore
 
 

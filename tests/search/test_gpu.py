@@ -29,8 +29,8 @@ from knn_lm_eval.search.faiss_index import (
     set_probe,
     to_gpus,
 )
+from knn_lm_eval.search.index_retriever import LocalRetriever
 from knn_lm_eval.search.indexing import build_index
-from knn_lm_eval.search.retriever import LocalRetriever
 from knn_lm_eval.store.clusters import Clusters
 from knn_lm_eval.store.datastore import Datastore
 from knn_lm_eval.system.timing import StageTimer

@@ -22,10 +22,11 @@ from knn_lm_eval import KNNHF, UserError
 from knn_lm_eval.make.clustering import cluster_kmeans
 from knn_lm_eval.search import ray_shards
 from knn_lm_eval.search.code_distances import CodeDistances
+from knn_lm_eval.search.index_retriever import LocalRetriever
 from knn_lm_eval.search.indexing import build_index
 from knn_lm_eval.search.ray_retriever import RayRetriever
 from knn_lm_eval.search.ray_shards import Shard
-from knn_lm_eval.search.retriever import LocalRetriever, Retriever
+from knn_lm_eval.search.retriever import Retriever
 from knn_lm_eval.store.datastore import Datastore
 from knn_lm_eval.store.manifest import file_record
 from knn_lm_eval.system.ray_cluster import ENVIRONMENT, connect

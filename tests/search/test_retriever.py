@@ -17,8 +17,8 @@ from knn_lm_eval.methods.automaton import AutomatonSettings
 from knn_lm_eval.model.opening import open_automaton
 from knn_lm_eval.search import retriever as retriever_module
 from knn_lm_eval.search.faiss_index import inverted_file, open_index, search, set_probe, vectors_compared
+from knn_lm_eval.search.index_retriever import LocalRetriever
 from knn_lm_eval.search.indexing import build_index
-from knn_lm_eval.search.retriever import LocalRetriever
 from knn_lm_eval.store.datastore import Datastore
 
 QUERIES = np.random.default_rng(7).standard_normal((40, 16)).astype(np.float32) * 2
@@ -146,7 +146,7 @@ def test_a_search_has_its_probe_where_faiss_takes_tensors_as_well(store: Datasto
     source = """
 import sys
 import numpy as np
-from knn_lm_eval.search.retriever import LocalRetriever
+from knn_lm_eval.search.index_retriever import LocalRetriever
 from knn_lm_eval.store.datastore import Datastore
 retriever = LocalRetriever(Datastore.open(sys.argv[1]), 20, index="sq").with_settings(probe=2)
 queries = np.random.default_rng(3).standard_normal((9, 16)).astype(np.float32)

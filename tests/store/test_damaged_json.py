@@ -15,7 +15,7 @@ from knn_lm_eval.errors import UserError
 from knn_lm_eval.make.dump_progress import dump_states, entries_done
 from knn_lm_eval.model.accounting import describe_store
 from knn_lm_eval.model.params import find_params
-from knn_lm_eval.search.retriever import LocalRetriever
+from knn_lm_eval.search.index_retriever import LocalRetriever
 from knn_lm_eval.store.clusters import Clusters
 from knn_lm_eval.store.datastore import Datastore
 from knn_lm_eval.store.fetching import fetch_datastore

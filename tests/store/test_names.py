@@ -12,8 +12,8 @@ from helpers.stores import make_store
 from knn_lm_eval.cli import main as cli
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.make.clustering import cluster_kmeans
+from knn_lm_eval.search.index_retriever import LocalRetriever
 from knn_lm_eval.search.indexing import build_index
-from knn_lm_eval.search.retriever import LocalRetriever
 from knn_lm_eval.store.clusters import Clusters
 from knn_lm_eval.store.names import check_output
 

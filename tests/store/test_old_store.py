@@ -25,7 +25,7 @@ from knn_lm_eval.make.pruning import prune_greedy_merge, prune_random
 from knn_lm_eval.methods.automaton import AutomatonSettings, Walk
 from knn_lm_eval.model.opening import open_automaton
 from knn_lm_eval.model.params import find_params
-from knn_lm_eval.search.retriever import LocalRetriever
+from knn_lm_eval.search.index_retriever import LocalRetriever
 from knn_lm_eval.store.clusters import Clusters
 from knn_lm_eval.store.datastore import Datastore
 from knn_lm_eval.store.manifest import Manifest, file_record

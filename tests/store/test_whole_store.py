@@ -18,8 +18,8 @@ from knn_lm_eval.make.clustering import cluster_kmeans
 from knn_lm_eval.methods.automaton import AutomatonSettings, Walk
 from knn_lm_eval.model.opening import open_automaton
 from knn_lm_eval.search import trial
+from knn_lm_eval.search.index_retriever import LocalRetriever
 from knn_lm_eval.search.indexing import build_index
-from knn_lm_eval.search.retriever import LocalRetriever
 from knn_lm_eval.store.clusters import Clusters
 from knn_lm_eval.store.datastore import Datastore
 from knn_lm_eval.store.verification import BEFORE, NO_CHECKSUM, NOW

@@ -17,8 +17,8 @@ from helpers.tiny_model import EVAL_TEXT
 from lm_eval.api.instance import Instance
 
 from knn_lm_eval.model.knn_hf import KNNHF
+from knn_lm_eval.search.index_retriever import LocalRetriever
 from knn_lm_eval.search.indexing import build_index
-from knn_lm_eval.search.retriever import LocalRetriever
 from knn_lm_eval.store.datastore import Datastore
 from knn_lm_eval.study.index_comparison import IndexComparison, Measurement, collect_queries, efficient
 
