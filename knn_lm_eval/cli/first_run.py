@@ -64,7 +64,7 @@ def first_run(folder: Path, max_tokens: int, limit: int | None) -> tuple[dict[st
     folder.mkdir(parents=True, exist_ok=True)
     (folder / ".gitignore").write_text("*\n")  # nothing in here is for a repository
     model, text, store = folder / "model", folder / "train.jsonl", folder / f"store-{max_tokens}"
-    index = store / "index.json"  # the last file that build_index writes
+    manifest = store / "manifest.json"  # the last file that a dump writes
     model_args = f"pretrained={model},dtype=bfloat16"
 
     if missing("The model, from GGUF to safetensors", model):
@@ -74,14 +74,10 @@ def first_run(folder: Path, max_tokens: int, limit: int | None) -> tuple[dict[st
         write_training_text(text)
     check_training_text(text)
 
-    if missing("The datastore", store / "manifest.json"):
+    if missing("The datastore", manifest):
         dump = ["knn-lm-eval", "dump_datastore", "--model_args", model_args, "--dataset", str(text)]
         dump += ["--documents", "line", "--max_tokens", str(max_tokens), "--output", str(store)]
         run(dump + ["--resume"] * store.exists())
-
-    if missing("The datastore's index", index):
-        build = ["knn-lm-eval", "build_index", "--datastore", str(store)]
-        run(build + ["--overwrite"] * (store / "index.faiss").exists())
 
     limited = "" if limit is None else f"-limit{limit}"
     base_args = f"{model_args},max_length=1024,softmax_dtype=float32"
@@ -89,7 +85,7 @@ def first_run(folder: Path, max_tokens: int, limit: int | None) -> tuple[dict[st
     print("\n== The LM alone", flush=True)
     base = evaluate("hf", base_args, limit, folder / f"base{limited}.json", newer_than=model / "config.json")
     print("\n== The same LM with kNN-LM", flush=True)
-    knn = evaluate("knn-hf", knn_args, limit, folder / f"knn-{max_tokens}{limited}.json", newer_than=index)
+    knn = evaluate("knn-hf", knn_args, limit, folder / f"knn-{max_tokens}{limited}.json", newer_than=manifest)
     return base, knn
 
 

@@ -87,7 +87,7 @@ class Commands:
 
     def __init__(self) -> None:
         self.seen: list[str] = []
-        self.stop_at, self.leaving = "", "progress.json"
+        self.stop_at = ""
 
     def __call__(self, command: list[str]) -> None:
         self.seen.append(" ".join(command))
@@ -95,13 +95,11 @@ class Commands:
         if command[0] == "lm_eval":
             output = Path(arguments["--output_path"])
             product = output.with_name(f"{output.stem}_{time.time_ns()}.json")
-        elif verb == "dump_datastore":
-            product = Path(arguments["--output"]) / "manifest.json"
         else:
-            product = Path(arguments["--datastore"]) / "index.json"
+            product = Path(arguments["--output"]) / "manifest.json"
         product.parent.mkdir(exist_ok=True)
         if verb == self.stop_at:
-            product.with_name(self.leaving).touch()
+            product.with_name("progress.json").touch()
             raise KeyboardInterrupt
         product.write_text(json.dumps({"command": self.seen[-1]}))
 
@@ -133,7 +131,6 @@ def test_the_commands_make_everything_in_order(tmp_path: Path, commands: Command
     assert go(f, commands) == [
         f"knn-lm-eval dump_datastore --model_args {model} --dataset {f}/train.jsonl --documents line "
         f"--max_tokens 2000 --output {store}",
-        f"knn-lm-eval build_index --datastore {store}",
         f"lm_eval --model hf --model_args {scoring} {task} --output_path {f}/base.json",
         f"lm_eval --model knn-hf --model_args {scoring},datastore={store},k=1024,lmbda=0.25,knn_temp=1 "
         f"{task} --output_path {f}/knn-2000.json",
@@ -149,7 +146,7 @@ def test_what_is_finished_is_not_done_again(tmp_path: Path, commands: Commands) 
     assert first_run.first_run(tmp_path, 2000, None) == first
 
     larger = go(tmp_path, commands, max_tokens=3000)
-    assert [command.split()[1] for command in larger] == ["dump_datastore", "build_index", "--model"]
+    assert [command.split()[1] for command in larger] == ["dump_datastore", "--model"]
     assert "datastore=" in larger[-1]
     limited = go(tmp_path, commands, limit=2)
     assert [command.split()[-2:] for command in limited] == [["--limit", "2"]] * 2
@@ -160,17 +157,13 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, commands: Commands) -> None:
     commands.stop_at = "dump_datastore"
     with pytest.raises(KeyboardInterrupt):
         go(tmp_path, commands)
-    commands.stop_at, commands.leaving = "build_index", "index.faiss"
-    with pytest.raises(KeyboardInterrupt):
-        go(tmp_path, commands)
-    assert commands.seen[0].endswith("store-2000 --resume")
     commands.stop_at = ""
-    assert go(tmp_path, commands)[0].endswith("store-2000 --overwrite")
+    assert go(tmp_path, commands)[0].endswith("store-2000 --resume")
 
 
-def test_results_older_than_the_index_are_made_again(tmp_path: Path, commands: Commands) -> None:
+def test_results_older_than_the_datastore_are_made_again(tmp_path: Path, commands: Commands) -> None:
     _, before = first_run.first_run(tmp_path, 2000, None)
-    os.utime(tmp_path / "store-2000" / "index.json", (time.time() + 60,) * 2)
+    os.utime(tmp_path / "store-2000" / "manifest.json", (time.time() + 60,) * 2)
     with pytest.raises(UserError, match="lm_eval wrote no results"):  # none of them is newer than that
         go(tmp_path, commands)
     assert len(commands.seen) == 1 and commands.seen[0] == before["command"]
@@ -269,7 +262,7 @@ def test_the_first_run_ends_in_a_table_and_a_second_one_only_reports(tmp_path: P
     command = [sys.executable, SCRIPT, "--max_tokens", "4000", "--limit", "1"]
     first = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert first.returncode == 0, first.stderr
-    assert first.stdout.count("\n$ ") == 4
+    assert first.stdout.count("\n$ ") == 3
     second = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert second.returncode == 0, second.stderr
     assert "\n$ " not in second.stdout

@@ -146,7 +146,7 @@ def test_budgets_are_read_from_a_command_line() -> None:
 @pytest.mark.parametrize("sim_func", ["l2", "dot"])
 def test_flat_index_searches_exactly(tmp_path: Path, sim_func: str) -> None:
     store = make_store(tmp_path / "s", count=500)
-    metadata = build_index(store, "auto", sim_func=sim_func)
+    metadata = build_index(store, "Flat", sim_func=sim_func)
     assert metadata["factory"] == "Flat" and metadata["quality"][0]["recall"] > 0.999
     queries = np.random.default_rng(1).standard_normal((7, store.dimension)).astype(np.float32)
     distances, values, entries, _ = LocalRetriever(store, k=40).search(torch.from_numpy(queries))

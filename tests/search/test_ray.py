@@ -22,9 +22,10 @@ from knn_lm_eval import KNNHF, UserError
 from knn_lm_eval.make.clustering import cluster_kmeans
 from knn_lm_eval.search import ray_shards
 from knn_lm_eval.search.code_distances import CodeDistances
+from knn_lm_eval.search.exact_retriever import ExactRetriever
 from knn_lm_eval.search.index_retriever import LocalRetriever
 from knn_lm_eval.search.indexing import build_index
-from knn_lm_eval.search.ray_retriever import RayRetriever
+from knn_lm_eval.search.ray_retriever import RayExactRetriever, RayRetriever
 from knn_lm_eval.search.ray_shards import Shard
 from knn_lm_eval.search.retriever import Retriever
 from knn_lm_eval.store.datastore import Datastore
@@ -238,3 +239,30 @@ def test_settings_that_ray_cannot_serve_are_refused(text_store: Datastore) -> No
         KNNHF("none", datastore=text_store.path, k=5, retriever="ray", knn_gpu=True)
     with pytest.raises(UserError, match="say in how many, with --parts"):
         build_index(text_store, "Flat", name="more", ray="auto")
+
+
+@pytest.mark.parametrize("sim_func", ["l2", "dot"])
+@pytest.mark.parametrize("k", [50, 2000])  # the latter more than a node has
+def test_nodes_compare_all_keys_without_an_index(address: str, in_parts: Datastore, sim_func: str, k: int) -> None:
+    remote, local = RayExactRetriever(in_parts, k, sim_func, address), ExactRetriever(in_parts, k, sim_func)
+    expected, found = local.search(torch.from_numpy(QUERIES)), remote.search(torch.from_numpy(QUERIES))
+    torch.testing.assert_close(found.distances, expected.distances, rtol=1e-6, atol=1e-6)
+    assert torch.equal(found.entries, expected.entries) and torch.equal(found.values, expected.values)
+    assert torch.equal(found.counts, expected.counts)
+    assert remote.statistics.entries_compared == 64 * len(in_parts) and len(remote.shards.actors) == 2
+    entries, counts = np.arange(64 * 5).reshape(64, 5) * 9, np.arange(64) % 6
+    there = np.arange(5) < counts[:, None]
+    distances = [retriever.with_distances()[1](QUERIES, entries, counts)[there] for retriever in (remote, local)]
+    np.testing.assert_allclose(*distances, rtol=1e-6)
+
+
+def test_an_evaluation_without_an_index_gives_the_same_over_ray(
+    address: str, text_store: Datastore, model_folder: Path
+) -> None:
+    common = {"pretrained": str(model_folder), "datastore": text_store.path, "k": 30, "index": "exact"}
+    texts = [Instance("loglikelihood_rolling", {}, (EVAL_TEXT,), 0)]
+    for settings in ({}, {"retomaton": True, "min_knns": 3}):
+        local, remote = (
+            KNNHF(**common, **settings, **place) for place in ({}, {"retriever": "ray", "address": address})
+        )
+        assert remote.loglikelihood_rolling(texts)[0] == pytest.approx(local.loglikelihood_rolling(texts)[0], rel=1e-6)
