@@ -143,5 +143,6 @@ def read_lm(arguments: argparse.Namespace) -> tuple[dict[str, Any], str | None, 
 def report(store: Datastore) -> None:
     print(
         f"{store.path}: {len(store):,} entries of {store.dimension} numbers from {len(store.document_starts):,} "
-        f"documents. Next: build_index --datastore {store.path}"
+        f"documents. Next: lm_eval --model knn-hf --model_args datastore={store.path}; a large one is searched faster "
+        f"after build_index --datastore {store.path}"
     )

@@ -48,7 +48,7 @@ def main(arguments: argparse.Namespace) -> None:
     )
     has = ["keys" if store.keys is not None else "no keys"]
     has += ["weights"] if store.weights is not None else []
-    has += [f"the index {name}" for name in index_names(store)] or ["no index yet (next: build_index)"]
+    has += [f"the index {name}" for name in index_names(store)] or ["no index (build_index makes one)"]
     has += [f"the clusters {name}" for name in cluster_names(store)]
     print(f"{store.path}: {len(store):,} entries of {store.dimension} numbers, with {', '.join(has)}")
     if index_names(store):

@@ -133,7 +133,7 @@ def test_two_processes_write_what_one_writes(
     run = subprocess.run(command(2, model_folder, text_file, output), env=ENVIRONMENT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert_same_files(output, alone)
-    assert run.stdout.count("Next: build_index") == 1
+    assert run.stdout.count("Next: lm_eval") == 1
 
 
 @pytest.mark.slow
@@ -254,7 +254,7 @@ def test_ray_tasks_write_what_one_process_writes_also_where_one_is_killed(
         time.sleep(0.005)
     out, errors = driver.communicate(timeout=300)
     assert driver.returncode == 0, errors
-    assert killed is not None and "Next: build_index" in out
+    assert killed is not None and "Next: lm_eval" in out
     assert_same_files(output, alone)
 
 
