@@ -170,8 +170,8 @@ class RetrievalSettings:
     )
     retriever: str = setting(
         "local",
-        "`local` searches in this process, `ray` searches the index's parts (without an index, a run of the keys on each "
-        "node) on a Ray cluster, whose nodes must see the datastore's folder at the same path",
+        "`local` searches in this process, `ray` searches the index's parts (without an index, a run of the keys on "
+        "each node) on a Ray cluster, whose nodes must see the datastore's folder at the same path",
         of=("local", "ray"),
     )
     address: str = setting(
