@@ -16,6 +16,7 @@ from knn_lm_eval.methods.automaton import Automaton, AutomatonSettings
 from knn_lm_eval.methods.mixture import Mixture
 from knn_lm_eval.model.params import Params, find_params
 from knn_lm_eval.model.settings import RetrievalSettings, SettingsInForce
+from knn_lm_eval.search.code_distances import CodeDistances
 from knn_lm_eval.search.exact_retriever import ExactRetriever
 from knn_lm_eval.search.index_retriever import LocalRetriever
 from knn_lm_eval.search.retriever import Retriever
@@ -126,8 +127,11 @@ def open_automaton(
     store.require_text_order("RetoMaton")
     retriever, distances = retriever.with_distances()
     csr = None if clusters is None else (clusters.cluster_of_entry, clusters.member_starts, clusters.members)
-    automaton = Automaton(retriever.values, store.document_starts, csr, retriever.find, distances, settings, now)
-    return automaton, retriever
+    arrays = retriever.values, store.document_starts, csr
+    if isinstance(distances, CodeDistances):
+        by_codes, prepare = distances.of_transformed, distances.transformed
+        return Automaton(*arrays, retriever.find, by_codes, settings, now, prepare), retriever
+    return Automaton(*arrays, retriever.find, distances, settings, now), retriever
 
 
 def _warn_of_untuned_defaults(given: RetrievalSettings, in_force: SettingsInForce, tuned: Params | None) -> None:
