@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.pretended_gpu import MEMORY, pretended_gpu
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -158,3 +159,24 @@ def test_a_key_that_is_not_finite_is_said() -> None:
     keys[400, 2] = np.inf
     with pytest.raises(UserError, match="hold NaN or infinity"):
         ExactSearch(keys, "l2").search(np.ones((2, 4), dtype=np.float32), 5)
+
+
+@pytest.mark.parametrize("fits", [True, False])
+@pytest.mark.parametrize("sim_func", ["l2", "dot"])
+def test_keys_stay_on_a_gpu_or_stream_to_it(fits: bool, sim_func: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a pretended GPU, which keeps watch over pinned buffers that are written before their copy is done."""
+    rng = np.random.default_rng(2)
+    keys, queries = rng.standard_normal((700, 12)).astype(np.float16), rng.standard_normal((20, 12)).astype(np.float32)
+    expected = ExactSearch(keys, sim_func).search(queries, 30)
+    monkeypatch.setattr(key_blocks, "GPU_BLOCK_BYTES", 4 * 12 * 64)
+    monkeypatch.setattr(key_blocks, "GPU_ROOM", 0 if fits else MEMORY)
+    with pretended_gpu() as gpu:
+        search = ExactSearch(keys, sim_func, "cuda")
+        copies = []
+        for _ in range(2):
+            before = gpu.ran["copy to the GPU"]
+            found = search.search(queries, 30)
+            copies.append(gpu.ran["copy to the GPU"] - before)
+    np.testing.assert_array_equal(found[1], expected[1])
+    np.testing.assert_allclose(found[0], expected[0], rtol=1e-6)
+    assert copies[0] >= 11 and (copies[1] >= 11) == (not fits)
