@@ -94,7 +94,7 @@ def test_other_conditions_than_those_tuned_with_are_warned_of(mine: Datastore, t
 
 def test_another_index_or_clusters_of_the_same_name_are_warned_of(mine: Datastore, tmp_path: Path, caplog) -> None:
     clusters = cluster_kmeans(mine, "c", num_clusters=5)
-    contents = tuned_contents(mine, "index", clusters)
+    contents = tuned_contents(index_checksums(mine), clusters)
     assert set(contents) == {"index", "clusters"}
     Params({"k": 5}, tuned_for(mine) | {"contents": contents}).write(tmp_path / "p.json")
     settings = {"params": tmp_path / "p.json", "retomaton": True, "clusters": "c"}
