@@ -129,13 +129,25 @@ def test_results_are_the_same_whatever_blocks_batches_and_devices(
         np.testing.assert_array_equal(search.search(query[None], 100)[1][0], expected[1][row])
 
 
-def test_keys_that_do_not_fit_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("room", "looked_at"), [(4 * 500 * 4, 2), (4 * 500 * 4 - 1, 4)])
+def test_keys_that_do_not_fit_are_not_kept(monkeypatch: pytest.MonkeyPatch, room: int, looked_at: int) -> None:
     keys = np.random.default_rng(0).standard_normal((500, 4)).astype(np.float16)
-    assert not ExactSearch(keys, "l2").streams
-    monkeypatch.setattr(key_blocks, "KEPT_BYTES", 4 * 500 * 4 - 1)
-    search = ExactSearch(keys, "l2")
-    found = [search.search(keys[:9].astype(np.float32), 3)[1] for _ in range(3)]
-    assert search.streams and (found[0] == found[2]).all()
+    monkeypatch.setattr(key_blocks, "KEPT_BYTES", room)
+    search, centred = ExactSearch(keys, "l2"), key_blocks.KeyBlocks._centred
+    passes: list[int] = []
+    monkeypatch.setattr(key_blocks.KeyBlocks, "_centred", lambda *given: passes.append(1) or centred(*given))
+    found = [search.search(keys[:9].astype(np.float32), 3)[0] for _ in range(4)]
+    assert len(passes) == looked_at and all((distances == found[0]).all() for distances in found)
+
+
+def test_keys_stream_where_half_of_memory_does_not_hold_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    keys = np.random.default_rng(0).standard_normal((500, 4)).astype(np.float16)
+    np.save(tmp_path / "keys.npy", keys)
+    mapped = np.load(tmp_path / "keys.npy", mmap_mode="r")
+    for available, streams in ((2 * keys.nbytes, False), (2 * keys.nbytes - 1, True), (None, False)):
+        monkeypatch.setattr(key_blocks, "available_bytes", lambda available=available: available)
+        assert ExactSearch(mapped, "l2").streams == streams
+        assert not ExactSearch(keys, "l2").streams  # they are in memory
 
 
 def test_a_query_that_is_not_finite_finds_nothing() -> None:
