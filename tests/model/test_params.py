@@ -16,6 +16,7 @@ from knn_lm_eval.make.clustering import cluster_kmeans
 from knn_lm_eval.model.opening import Augmentation, open_augmentation
 from knn_lm_eval.model.params import STORE_DEFAULT, Params, tuned_contents
 from knn_lm_eval.model.settings import RetrievalSettings
+from knn_lm_eval.store.index_files import index_checksums
 
 
 @pytest.fixture
