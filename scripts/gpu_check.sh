@@ -5,7 +5,7 @@
 #   scripts/gpu_check.sh WHEELS [arguments of tests/helpers/gpu_speed.py, such as --model FOLDER --text FILE]
 #
 # WHEELS is a folder with wheels of all that the extra gpu needs, so that no network is:
-#   pip download -d WHEELS '.[gpu]' pytest pytest-timeout hypothesis hatchling editables
+#   pip wheel -w WHEELS '.[gpu]' pytest pytest-timeout hypothesis hatchling editables
 # The table, as Markdown for docs/measurements/gpu.md, is printed and written to gpu_check.md.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -139,8 +139,8 @@ def _obstacle(index: Any) -> str | None:
     if isinstance(index, library.IndexIVFScalarQuantizer):
         if index.sq.qtype not in [getattr(faiss.ScalarQuantizer, name) for name in SQ_TYPES]:
             return "faiss has scalar quantizers of 4, 8 and 16 bits (SQ4, SQ8, SQfp16) on GPUs alone"
-        if 8 * index.d > SHARED_BYTES:
-            return f"faiss's scalar quantizers on GPUs have at most {SHARED_BYTES // 8} dimensions"
+        if 8 * index.d >= SHARED_BYTES:
+            return f"faiss's scalar quantizers on GPUs have fewer than {SHARED_BYTES // 8} dimensions"
     return None
 
 

@@ -19,6 +19,7 @@ from knn_lm_eval.make.dump import dump_datastore
 from knn_lm_eval.make.text import cut_into_documents
 from knn_lm_eval.model.knn_hf import KNNHF
 from knn_lm_eval.search import indexing
+from knn_lm_eval.search.exact_retriever import ExactRetriever
 from knn_lm_eval.search.faiss_index import (
     GPU_MAX_K,
     _clone_to,
@@ -29,6 +30,7 @@ from knn_lm_eval.search.faiss_index import (
     set_probe,
     to_gpus,
 )
+from knn_lm_eval.search.gpu_choice import obstacle_on_gpus
 from knn_lm_eval.search.index_retriever import LocalRetriever
 from knn_lm_eval.search.indexing import build_index
 from knn_lm_eval.store.clusters import Clusters
@@ -86,6 +88,30 @@ def test_search_on_gpus_agrees_with_the_cpu(own_store: Datastore, factory: str, 
     cpu, gpu = (LocalRetriever(own_store, k=100, probe=8, gpu=on_gpu) for on_gpu in (False, True))
     assert gpu.on_gpus and not cpu.on_gpus
     assert_alike(gpu.find(queries_of(own_store)), cpu.find(queries_of(own_store)))
+
+
+@needs_faiss_gpu
+@pytest.mark.parametrize("factory", ["IVF16,SQ8", "IVF16,SQ4", "IVF16,PQ8x4", "IVF16,PQ8x4fs", "IVF16_HNSW8,Flat"])
+def test_what_is_said_to_go_on_gpus_does(own_store: Datastore, factory: str) -> None:
+    build_index(own_store, factory, quality_queries=0)
+    obstacle = obstacle_on_gpus(factory, own_store.dimension, "l2")
+    assert LocalRetriever(own_store, k=10, gpu=True).on_gpus == (obstacle is None)
+
+
+@needs_torch_gpu
+@pytest.mark.parametrize("sim_func", ["l2", "dot"])
+def test_exact_search_on_a_gpu_is_that_of_the_cpu(own_store: Datastore, sim_func: str) -> None:
+    cpu, gpu = (
+        ExactRetriever(own_store, 100, sim_func, device).find(queries_of(own_store)) for device in ("cpu", "cuda")
+    )
+    np.testing.assert_allclose(gpu[0], cpu[0], rtol=1e-5, atol=1e-4)
+    assert np.mean(gpu[1] == cpu[1]) > 0.99  # but for ties
+
+
+@needs_torch_gpu
+def test_keys_go_to_the_gpu_by_themselves(own_store: Datastore, model_folder: Path) -> None:
+    lm = KNNHF(str(model_folder), datastore=own_store.path, k=20, lmbda=0.5, knn_gpu=True, index="exact")
+    assert lm.get_model_info()["knn"]["searched_on"].startswith("gpu exact (")
 
 
 @needs_faiss_gpu

@@ -37,7 +37,7 @@ KEYS, KS = [None, SMALL, LARGE], [1024, 2048, 2049]
 INDEXES = [None, *(IndexAtHand(size, obstacle) for size in (SMALL, LARGE) for obstacle in (None, "no such type"))]
 
 
-@pytest.mark.parametrize(("free", "faiss_count"), itertools.product(FREE, FAISS))
+@pytest.mark.parametrize(("free", "faiss_count"), list(itertools.product(FREE, FAISS)))
 def test_the_first_place_that_can_be_is_taken(free: int | None, faiss_count: int) -> None:
     for keys, index, k in itertools.product(KEYS, INDEXES, KS):
         can = {
