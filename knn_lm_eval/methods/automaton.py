@@ -24,8 +24,13 @@ from knn_lm_eval.methods.automaton_kernels import advance, follow, gather
 
 # queries [n, dimension] -> (distances float32 [n, k], entries int64 [n, k]); empty slots have entry -1.
 Search = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
-# queries [n, dimension], entries int64 [n, m], counts int64 [n] -> distances float32 [n, m].
+# queries [n, dimension], prepared; entries int64 [n, m], counts int64 [n] -> distances float32 [n, m].
 PointerDistances = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+# queries [n, dimension] -> what ``PointerDistances`` takes of them, [n, any].
+Prepare = Callable[[np.ndarray], np.ndarray]
+
+# Queries prepared at once, of as many steps as that is: many take less time each, all would take memory.
+PREPARED_ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -115,6 +120,8 @@ class _Lockstep:
         self.distances = np.empty((len(walks), width), dtype=np.float32)
         self.survivors = np.empty((len(walks), width), dtype=np.int64)
         self.survivor_counts = np.zeros(len(walks), dtype=np.int64)
+        self._prepared: list[np.ndarray] = []  # of steps from this one on:
+        self._first_prepared = 0
         for i, walk in enumerate(self.walks):
             self.survivor_counts[i] = len(walk.survivors)
             self.survivors[i, : len(walk.survivors)] = walk.survivors
@@ -124,6 +131,16 @@ class _Lockstep:
     def active(self, step: int) -> int:
         """How many walks, the first ones, have such a step."""
         return int((self._lengths > step).sum())
+
+    def prepared_queries(self, step: int, prepare: Prepare) -> np.ndarray:
+        """The active walks' queries, prepared ``[active, any]``; with them those of some steps to come."""
+        if step >= self._first_prepared + len(self._prepared):
+            steps = range(step, min(step + max(1, PREPARED_ROWS // self.active(step)), self.steps))
+            active = [self.active(some) for some in steps]
+            rows = [walk.queries[some] for some, n in zip(steps, active, strict=True) for walk in self.walks[:n]]
+            self._first_prepared = step
+            self._prepared = np.split(prepare(np.stack(rows)), np.cumsum(active)[:-1])
+        return self._prepared[step - self._first_prepared]
 
     def note(self, step: int, log_p: np.ndarray, counts: np.ndarray, keep_neighbours: bool) -> None:
         """Leave a step's results with the active walks: log p_kNN ``[active]``, and how many candidates there were."""
@@ -146,6 +163,7 @@ class Automaton:
     clusters : ``(cluster_of_entry, member_starts, members)`` in CSR form, or None for pointers alone.
     search, pointer_distances : see the types above; their distances must be of one kind.
     clock : tells seconds, for the statistics.
+    prepare : what queries go through on their way to ``pointer_distances``; None is nothing.
     """
 
     def __init__(
@@ -157,13 +175,14 @@ class Automaton:
         pointer_distances: PointerDistances,
         settings: AutomatonSettings,
         clock: Callable[[], float] = time.perf_counter,
+        prepare: Prepare | None = None,
     ) -> None:
         self.values, self.document_starts = np.asarray(values), np.asarray(document_starts)
         none = np.full(0, -1, dtype=np.int32), np.zeros(1, dtype=np.int64), np.empty(0, dtype=np.int32)
         cluster_of_entry, member_starts, members = (np.asarray(array) for array in clusters or none)
         self.clusters = cluster_of_entry, member_starts, members
         self.search, self.pointer_distances, self.settings = search, pointer_distances, settings
-        self.clock = clock
+        self.clock, self.prepare = clock, prepare or (lambda queries: queries)
         self.statistics = WalkStatistics()
 
     def with_settings(self, settings: AutomatonSettings) -> Automaton:
@@ -176,6 +195,7 @@ class Automaton:
             self.pointer_distances,
             settings,
             self.clock,
+            self.prepare,
         )
 
     def walk(self, walks: Sequence[Walk], keep_neighbours: bool = False) -> None:
@@ -185,10 +205,9 @@ class Automaton:
             self._search_everywhere(lockstep.walks)
         for step in range(lockstep.steps):
             active = lockstep.active(step)
-            queries = np.stack([walk.queries[step] for walk in lockstep.walks[:active]])  # [active, dimension]
             pointers, pointer_counts, needy = self._follow_pointers(lockstep, active)
-            found_distances, found_entries = self._search_where_needy(lockstep, active, step, queries, needy)
-            pointer_distances = self._distances_of_pointers(queries, pointers, pointer_counts)
+            found_distances, found_entries = self._search_where_needy(lockstep, active, step, needy)
+            pointer_distances = self._distances_of_pointers(lockstep, step, pointers, pointer_counts)
             start = self.clock()
             counts = gather(
                 found_distances,
@@ -234,7 +253,7 @@ class Automaton:
         return pointers, pointer_counts, needy
 
     def _search_where_needy(
-        self, lockstep: _Lockstep, active: int, step: int, queries: np.ndarray, needy: np.ndarray
+        self, lockstep: _Lockstep, active: int, step: int, needy: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
         """What searches find for the ``needy`` walks: distances and entries ``[active, k]``, empty slots for the
         others; ``[active, 0]`` where none is needy."""
@@ -245,7 +264,8 @@ class Automaton:
         entries = np.full((active, self.settings.k), -1, dtype=np.int64)
         unknown = [int(i) for i in needy if lockstep.walks[i].found is None]
         if unknown:
-            distances[unknown], entries[unknown] = self.search(queries[unknown])
+            queries = np.stack([lockstep.walks[i].queries[step] for i in unknown])  # [unknown, dimension]
+            distances[unknown], entries[unknown] = self.search(queries)
         for i in needy.tolist():
             walk = lockstep.walks[i]
             walk.searched[step] = True
@@ -256,12 +276,13 @@ class Automaton:
         return distances, entries
 
     def _distances_of_pointers(
-        self, queries: np.ndarray, pointers: np.ndarray, pointer_counts: np.ndarray
+        self, lockstep: _Lockstep, step: int, pointers: np.ndarray, pointer_counts: np.ndarray
     ) -> np.ndarray:
         """float32 ``[active, max_knns]``, undefined beyond the counts."""
         start = self.clock()
         distances = np.empty(pointers.shape, dtype=np.float32)
         if len(pointing := np.flatnonzero(pointer_counts)):
+            queries = lockstep.prepared_queries(step, self.prepare)
             longest = int(pointer_counts.max())
             distances[pointing, :longest] = self.pointer_distances(
                 queries[pointing], pointers[pointing, :longest], pointer_counts[pointing]

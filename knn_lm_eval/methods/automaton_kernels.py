@@ -123,7 +123,6 @@ def gather(found_distances, found_entries, pointer_distances, pointers, pointer_
     return counts
 
 
-@compiled
 def advance(distances, entries, counts, values, document_starts, targets, temperature, survivors, survivor_counts):
     """log p_kNN of the targets, and the survivors: candidates with the target as value and a successor.
 
@@ -138,6 +137,26 @@ def advance(distances, entries, counts, values, document_starts, targets, temper
     -------
     float64 ``[n]``; minus infinity where no candidate has the target as its value, NaN where there is no candidate.
     """
+    weights = _exponents(distances, counts, temperature)
+    np.exp(weights, out=weights)  # numpy's is several times as fast as a compiled loop's
+    return _advance(weights, distances, entries, counts, values, document_starts, targets, survivors, survivor_counts)
+
+
+@compiled
+def _exponents(distances, counts, temperature):
+    """(least distance - distance) / temperature, float64 ``[n, most candidates]``; minus infinity beyond the counts."""
+    exponents = np.full((len(distances), counts.max()), -math.inf)
+    for i in range(len(distances)):
+        if counts[i]:
+            nearest = distances[i, : counts[i]].min()
+            for j in range(counts[i]):
+                exponents[i, j] = (nearest - distances[i, j]) / temperature
+    return exponents
+
+
+@compiled
+def _advance(weights, distances, entries, counts, values, document_starts, targets, survivors, survivor_counts):
+    """As ``advance``, with the candidates' weights ``[n, most candidates]``."""
     n = len(distances)
     log_p = np.full(n, -math.inf)
     for i in range(n):
@@ -146,12 +165,11 @@ def advance(distances, entries, counts, values, document_starts, targets, temper
         if count == 0:
             log_p[i] = math.nan
             continue
-        nearest = distances[i, :count].min()
         total, mass = 0.0, 0.0
         survived = np.empty(count, dtype=np.int64)
         number = 0
         for j in range(count):
-            weight = math.exp((nearest - distances[i, j]) / temperature)
+            weight = weights[i, j]
             total += weight
             entry = entries[i, j]
             if values[entry] == targets[i]:

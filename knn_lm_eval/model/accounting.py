@@ -75,6 +75,7 @@ def describe_store(retriever: Retriever) -> dict[str, Any]:
         "index_factory": retriever.factory,
         "index_bytes": retriever.bytes_on_disk,
         "distances": retriever.kind_of_distances,
+        "searched_on": retriever.searched_on,
         "memory": _memory(retriever),
     }
 

@@ -16,13 +16,25 @@ from knn_lm_eval.methods.automaton import Automaton, AutomatonSettings
 from knn_lm_eval.methods.mixture import Mixture
 from knn_lm_eval.model.params import Params, find_params
 from knn_lm_eval.model.settings import RetrievalSettings, SettingsInForce
+from knn_lm_eval.search.code_distances import CodeDistances
 from knn_lm_eval.search.exact_retriever import ExactRetriever
+from knn_lm_eval.search.gpu_choice import (
+    CPU,
+    IN_MEMORY,
+    INDEX,
+    STREAMED,
+    Choice,
+    IndexAtHand,
+    choose_place,
+    obstacle_on_gpus,
+    visible_gpus,
+)
 from knn_lm_eval.search.index_retriever import LocalRetriever
 from knn_lm_eval.search.retriever import Retriever
 from knn_lm_eval.store.clusters import Clusters
 from knn_lm_eval.store.datastore import Datastore
 from knn_lm_eval.store.fetching import find_datastore
-from knn_lm_eval.store.index_files import searched_index
+from knn_lm_eval.store.index_files import find_parts, searched_index
 from knn_lm_eval.system.timing import now
 
 logger = logging.getLogger(__name__)
@@ -126,8 +138,11 @@ def open_automaton(
     store.require_text_order("RetoMaton")
     retriever, distances = retriever.with_distances()
     csr = None if clusters is None else (clusters.cluster_of_entry, clusters.member_starts, clusters.members)
-    automaton = Automaton(retriever.values, store.document_starts, csr, retriever.find, distances, settings, now)
-    return automaton, retriever
+    arrays = retriever.values, store.document_starts, csr
+    if isinstance(distances, CodeDistances):
+        by_codes, prepare = distances.of_transformed, distances.transformed
+        return Automaton(*arrays, retriever.find, by_codes, settings, now, prepare), retriever
+    return Automaton(*arrays, retriever.find, distances, settings, now), retriever
 
 
 def _warn_of_untuned_defaults(given: RetrievalSettings, in_force: SettingsInForce, tuned: Params | None) -> None:
@@ -168,10 +183,39 @@ def _open_retriever(settings: RetrievalSettings, store: Datastore) -> Retriever:
             return RayExactRetriever(store, settings.k, settings.knn_sim_func, settings.address)
         searching = settings.k, settings.probe, settings.knn_sim_func, settings.recompute_dists
         return RayRetriever(store, *searching, index, settings.address)
+    if settings.knn_gpu:
+        return _open_on_gpus(settings, store, index)
     if index is None:
         return ExactRetriever(store, settings.k, settings.knn_sim_func, settings.knn_device)
     searching = settings.k, settings.probe, settings.knn_sim_func, settings.recompute_dists
-    return LocalRetriever(store, *searching, settings.knn_gpu, index)
+    return LocalRetriever(store, *searching, False, index)
+
+
+def _open_on_gpus(settings: RetrievalSettings, store: Datastore, index: str | None) -> Retriever:
+    """As ``_open_retriever``, at the place that ``choose_place`` finds best; an index that was named is searched."""
+    assert settings.k is not None
+    metadata = None if index is None else find_parts(store, index)[0]
+    at_hand, sim_func = None, settings.knn_sim_func
+    if metadata is not None:
+        at_hand = IndexAtHand(
+            metadata["bytes"], obstacle_on_gpus(metadata["factory"], store.dimension, metadata["sim_func"])
+        )
+        sim_func = sim_func or metadata["sim_func"]
+    wants_exact = store.keys is not None and (index is None or settings.index is None)
+    key_bytes = store.keys.nbytes if wants_exact and store.keys is not None else None
+    choice = choose_place(visible_gpus(), key_bytes, at_hand, settings.k)
+    retriever: Retriever
+    if index is None or choice.place in (IN_MEMORY, STREAMED):
+        device = settings.knn_device or ("cpu" if choice.place == CPU else None)
+        retriever = ExactRetriever(store, settings.k, sim_func, device)
+    else:
+        searching = settings.k, settings.probe, settings.knn_sim_func, settings.recompute_dists
+        retriever = LocalRetriever(store, *searching, choice.place == INDEX, index)
+        if choice.place == INDEX and not retriever.on_gpus:
+            choice = Choice(CPU, "faiss could not put the index on GPUs")
+    retriever.searched_on = f"{choice.place} ({choice.reason})"
+    logger.info("knn_gpu=True searches on: %s", retriever.searched_on)
+    return retriever
 
 
 def _record(settings: RetrievalSettings, retriever: Retriever, key_type: str) -> dict[str, Any]:

@@ -153,8 +153,9 @@ class RetrievalSettings:
     )
     knn_gpu: bool = setting(
         False,
-        "search on all visible GPUs (needs faiss-gpu), in float16, in shards where the index does not fit one; of "
-        "several processes each takes its own GPU",
+        "search on GPUs, at the best place: all keys in a GPU's memory, exactly; an index that faiss-gpu can hold "
+        "(in float16, in shards where it does not fit one); keys streamed to a GPU; the CPU. An index that is named "
+        "is searched. Of several processes each takes its own GPU",
     )
     index: str | None = setting(
         None,

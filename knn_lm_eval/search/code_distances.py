@@ -24,8 +24,8 @@ import faiss
 import numpy as np
 from tqdm import tqdm
 
-from knn_lm_eval.compiling import compiled
 from knn_lm_eval.errors import UserError
+from knn_lm_eval.search.code_kernels import look_up
 from knn_lm_eval.search.faiss_index import split_parts
 from knn_lm_eval.search.laid_out import LaidOut
 from knn_lm_eval.store.datastore import Datastore
@@ -83,6 +83,7 @@ class CodeDistances:
     centroids : float32 ``[lists, dimension]``, of the coarse quantizer.
     base_offsets : float32 ``[lists]``, what ``base`` has beside |q|^2 - 2 <q, c>: |c|^2 for RaBitQ, 0 for PQ.
     codebooks : float32 ``[code bytes, dimension / code bytes, 256]``: what each code byte stands for.
+    is_rabitq : whether that is signs.
     lists, offsets, scales, codes : per entry.
     """
 
@@ -90,6 +91,7 @@ class CodeDistances:
     centroids: np.ndarray
     base_offsets: np.ndarray
     codebooks: np.ndarray
+    is_rabitq: bool
     lists: np.ndarray
     offsets: np.ndarray
     scales: np.ndarray
@@ -138,7 +140,7 @@ class CodeDistances:
         squared_norms = (tables.centroids**2).sum(1)  # [lists]
         base_offsets = squared_norms if tables.is_rabitq else np.zeros_like(squared_norms)
         mapped = {name: np.asarray(array) for name, array in arrays.items()}
-        return cls(part, tables.centroids, base_offsets, by_component, **mapped)
+        return cls(part, tables.centroids, base_offsets, by_component, tables.is_rabitq, **mapped)
 
     def __call__(self, queries: np.ndarray, entries: np.ndarray, counts: np.ndarray) -> np.ndarray:
         """Approximate squared L2 distances.
@@ -153,12 +155,21 @@ class CodeDistances:
         -------
         float32 ``[n, m]``; undefined beyond the counts.
         """
+        return self.of_transformed(self.transformed(queries), entries, counts)
+
+    def transformed(self, queries: np.ndarray) -> np.ndarray:
+        """Queries as the lists hold vectors, float32 ``[n, dimension there]``; for many at once it takes less time."""
+        return _transformed(self.index, queries)
+
+    def of_transformed(self, queries: np.ndarray, entries: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        """As a call, for queries that are ``transformed``."""
         distances = np.empty(entries.shape, dtype=np.float32)
-        _look_up(
-            _transformed(self.index, queries),
+        look_up(
+            queries,
             self.centroids,
             self.base_offsets,
             self.codebooks,
+            self.is_rabitq,
             entries,
             counts,
             self.lists,
@@ -168,42 +179,6 @@ class CodeDistances:
             distances,
         )
         return distances
-
-
-# Not parallel: a step of few sequences is a fraction of a millisecond, less than waking threads takes.
-@compiled(fastmath=True)
-def _look_up(  # type: ignore[no-untyped-def]
-    queries, centroids, base_offsets, codebooks, entries, counts, lists, offsets, scales, codes, distances
-):
-    code_bytes, width, _ = codebooks.shape
-    table = np.empty((code_bytes, 256), dtype=np.float32)  # <query, what a code byte stands for>
-    base = np.empty(len(centroids), dtype=np.float32)  # [lists], where known
-    for i in range(len(queries)):
-        query = queries[i]
-        for m in range(code_bytes):
-            row = table[m]
-            row[:] = 0
-            for w in range(width):
-                component, codewords = query[m * width + w], codebooks[m, w]
-                for c in range(256):
-                    row[c] += component * codewords[c]
-        squared = np.float32(0.0)
-        for d in range(len(query)):
-            squared += query[d] * query[d]
-        known = np.zeros(len(centroids), dtype=np.bool_)
-        for j in range(counts[i]):
-            entry = entries[i, j]
-            number, code = lists[entry], codes[entry]
-            if not known[number]:
-                known[number] = True
-                dot, centroid = np.float32(0.0), centroids[number]
-                for d in range(len(query)):
-                    dot += query[d] * centroid[d]
-                base[number] = squared - 2 * dot + base_offsets[number]
-            total = np.float32(0.0)
-            for m in range(code_bytes):
-                total += table[m, code[m]]
-            distances[i, j] = base[number] + offsets[entry] + scales[entry] * total
 
 
 def _is_rabitq_of_one_bit(ivf: Any) -> bool:

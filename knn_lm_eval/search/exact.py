@@ -1,36 +1,43 @@
-"""Exact nearest neighbours among a datastore's keys, without an index: blocks of keys against batches of queries.
+"""Exact nearest neighbours among a datastore's keys, without an index: one pass over the keys for all queries.
 
 The same code runs on CPUs and GPUs. Keys may have a large common part, beside which their differences are lost in
-single precision: both keys and queries are centred, which changes no distance and no order, and the distances of what
-was found are computed anew from the keys.
+single precision: both keys and queries are centred, which changes no distance and no order. ``key_blocks`` brings the
+keys, ``nearest`` keeps what is near.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from threading import Lock
+
 import numpy as np
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
-from knn_lm_eval.search.exact_distances import exact_distances
-from knn_lm_eval.store.key_stream import finite_keys
+from knn_lm_eval.search.key_blocks import KeyBlocks, centre_of
+from knn_lm_eval.search.nearest import MOST_ENTRIES, Compared, nearest_on
 
-BLOCK_BYTES = 2**23  # of keys as float32 at a time: what a CPU's caches hold
-SCORE_BYTES = 2**21  # of distances at a time
-GPU_FACTOR = 64  # by which both are larger on GPUs
-CENTRE_SAMPLE = 2**10  # keys that the centre is the mean of: near enough, and found in a moment
-# Neighbours more than asked for, which are ranked anew: rounding may have put them in each other's places.
-MARGIN = 32
+SCORE_BYTES = 2**22  # of scores at a time
+GPU_SCORE_BYTES = 2**29
+
+Device = torch.device | str
 
 
 class ExactSearch:
     """Finds the nearest of all keys.
 
+    What searches keep in memory between them is said in ``KeyBlocks``.
+
     Parameters
     ----------
     keys : float16 or float32 ``[count, dimension]``, may be memory-mapped.
     sim_func : ``l2`` (squared) or ``dot``.
-    device : where keys and queries are compared.
+    device : where keys and queries are compared. Of several each has a run of the entries, and all work at once.
+
+    Attributes
+    ----------
+    streams : whether each search reads the keys anew, because they do not fit in the devices' memory.
 
     Raises
     ------
@@ -38,16 +45,31 @@ class ExactSearch:
         In searches, where a key is not finite.
     """
 
-    def __init__(self, keys: np.ndarray, sim_func: str, device: torch.device | str = "cpu") -> None:
-        self.keys, self.sim_func, self.device = keys, sim_func, torch.device(device)
-        sample = keys[:: max(1, len(keys) // CENTRE_SAMPLE)]
-        self._centre = torch.from_numpy(sample.astype(np.float32).mean(0, dtype=np.float64)).float()  # [dimension]
+    def __init__(self, keys: np.ndarray, sim_func: str, device: Device | Sequence[Device] = "cpu") -> None:
+        self.keys, self.sim_func = keys, sim_func
+        devices = [device] if isinstance(device, (str, torch.device)) else device
+        self._devices = [torch.device(one) for one in devices]
+        self._centre = centre_of(keys)  # [dimension]
+        sample = keys[:: max(1, len(keys) // 2**10)].astype(np.float64) - self._centre
+        length = float(np.sqrt(np.square(sample).sum(1).mean()))
+        self._key_length = length if 0 < length < np.inf else 1.0
+        # Runs as even as can be: one per device, or several where entries would not fit in 32 bits.
+        runs = len(self._devices) * -(-len(keys) // (len(self._devices) * MOST_ENTRIES))
+        self._starts = np.linspace(0, len(keys), min(runs, len(keys)) + 1).astype(np.int64)
+        self._runs = [
+            KeyBlocks(keys[start:stop], self._centre, self._devices[number % len(self._devices)])
+            for number, (start, stop) in enumerate(zip(self._starts, self._starts[1:], strict=False))
+        ]
+
+    @property
+    def streams(self) -> bool:
+        return not all(run.fit for run in self._runs)
 
     def search(self, queries: np.ndarray, k: int, progress: bool = False) -> tuple[np.ndarray, np.ndarray]:
         """The ``k`` nearest keys of each query, nearest first; of equally near ones that of the smaller number.
 
         All queries are compared with a block of keys before the next is read: the keys are read once, whatever the
-        number of queries. Memory: 12 bytes a query and neighbour, and what ``BLOCK_BYTES`` says.
+        number of queries. Memory: 28 bytes a query and neighbour, and the blocks'.
 
         Parameters
         ----------
@@ -58,81 +80,35 @@ class ExactSearch:
         Returns
         -------
         distances : float32 ``[n, k]``, squared L2 or negated inner products, each within float32's rounding.
-        entries : int64 ``[n, k]``.
+        entries : int64 ``[n, k]``. Both are of empty slots (infinity, -1) for a query that is not finite.
         """
-        candidates = min(k + MARGIN, len(self.keys))
-        nearest = _Nearest(len(queries), candidates, self.device)
-        centred = torch.from_numpy(queries).to(self.device)
-        if self.sim_func == "l2":
-            centred = centred - self._centre.to(self.device)
-        scale = GPU_FACTOR if self.device.type == "cuda" else 1
-        block = max(candidates, scale * BLOCK_BYTES // (4 * self.keys.shape[1]))
-        batch = max(1, scale * SCORE_BYTES // (4 * block))
-        starts = range(0, len(self.keys), block)
-        for start in tqdm(starts, "Searching all keys", unit=" blocks", disable=not progress):
-            keys, halves = self._centred(start, start + block)
-            for first in range(0, len(queries), batch):
-                rows = slice(first, first + batch)
-                # Half the squared distance but for what is the query's own; the negated product but for the same.
-                scores = torch.addmm(halves, centred[rows], keys.T, alpha=-1)  # [batch, block]
-                nearest.take(rows, scores, start)
-        return self._ranked(queries, nearest.entries.cpu().numpy(), k)
+        compared, lock = Compared(queries, self._centre, self.sim_func, self._key_length), Lock()
+        with tqdm(
+            total=len(self.keys), desc="Searching all keys", unit=" entries", unit_scale=True, disable=not progress
+        ) as bar:
 
-    def _centred(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Centred keys ``[block, dimension]`` on the device, and half their squared lengths ``[block]`` (l2) or 0."""
-        keys = torch.tensor(self.keys[start:stop]).to(self.device).float()
-        keys -= self._centre.to(self.device)
-        halves = keys.square().sum(1) / 2
-        if not halves.isfinite().all():
-            finite_keys(self.keys[start:stop])  # says so
-        return keys, halves if self.sim_func == "l2" else torch.zeros_like(halves)
+            def search_run(run: KeyBlocks) -> tuple[np.ndarray, np.ndarray]:
+                nearest = nearest_on(run.device, compared, min(k, len(run)))
+                # As many queries at a time as there is room for their scores, but no few of them in the last batch.
+                most = GPU_SCORE_BYTES if run.device.type == "cuda" else SCORE_BYTES
+                batches = -(-max(1, len(queries)) * 4 * min(run.size, len(run)) // most)
+                for block in run:
+                    nearest.take(block, -(-max(1, len(queries)) // batches))
+                    with lock:
+                        bar.update(len(block.keys))
+                return nearest.found()
 
-    def _ranked(self, queries: np.ndarray, entries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """The candidates' own distances, and the ``k`` first by them."""
-        entries = np.sort(entries, axis=1)  # [n, candidates]
-        distances = exact_distances(self.keys, queries, entries, self.sim_func)
-        order = np.argsort(distances, axis=1, kind="stable")[:, :k]  # [n, k]
+            if len(self._runs) == 1:
+                return search_run(self._runs[0])
+            with ThreadPoolExecutor(len(self._devices)) as pool:
+                return self._merged(list(pool.map(search_run, self._runs)), k)
+
+    def _merged(self, found: list[tuple[np.ndarray, np.ndarray]], k: int) -> tuple[np.ndarray, np.ndarray]:
+        """The ``k`` nearest of what was found in each run."""
+        distances = np.concatenate([distances for distances, _ in found], axis=1)  # [n, runs k]
+        entries = np.concatenate(
+            [np.where(of_run < 0, -1, of_run + start) for (_, of_run), start in zip(found, self._starts, strict=False)],
+            axis=1,
+        )
+        order = np.argsort(distances, axis=1, kind="stable")[:, :k]  # of equal ones the earlier run's come first
         return np.take_along_axis(distances, order, 1), np.take_along_axis(entries, order, 1)
-
-
-class _Nearest:
-    """The best ``width`` entries of each query so far.
-
-    Attributes
-    ----------
-    scores : float32 ``[n, width]``, in no order; smaller is nearer.
-    entries : int64 ``[n, width]``.
-    """
-
-    def __init__(self, queries: int, width: int, device: torch.device) -> None:
-        self.scores = torch.full((queries, width), torch.inf, device=device)
-        self.entries = torch.zeros((queries, width), dtype=torch.int64, device=device)
-
-    def take(self, rows: slice, scores: Tensor, start: int) -> None:
-        """Take in what is nearer among a block's ``scores`` ``[queries, block]``, whose first entry is ``start``."""
-        width = self.scores.shape[1]
-        if start == 0:
-            found, entries = scores.topk(width, largest=False, sorted=False)
-            self.scores[rows], self.entries[rows] = found, entries
-            return
-        found, columns = _below(scores, self.scores[rows].amax(1, keepdim=True))
-        merged = torch.cat([self.scores[rows], found], 1)  # [queries, width + most found]
-        entries = torch.cat([self.entries[rows], columns + start], 1)
-        self.scores[rows], order = merged.topk(width, largest=False, sorted=False)
-        self.entries[rows] = entries.gather(1, order)
-
-
-def _below(scores: Tensor, limits: Tensor) -> tuple[Tensor, Tensor]:
-    """The scores of each row that are below its limit ``[rows, 1]``, and their columns, ``[rows, most of a row]``.
-
-    Few are, after the first blocks: finding them costs less than ranking all would. The rest of a row is infinite.
-    """
-    places = (scores < limits).view(-1).nonzero().squeeze(1)  # [found], row by row
-    of_row = places.div(scores.shape[1], rounding_mode="floor")  # [found]
-    counts = torch.bincount(of_row, minlength=len(scores))  # [rows]
-    slots = torch.arange(len(places), device=scores.device) - (counts.cumsum(0) - counts)[of_row]  # [found]
-    found = scores.new_full((len(scores), int(counts.max())), torch.inf)
-    columns = torch.zeros(found.shape, dtype=torch.int64, device=scores.device)
-    found[of_row, slots] = scores.view(-1)[places]
-    columns[of_row, slots] = places - of_row * scores.shape[1]
-    return found, columns

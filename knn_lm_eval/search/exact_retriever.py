@@ -44,7 +44,7 @@ class ExactRetriever(Retriever):
         super().__init__(datastore, EXACT, SearchSettings(k, None, sim_func or "l2"))
         self._keys = datastore.require_keys(NEEDS_KEYS)
         self.device = find_device(device)
-        self.on_gpus = self.device.type != "cpu"
+        self.on_gpus, self.searched_on = self.device.type != "cpu", str(self.device)
         self._search = ExactSearch(self._keys, self.sim_func, self.device)
 
     def _checked(self, settings: SearchSettings) -> SearchSettings:

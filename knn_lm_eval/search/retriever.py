@@ -103,9 +103,11 @@ class Retriever(ABC):
     datastore, name : as above.
     statistics : what this retriever did.
     on_gpus : whether searches run on GPUs.
+    searched_on : where, in words for results; with ``knn_gpu=True`` also why there.
     """
 
     on_gpus = False
+    searched_on = "cpu"
 
     def __init__(self, datastore: Datastore, name: str, settings: SearchSettings) -> None:
         self.datastore, self.name = datastore, name

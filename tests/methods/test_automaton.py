@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from helpers.slow_automaton import slow_walk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import knn_lm_eval.methods.automaton as automaton_module
 from knn_lm_eval.methods.automaton import Automaton, AutomatonSettings, Walk
 
 INFINITY = float("inf")
@@ -58,9 +60,10 @@ class Store:
     max_knns=st.integers(1, 20),
     duplicates=st.sampled_from(["keep", "merge"]),
     lengths=st.lists(st.integers(1, 12), min_size=1, max_size=4),
+    prepared_rows=st.sampled_from([1, 5, 256]),
 )
 def test_lockstep_walks_equal_the_slow_walk(
-    seed, count, num_values, clusters, documents, k, min_knns, max_knns, duplicates, lengths
+    seed, count, num_values, clusters, documents, k, min_knns, max_knns, duplicates, lengths, prepared_rows
 ) -> None:
     store = Store(seed, count, num_values, clusters, documents)
     how = AutomatonSettings(k, 2.0, min_knns, max_knns, duplicates)
@@ -72,15 +75,22 @@ def test_lockstep_walks_equal_the_slow_walk(
         noise = rng.integers(-1, 2, (length, 3))
         targets = np.where(rng.random(length) < 0.8, store.values[text], rng.integers(0, num_values, length))
         walks.append(Walk((store.keys[text] + noise).astype(np.float32), targets))
+
+    def prepare(queries: np.ndarray) -> np.ndarray:
+        assert len(queries) <= max(prepared_rows, len(lengths))
+        return np.roll(queries, 1, axis=1)
+
     automaton = Automaton(
         store.values,
         store.document_starts,
         store.clusters,
         lambda queries: store.search(queries, k),
-        store.pointer_distances,
+        lambda queries, *entries: store.pointer_distances(np.roll(queries, -1, axis=1), *entries),
         how,
-    )
-    automaton.walk(walks)
+        prepare=prepare,
+    ).with_settings(how)
+    with mock.patch.object(automaton_module, "PREPARED_ROWS", prepared_rows):
+        automaton.walk(walks)
     total_searches = 0
     for walk in walks:
         expected, searches = slow_walk(store, walk.queries, walk.targets.tolist(), how)

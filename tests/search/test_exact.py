@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from knn_lm_eval.errors import UserError
-from knn_lm_eval.search import exact
+from knn_lm_eval.search import exact, key_blocks, nearest
 from knn_lm_eval.search.exact import ExactSearch
 
 
@@ -20,8 +23,28 @@ def oracle(keys: np.ndarray, queries: np.ndarray, sim_func: str) -> np.ndarray:
     return np.stack([((keys - query) ** 2).sum(1) for query in queries])
 
 
+def tensors_everywhere(patch: pytest.MonkeyPatch) -> None:
+    """What GPUs do, done here: candidates by tensors, products by halves."""
+
+    def by_halves(factors: torch.Tensor, keys: torch.Tensor, halves: torch.Tensor) -> torch.Tensor:
+        return nearest.scores_by_halves(factors, keys, halves, lambda some, others: some.float() @ others.float().T)
+
+    patch.setattr(exact, "nearest_on", lambda device, compared, k: nearest.TensorNearest(compared, k, device))
+    patch.setattr(nearest, "scores_of", by_halves)
+
+
 def check(keys: np.ndarray, queries: np.ndarray, k: int, sim_func: str) -> None:
     distances, entries = ExactSearch(keys, sim_func).search(queries, k)
+    with pytest.MonkeyPatch.context() as patch:
+        tensors_everywhere(patch)
+        by_tensors = ExactSearch(keys, sim_func, ["cpu", "cpu", "cpu"]).search(queries, k)
+    check_found(keys, queries, k, sim_func, distances, entries)
+    check_found(keys, queries, k, sim_func, *by_tensors)
+
+
+def check_found(
+    keys: np.ndarray, queries: np.ndarray, k: int, sim_func: str, distances: np.ndarray, entries: np.ndarray
+) -> None:
     of_all = oracle(keys, queries, sim_func)
     expected = np.sort(of_all, axis=1)[:, :k]
     assert distances.dtype == np.float32 and entries.dtype == np.int64 and distances.shape == (len(queries), k)
@@ -52,9 +75,8 @@ def test_it_is_the_oracle(
     keys = rng.standard_normal((count, dimension)).astype(dtype)
     keys[rng.integers(0, count, count // 3)] = keys[0]  # ties
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(exact, "BLOCK_BYTES", 4 * dimension * int(rng.integers(1, 90)))
+        patch.setattr(key_blocks, "BLOCK_BYTES", 4 * dimension * int(rng.integers(1, 90)))
         patch.setattr(exact, "SCORE_BYTES", int(rng.integers(4, 4000)))
-        patch.setattr(exact, "MARGIN", 3)
         check(keys, rng.standard_normal((queries, dimension)).astype(np.float32), min(k, count), sim_func)
 
 
@@ -73,6 +95,62 @@ def test_of_equally_near_keys_the_first_come_first() -> None:
     keys = np.zeros((500, 4), dtype=np.float16)
     _, entries = ExactSearch(keys, "l2").search(np.ones((2, 4), dtype=np.float32), 500)
     assert (entries == np.arange(500)).all()
+
+
+@pytest.mark.parametrize("sim_func", ["l2", "dot"])
+@pytest.mark.parametrize("by_tensors", [False, True])
+def test_results_are_the_same_whatever_blocks_batches_and_devices(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, sim_func: str, by_tensors: bool
+) -> None:
+    """Also where far more keys are equally near than are asked for; the keys kept or mapped from a file."""
+    rng = np.random.default_rng(0)
+    keys = (rng.standard_normal((3000, 24)) + 5).astype(np.float16)
+    keys[rng.integers(0, 3000, 1500)] = keys[7]
+    np.save(tmp_path / "keys.npy", keys)
+    mapped = np.load(tmp_path / "keys.npy", mmap_mode="r")
+    queries = np.concatenate([keys[7:8], keys[:20] + rng.standard_normal((20, 24))]).astype(np.float32)
+    if by_tensors:
+        tensors_everywhere(monkeypatch)
+    search = ExactSearch(keys, sim_func)
+    expected = search.search(queries, 100)
+    distances = oracle(keys, queries, sim_func).astype(np.float32)
+    nearest_entries = np.argsort(distances[0], kind="stable")[:100]
+    if sim_func == "l2":
+        assert (expected[1][0] == nearest_entries).all()
+    for block, batch, devices in ((24 * 4 * 17, 999, 1), (24 * 4 * 400, 20_000, 2), (2**23, 4, 5)):
+        monkeypatch.setattr(key_blocks, "BLOCK_BYTES", block)
+        monkeypatch.setattr(exact, "SCORE_BYTES", batch)
+        other = ExactSearch(mapped, sim_func, ["cpu"] * devices)
+        for _ in range(3):  # the second has the keys kept, the third finds them there
+            for found, as_expected in zip(other.search(queries, 100), expected, strict=True):
+                np.testing.assert_array_equal(found, as_expected)
+    for row, query in enumerate(queries):
+        np.testing.assert_array_equal(search.search(query[None], 100)[1][0], expected[1][row])
+
+
+def test_keys_that_do_not_fit_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = np.random.default_rng(0).standard_normal((500, 4)).astype(np.float16)
+    assert not ExactSearch(keys, "l2").streams
+    monkeypatch.setattr(key_blocks, "KEPT_BYTES", 4 * 500 * 4 - 1)
+    search = ExactSearch(keys, "l2")
+    found = [search.search(keys[:9].astype(np.float32), 3)[1] for _ in range(3)]
+    assert search.streams and (found[0] == found[2]).all()
+
+
+def test_a_query_that_is_not_finite_finds_nothing() -> None:
+    keys = np.random.default_rng(0).standard_normal((500, 4)).astype(np.float16)
+    queries = np.array([[0, 0, 0, 0], [0, np.nan, 0, 0]], dtype=np.float32)
+    distances, entries = ExactSearch(keys, "l2").search(queries, 3)
+    assert (entries[0] >= 0).all() and (entries[1] == -1).all() and (distances[1] == np.inf).all()
+
+
+def test_several_threads_share_the_queries(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    keys, queries = rng.standard_normal((900, 8)).astype(np.float16), rng.standard_normal((50, 8)).astype(np.float32)
+    alone = ExactSearch(keys, "l2").search(queries, 30)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    for found, expected in zip(ExactSearch(keys, "l2").search(queries, 30), alone, strict=True):
+        np.testing.assert_array_equal(found, expected)
 
 
 def test_a_key_that_is_not_finite_is_said() -> None:

@@ -1,0 +1,134 @@
+"""Where knn_gpu=True searches, for every combination of what can be at hand; needs no GPU."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from pathlib import Path
+
+import pytest
+from helpers.pretended_gpu import pretended_gpu
+
+from knn_lm_eval import KNNHF, Datastore
+from knn_lm_eval.model.opening import open_augmentation
+from knn_lm_eval.model.settings import RetrievalSettings
+from knn_lm_eval.search import gpu_choice
+from knn_lm_eval.search.exact_retriever import ExactRetriever
+from knn_lm_eval.search.gpu_choice import (
+    CPU,
+    IN_MEMORY,
+    INDEX,
+    STREAMED,
+    WORKING_BYTES,
+    Gpus,
+    IndexAtHand,
+    choose_place,
+    obstacle_on_gpus,
+)
+from knn_lm_eval.search.index_retriever import LocalRetriever
+
+SMALL, LARGE, MEMORY = 2**30, 2**37, 2**34
+FREE, FAISS = [None, SMALL, MEMORY], [0, 1, 2]
+KEYS, KS = [None, SMALL, LARGE], [1024, 2048, 2049]
+INDEXES = [None, *(IndexAtHand(size, obstacle) for size in (SMALL, LARGE) for obstacle in (None, "no such type"))]
+
+
+@pytest.mark.parametrize(("free", "faiss_count"), itertools.product(FREE, FAISS))
+def test_the_first_place_that_can_be_is_taken(free: int | None, faiss_count: int) -> None:
+    for keys, index, k in itertools.product(KEYS, INDEXES, KS):
+        can = {
+            IN_MEMORY: free is not None and keys is not None and free >= keys + WORKING_BYTES,
+            INDEX: bool(
+                index
+                and faiss_count
+                and index.obstacle is None
+                and k <= 2048
+                and (free is None or free * faiss_count >= index.bytes + WORKING_BYTES)
+            ),
+            STREAMED: free is not None and keys is not None,
+            CPU: True,
+        }
+        choice = choose_place(Gpus(free, faiss_count), keys, index, k)
+        assert choice.place == next(place for place, possible in can.items() if possible)
+        assert choice.reason and "\n" not in choice.reason
+
+
+def test_reasons_name_what_stood_in_the_way() -> None:
+    index = IndexAtHand(SMALL, "faiss has no IndexIVFRaBitQ on GPUs")
+    assert choose_place(Gpus(None, 0), LARGE, None, 10).reason == "PyTorch sees no GPU; there is no index to search"
+    assert choose_place(Gpus(MEMORY, 1), LARGE, index, 10).reason == (
+        "the keys, 131,072 MiB, do not fit in the GPU's 16,384 MiB that are free; faiss has no IndexIVFRaBitQ on GPUs"
+    )
+    able = IndexAtHand(SMALL, None)
+    assert "faiss sees no GPU (faiss-gpu needed)" in choose_place(Gpus(MEMORY, 0), None, able, 10).reason
+    assert "k=2049 is more than faiss finds on GPUs, 2048" in choose_place(Gpus(MEMORY, 1), None, able, 2049).reason
+
+
+@pytest.mark.parametrize(
+    ("factory", "obstacle"),
+    [
+        ("Flat", None),
+        ("IVF16,Flat", None),
+        ("PCA32,IVF16,Flat", None),
+        ("OPQ64,IVF16,PQ64", None),
+        ("IVF16,PQ96", None),
+        ("IVF16,SQ8", None),
+        ("IVF16,SQ4", None),
+        ("IVF16,SQfp16", None),
+        ("RR192,IVF16,RaBitQ", "no IndexIVFRaBitQ on GPUs"),
+        ("RR192,IVF16,RaBitQfs", "no IndexIVFRaBitQFastScan on GPUs"),
+        ("IVF16,PQ64x4fs", "no IndexIVFPQFastScan on GPUs"),
+        ("IVF16,PQ64x4", "have 8 bits, and not 4"),
+        ("IVF16,PQ6", "no product quantizer of 6 bytes"),
+        ("IVF16,PQ192", "no product quantizer of 192 bytes"),
+        ("IVF16,SQ6", "of 4, 8 and 16 bits"),
+        ("IVF16_HNSW32,Flat", "no lists found by IndexHNSWFlat"),
+        ("HNSW32", "no IndexHNSWFlat on GPUs"),
+        ("IVF16,PQ64,RFlat", "no IndexRefineFlat on GPUs"),
+        ("PQ64", "no IndexPQ on GPUs"),
+    ],
+)
+@pytest.mark.parametrize("sim_func", ["l2", "dot"])
+def test_which_indexes_faiss_has_on_gpus(factory: str, obstacle: str | None, sim_func: str) -> None:
+    found = obstacle_on_gpus(factory, 192, sim_func)
+    assert found is None if obstacle is None else found is not None and obstacle in found
+
+
+def test_what_faiss_does_not_know_it_may_try() -> None:
+    assert obstacle_on_gpus("somebody's own", 192, "l2") is None
+
+
+def opened(store: Datastore, **settings: object) -> ExactRetriever | LocalRetriever:
+    given = {"datastore": store.path, "k": 20, "lmbda": 0.5, "knn_temp": 4.0, "knn_gpu": True} | settings
+    return open_augmentation(RetrievalSettings(**given)).retriever  # type: ignore[arg-type, return-value]
+
+
+def test_without_a_gpu_the_cpu_searches_and_says_so(store: Datastore, caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.MonkeyPatch.context() as patch, caplog.at_level(logging.INFO):
+        patch.setattr(gpu_choice.torch.cuda, "is_available", lambda: False)
+        patch.setattr(gpu_choice, "faiss_gpus", lambda: 0)
+        with_index, without = opened(store), opened(store, index="exact")
+    assert isinstance(with_index, LocalRetriever) and isinstance(without, ExactRetriever)
+    assert str(without.device) == "cpu" and not with_index.on_gpus
+    assert with_index.searched_on == "cpu (PyTorch sees no GPU; faiss sees no GPU (faiss-gpu needed))"
+    assert "knn_gpu=True searches on: cpu (PyTorch sees no GPU; there is no index to search)" in caplog.text
+
+
+def test_keys_go_to_a_gpu_unless_an_index_is_named(store: Datastore, model_folder: Path) -> None:
+    with pretended_gpu():
+        exact = opened(store)
+        assert isinstance(exact, ExactRetriever) and str(exact.device) == "cuda:0" and exact.on_gpus
+        assert exact.searched_on.startswith("gpu exact (the keys, ")
+        named = opened(store, index="index")
+        assert isinstance(named, LocalRetriever) and named.searched_on.startswith("cpu (there are no keys")
+        lm = KNNHF(str(model_folder), datastore=store.path, k=20, lmbda=0.5, knn_gpu=True, device="cuda")
+        assert lm.get_model_info()["knn"]["searched_on"] == exact.searched_on
+
+
+def test_keys_that_do_not_fit_are_streamed(store: Datastore) -> None:
+    with pretended_gpu(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpu_choice, "visible_gpus", None)
+        patch.setattr("knn_lm_eval.model.opening.visible_gpus", lambda: Gpus(2**20, 0))
+        streamed = opened(store)
+    assert isinstance(streamed, ExactRetriever) and streamed.searched_on.startswith("gpu exact streamed (the keys, ")
+    assert "faiss sees no GPU" in streamed.searched_on
