@@ -307,7 +307,7 @@ def _unpacks(ivf: Any) -> bool:
     block_bytes, blocks = packer.block_size, -(-size // 32)
     packed = faiss.rev_swig_ptr(inverted.get_codes(number), blocks * block_bytes).reshape(blocks, block_bytes)
     for i in {0, size // 2, size - 1}:
-        code = packer.unpack_1(packed, i)
+        code = packer.unpack_1(packed[i // 32 : i // 32 + 1], i % 32)
         signs = code[: flat.shape[1]]
         if not np.array_equal(signs, flat[i]) or code[-FACTOR_BYTES:].tobytes() != factors[i].tobytes():
             return False
