@@ -384,9 +384,8 @@ def _install(
     old = {path.name for path in (files.index, *files.folder.glob(f"{files.name}.[0-9][0-9][0-9].faiss"))}
     forget_derived(datastore.path, [files.metadata.name, *old])
     files.metadata.unlink(missing_ok=True)
-    for laid_out in (files.codes, *files.folder.glob(f"{glob.escape(files.name)}*.scan")):  # of what is replaced
-        if laid_out.stem in {Path(name).stem for name in (files.metadata.name, *old)}:
-            shutil.rmtree(laid_out, ignore_errors=True)
+    for folder in files.laid_out():  # from the index that is replaced
+        shutil.rmtree(folder, ignore_errors=True)
     for finished, final in written.items():
         if finished.exists():
             replace_file(finished, final)

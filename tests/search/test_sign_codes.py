@@ -7,6 +7,7 @@ from pathlib import Path
 import faiss
 import numpy as np
 import pytest
+from helpers.stores import make_store
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -14,7 +15,6 @@ from knn_lm_eval.search.faiss_index import join_parts, make_index, search, set_p
 from knn_lm_eval.search.index_retriever import LocalRetriever
 from knn_lm_eval.search.indexing import build_index
 from knn_lm_eval.search.sign_codes import SignSearch, transformed
-from tests.helpers.stores import make_store
 
 FACTORIES = ("IVF{lists},RaBitQfs", "IVF{lists},RaBitQ", "RR{d},IVF{lists},RaBitQfs", "PCAR{less},IVF{lists},RaBitQfs",
              "RR{d},IVF{lists}_HNSW8,RaBitQfs")  # fmt: skip
@@ -27,7 +27,9 @@ def make_keys(rng: np.random.Generator, count: int, dimension: int, common: floa
 
 def trained(factory: str, keys: np.ndarray, lists: int, sim_func: str) -> faiss.Index:
     dimension = keys.shape[1]
-    index = make_index(factory.format(lists=lists, d=dimension, less=max(1, dimension // 2)), dimension, sim_func)
+    index = make_index(
+        factory.format(lists=lists, d=dimension, less=min(20, max(1, dimension // 2))), dimension, sim_func
+    )
     index.train(keys)
     return index
 
