@@ -182,8 +182,8 @@ def _sharing(opened: Sequence[OpenedCell]) -> Iterator[list[OpenedCell]]:
     keys: dict[int, Any] = {}
     # Cells without retrieval come last, to join one that reads keys.
     for cell, lm in sorted(opened, key=lambda one: isinstance(one.lm.scorer, LMScorer)):
-        if lm.carry_state:
-            yield [OpenedCell(cell, lm)]  # it reads in an order of its own
+        if lm.carry_state or lm.scorer.reads_all_first:
+            yield [OpenedCell(cell, lm)]  # it reads in an order of its own, or all before it scores
             continue
         if isinstance(lm.scorer, LMScorer):
             key = keys.get(lm.context_len)

@@ -27,6 +27,17 @@ def parse_arguments() -> argparse.Namespace:
         help="for auto, the index's bytes per entry (such as 64); and how much slower than the LM alone kNN-LM may be "
         "(such as 1.1x, which loads the datastore's LM and measures it): decides the probe that is used by default",
     )
+    parser.add_argument(
+        "--for",
+        dest="hardware",
+        default="cpu",
+        choices=["cpu", "gpu"],
+        help="what the index will be searched on: for a GPU, auto chooses among what faiss-gpu can hold there "
+        "(default: cpu)",
+    )
+    parser.add_argument(
+        "--gpu_memory", type=float, metavar="GIB", help="with --for gpu, the GPU's memory (default: what is free here)"
+    )
     parser.add_argument("--sim_func", default="l2", choices=["l2", "dot"], help="what near means (default: l2)")
     parser.add_argument("--name", default="index", help="the index's name, to have several (default: index)")
     parser.add_argument("--train_sample", type=int, help="keys to train on (default: 64 per inverted list)")
@@ -62,6 +73,8 @@ def main(arguments: argparse.Namespace) -> None:
     settings = vars(arguments)
     verify = settings.pop("verify")
     settings["budget"] = Budget.parse(arguments.budget)
+    if arguments.gpu_memory is not None:
+        settings["gpu_memory"] = arguments.gpu_memory * 2**30
     if settings["budget"].slowdown is not None:
         from knn_lm_eval.make.lm_speed import lm_microseconds
 

@@ -27,6 +27,7 @@ try:
             total,
         )
         from knn_lm_eval.model.generation import MixedForward
+        from knn_lm_eval.model.one_pass import OnePassScorer
         from knn_lm_eval.model.opening import Augmentation, open_augmentation
         from knn_lm_eval.model.retomaton import RetomatonScorer
         from knn_lm_eval.model.scoring import KNNScorer, LMScorer, PassageScorer
@@ -209,5 +210,7 @@ def _scorer(model: LanguageModel, opened: Augmentation, softmax_dtype: Any) -> P
         return RetomatonScorer(reader, opened.automaton, opened.mixture, opened.settings.carry_state)
     if opened.mixture.is_lm_alone:  # the neighbours would count for nothing: the search is left out
         return LMScorer(Reader(model, softmax_dtype))
+    if opened.searches_all:
+        return OnePassScorer(Reader(model, softmax_dtype), opened.retriever, opened.mixture)
     reads_ahead = model.device.type == "cuda" and not opened.retriever.on_gpus
     return KNNScorer(Reader(model, softmax_dtype, reads_ahead), opened.retriever, opened.mixture)

@@ -65,6 +65,13 @@ class Augmentation:
     record: dict[str, Any]
     sources: dict[str, str]
 
+    @property
+    def searches_all(self) -> bool:
+        """Whether all texts are read before one search for all: as was given, or where the keys stream from disk."""
+        if self.settings.search_all is not None:
+            return self.settings.search_all
+        return isinstance(self.retriever, ExactRetriever) and self.retriever.streams
+
     def check_model(self, model: LanguageModel, tokenizer: Any, name: str) -> None:
         """Raise UserError where the datastore was not made by this model (and tokenizer, unless it is None)."""
         check_store_model(self.retriever.datastore.manifest, model, tokenizer, name)
@@ -87,6 +94,10 @@ def open_augmentation(given: RetrievalSettings) -> Augmentation:
     retriever = _open_retriever(settings, store)
     automaton = clusters = None
     if settings.retomaton:
+        if settings.search_all:
+            raise UserError(
+                "search_all=True is not for RetoMaton, where a step's search depends on the step before; leave one out."
+            )
         store.require_text_order("RetoMaton")
         if weight.threshold is not None:
             raise UserError(

@@ -35,7 +35,11 @@ class PassageScorer(ABC):
     Attributes
     ----------
     tokens_scored : so far.
+    reads_all_first : whether a call reads all its batches before any is scored, whatever their number; trying out a
+        size of batches is ``try_out`` then.
     """
+
+    reads_all_first = False
 
     def __init__(self, reader: Reader) -> None:
         self.reader = reader
@@ -57,6 +61,10 @@ class PassageScorer(ABC):
         """
         return self.score_readings([self.reader.read(batch) for batch in batches], want_greedy)
 
+    def try_out(self, batches: Sequence[Sequence[Passage]], want_greedy: bool) -> None:
+        """Score batches for what that takes of memory alone."""
+        self.score(batches, want_greedy)
+
     def begin_texts(self) -> None:
         """Forget the texts scored so far: those that come are others, whatever their numbers."""
         return None
@@ -66,7 +74,7 @@ class PassageScorer(ABC):
         """As ``score``, for batches that were read, by whomever."""
 
     @property
-    def rows_at_once(self) -> int:
+    def rows_at_once(self) -> float:
         """Positions that a call of ``score`` should bring together, in as many batches as that takes."""
         return 1
 
@@ -178,6 +186,26 @@ class MixedPairs:
             None if searched is None else pairs.as_given(searched),
         )
 
+    def score_reading(self, reading: Reading, find: FindNeighbours, block: int, want_greedy: bool) -> list[list[Score]]:
+        """The scores of a batch that was read; ``find`` and ``block`` as for ``score``."""
+        rows, targets = reading.pairs()
+        log_probs, greedy, searched = self.score(reading.hidden, rows, targets, find, block, want_greedy)
+        searches = None if searched is None else [int(part.sum()) for part in searched.split(reading.lengths)]
+        return sum_up(reading, log_probs, greedy, searches)
+
+    @torch.inference_mode()
+    def wanted(self, hidden: Tensor, block: int) -> Tensor:
+        """Which rows of ``hidden`` ``score`` will ask for, given the same ``block``: bool ``[n]``, on the CPU."""
+        wanted = torch.ones(len(hidden), dtype=torch.bool)
+        if self.mixture.weight.threshold is None:
+            return wanted
+        for block_start in range(0, len(hidden), block):
+            for start, stop, table in self.reader.tables(hidden, block_start, min(block_start + block, len(hidden))):
+                wants = self.mixture.weight.wants_search(self.mixture.weight.lm_features(table))
+                assert wants is not None, "asked only of a weight with a threshold"
+                wanted[start:stop] = wants.cpu()
+        return wanted
+
     def _mix(
         self,
         lm_log_probs: Tensor,
@@ -251,12 +279,9 @@ class KNNScorer(PassageScorer):
             found = self.retriever.search(reading.queries[rows])
             return found.distances, found.values, found.counts
 
-        rows, targets = reading.pairs()
-        self.tokens_scored += len(targets)
+        self.tokens_scored += sum(reading.lengths)
         block = max(1, NEIGHBOURS_PER_BLOCK // self.retriever.k)
-        log_probs, greedy, searched = self._pairs.score(reading.hidden, rows, targets, find, block, want_greedy)
-        searches = None if searched is None else [int(part.sum()) for part in searched.split(reading.lengths)]
-        return sum_up(reading, log_probs, greedy, searches)
+        return self._pairs.score_reading(reading, find, block, want_greedy)
 
 
 def _find_some(wanted: Tensor, start: int, find: FindNeighbours) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -227,8 +227,11 @@ class ScoringLM(CausalHFLM):
 
             @find_executable_batch_size(starting_batch_size=self.max_batch_size)
             def try_batch(batch_size: int) -> int:
-                # Two, for the second may be read ahead.
-                self.score_passages([[probe] * batch_size for _ in range(2)], want_greedy)
+                batches = [[probe] * batch_size for _ in range(2)]  # two, for the second may be read ahead
+                if self.scorer.reads_all_first:
+                    self.scorer.try_out(batches, want_greedy)
+                else:
+                    self.score_passages(batches, want_greedy)
                 return batch_size
 
             # A size that holds for this length holds for all that follow, which are shorter.

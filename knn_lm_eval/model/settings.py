@@ -180,6 +180,13 @@ class RetrievalSettings:
         "with retriever=ray, the cluster; auto joins the one that runs on this machine, or starts one",
         may_be="auto, or HOST:PORT",
     )
+    search_all: bool | None = setting(
+        None,
+        "read all texts of a task before one search for all of them, so that keys on disk are read once; not with "
+        "RetoMaton",
+        may_be="True or False",
+        shown_default="True for exact search whose keys do not fit in memory",
+    )
     context_len: int = setting(
         1,
         "in rolling log-likelihoods, the tokens of context that each scored token has at least, where the text has "
@@ -234,7 +241,7 @@ class RetrievalSettings:
             value, allowed = getattr(self, field.name), field.metadata["of"]
             if value is None:
                 continue
-            if isinstance(field.default, bool):
+            if field.type in ("bool", "bool | None"):
                 if value not in (False, True):
                     raise UserError(f"{field.name}={value!r} is neither True nor False.")
                 object.__setattr__(self, field.name, bool(value))

@@ -37,7 +37,7 @@ class ExactSearch:
 
     Attributes
     ----------
-    streams : whether each search reads the keys anew, because they do not fit in the devices' memory.
+    streams : whether each search reads keys from the disk, because there is no room for them in memory.
 
     Raises
     ------
@@ -63,7 +63,7 @@ class ExactSearch:
 
     @property
     def streams(self) -> bool:
-        return not all(run.fit for run in self._runs)
+        return any(run.streams for run in self._runs)
 
     def search(self, queries: np.ndarray, k: int, progress: bool = False) -> tuple[np.ndarray, np.ndarray]:
         """The ``k`` nearest keys of each query, nearest first; of equally near ones that of the smaller number.

@@ -19,6 +19,7 @@ from knn_lm_eval.store.key_stream import finite_keys
 from knn_lm_eval.system.timing import now
 
 NEEDS_KEYS = "exact search, as where a store has no index,"
+WORTH_A_BAR = 2**12  # queries at once: those of many texts, which are searched for together
 SAMPLE_BYTES = 2**25  # of keys, on which the time of a search is measured
 
 
@@ -75,6 +76,11 @@ class ExactRetriever(Retriever):
         """True."""
         return True
 
+    @property
+    def streams(self) -> bool:
+        """Whether each search reads keys from the disk, because there is no room for them in memory."""
+        return self._search.streams
+
     def identity(self) -> dict[str, Any]:
         """That there is no index."""
         return {"index_type": EXACT}
@@ -86,7 +92,7 @@ class ExactRetriever(Retriever):
     def find(self, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """As ``Retriever.find``."""
         start = now()
-        found = self._search.search(queries, self.k)
+        found = self._search.search(queries, self.k, progress=len(queries) >= WORTH_A_BAR)
         self.statistics.searches += len(queries)
         self.statistics.entries_compared += len(queries) * len(self.datastore)
         self.statistics.seconds["search"] += now() - start

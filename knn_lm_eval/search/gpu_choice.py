@@ -1,11 +1,12 @@
 """Where ``knn_gpu=True`` searches: the best place for the keys, the index and the memory at hand, and why it is that.
 
 In this order: keys in GPU memory, exact; an index of a type that faiss has on GPUs; exact, with keys streamed to the
-GPU; the CPU.
+GPU; the CPU. And which index to build so that faiss can hold it on a GPU.
 """
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from typing import Any, cast
@@ -14,6 +15,7 @@ import faiss
 import torch
 
 from knn_lm_eval.errors import UserError
+from knn_lm_eval.search.choosing import LISTS_PER_ROOT, NO_BUDGET, Budget, estimated_bytes
 from knn_lm_eval.search.faiss_index import GPU_MAX_K, faiss_gpus, make_index
 
 IN_MEMORY, INDEX, STREAMED, CPU = "gpu exact", "gpu index", "gpu exact streamed", "cpu"
@@ -21,6 +23,7 @@ WORKING_BYTES = 2**31  # of a GPU's memory, left for what a search needs beside 
 # faiss keeps a query's table of a list in the memory that a block of threads shares: 2 bytes a codeword and quantizer.
 SHARED_BYTES = 48 * 2**10
 PQ_CODE_LENGTHS = (1, 2, 3, 4, 8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 96)
+LEAST_CODE = 64  # dimensions a byte; codes that say less of a key are of no use
 SQ_TYPES = ("QT_8bit", "QT_8bit_direct", "QT_8bit_uniform", "QT_4bit", "QT_4bit_uniform", "QT_fp16")
 
 
@@ -139,6 +142,48 @@ def _obstacle(index: Any) -> str | None:
         if 8 * index.d > SHARED_BYTES:
             return f"faiss's scalar quantizers on GPUs have at most {SHARED_BYTES // 8} dimensions"
     return None
+
+
+def choose_gpu_factory(
+    count: int, dimension: int, sim_func: str, memory: float | None, budget: Budget = NO_BUDGET
+) -> str:
+    """The faiss factory string of an index that fits on a GPU: IVF with scalar quantizers, or with product quantizers.
+
+    The more bits, the nearer are its distances to the keys': 8 or 4 bits a dimension where there is room for them,
+    then as many bytes of a product quantizer as there is room for, behind a rotation that is learnt.
+
+    Parameters
+    ----------
+    count, dimension : entries of the store, and the width of a key.
+    sim_func : ``l2`` or ``dot``.
+    memory : bytes of the GPU's memory; None takes what is free on this process's GPU.
+    budget : of which the bytes per entry count here, too.
+
+    Raises
+    ------
+    UserError
+        Where nothing is as small as that, or no GPU is there to ask for its memory.
+    """
+    if memory is None and (memory := visible_gpus().free) is None:
+        raise UserError("PyTorch sees no GPU to build an index for: say how much memory it has, with --gpu_memory.")
+    per_entry = (memory - WORKING_BYTES) / count
+    if budget.bytes_per_entry is not None:
+        per_entry = min(per_entry, budget.bytes_per_entry)
+    lists = f"IVF{2 ** max(0, round(math.log2(LISTS_PER_ROOT * math.sqrt(count))))}"
+    codes = [f"{lists},SQ8", f"{lists},SQ4"]
+    least = min(dimension // LEAST_CODE, 64)
+    lengths = [length for length in PQ_CODE_LENGTHS if dimension % length == 0 and least <= length < dimension]
+    codes += [f"OPQ{length},{lists},PQ{length}" for length in reversed(lengths)]
+    possible = [code for code in codes if obstacle_on_gpus(code, dimension, sim_func) is None]
+    sizes = [estimated_bytes(code, count, dimension, sim_func) for code in possible]
+    for code, size in zip(possible, sizes, strict=True):
+        if size <= per_entry:
+            return code
+    smallest = f"; the smallest, {possible[-1]}, takes {sizes[-1]:.0f}" if sizes else ""
+    raise UserError(
+        f"No index that faiss has on GPUs takes {per_entry:.3g} bytes per entry, of {count} keys of {dimension} "
+        f"numbers{smallest}. Prune the datastore, or give more memory."
+    )
 
 
 def _mib(number: int) -> str:

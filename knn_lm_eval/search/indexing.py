@@ -32,6 +32,7 @@ from knn_lm_eval.search.faiss_index import (
     make_index,
     read_index,
 )
+from knn_lm_eval.search.gpu_choice import choose_gpu_factory, obstacle_on_gpus
 from knn_lm_eval.search.kmeans import two_level_kmeans
 from knn_lm_eval.search.probe_choice import fastest_enough
 from knn_lm_eval.search.quality import measure_quality
@@ -69,6 +70,8 @@ def build_index(
     ray: str | None = None,
     resume: bool = False,
     overwrite: bool = False,
+    hardware: str = "cpu",
+    gpu_memory: float | None = None,
 ) -> dict[str, Any]:
     """Build the index ``name`` over all keys of ``datastore`` and write it beside them.
 
@@ -89,6 +92,9 @@ def build_index(
         datastore's folder at the same path.
     resume : go on with an interrupted build.
     overwrite : replace a finished index of that name.
+    hardware : ``gpu`` has ``auto`` choose what faiss can search on GPUs (see ``choose_gpu_factory``), which is not what
+        serves CPUs best.
+    gpu_memory : bytes of that GPU's memory; None takes what is free on the one here.
 
     Returns
     -------
@@ -100,7 +106,7 @@ def build_index(
         Where faiss does not know the factory string, the index exists, the disk is full, or a Ray task fails.
     """
     datastore.require_keys("building an index")
-    factory = _checked_factory(datastore, factory, sim_func, budget)
+    factory = _checked_factory(datastore, factory, sim_func, budget, hardware, gpu_memory)
     _check_budget(budget, quality_queries, lm_microseconds)
     files = IndexFiles(datastore.path, name)
     files.check_new()
@@ -152,10 +158,20 @@ def build_index(
         return _install(datastore, files, unfinished, metadata)
 
 
-def _checked_factory(datastore: Datastore, factory: str, sim_func: str, budget: Budget) -> str:
+def _checked_factory(
+    datastore: Datastore, factory: str, sim_func: str, budget: Budget, hardware: str, gpu_memory: float | None
+) -> str:
     """The factory string, chosen where it is ``auto``; raises UserError where arguments do not fit each other."""
     if sim_func not in METRICS:
         raise UserError(f"sim_func={sim_func!r} is unknown; use l2 or dot.")
+    if hardware not in ("cpu", "gpu"):
+        raise UserError(f"hardware={hardware!r} is unknown; use cpu or gpu.")
+    if gpu_memory is not None and hardware != "gpu":
+        raise UserError("A GPU's memory counts for an index that is built for one: add --for gpu.")
+    if factory == "auto" and hardware == "gpu":
+        return choose_gpu_factory(len(datastore), datastore.dimension, sim_func, gpu_memory, budget)
+    if hardware == "gpu" and (obstacle := obstacle_on_gpus(factory, datastore.dimension, sim_func)) is not None:
+        raise UserError(f"{factory} is no index for a GPU: {obstacle}; choose another --factory, or leave it out.")
     if factory == "auto":
         return choose_factory(len(datastore), datastore.dimension, sim_func, budget.bytes_per_entry)
     if budget.bytes_per_entry is not None:

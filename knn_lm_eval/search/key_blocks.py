@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from knn_lm_eval.store.key_stream import finite_keys
+from knn_lm_eval.system.memory import available_bytes
 
 BLOCK_BYTES = 2**23  # of keys as float32 at a time: what a CPU's caches hold
 GPU_BLOCK_BYTES = 2**28
@@ -83,6 +84,15 @@ class KeyBlocks:
         if self.device.type == "cuda":
             return self._keys.nbytes + GPU_ROOM <= torch.cuda.mem_get_info(self.device)[0]
         return 4 * self._keys.size <= KEPT_BYTES
+
+    @property
+    def streams(self) -> bool:
+        """Whether each pass has to read keys from the disk, for there is no room for them: in the GPU, or in half of
+        the machine's available memory."""
+        if self.device.type == "cuda":
+            return not self.fit
+        available = available_bytes()
+        return isinstance(self._keys, np.memmap) and available is not None and 2 * self._keys.nbytes > available
 
     def __iter__(self) -> Iterator[Block]:
         """One pass over the keys; raises UserError where one is not finite."""

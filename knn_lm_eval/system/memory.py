@@ -1,10 +1,12 @@
-"""How much memory this process has, as Linux counts it."""
+"""How much memory this process has, and how much more it may take, as Linux counts it."""
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 STATUS = Path("/proc/self/status")
+MEMORY_INFO, CGROUPS, CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 # The kernel's names. Anonymous memory is the process's own; pages of mapped files are shared with other processes
 # and are given back where memory is short.
 FIELDS = {"VmHWM": "peak_resident", "RssAnon": "anonymous", "RssFile": "mapped_files"}
@@ -17,3 +19,32 @@ def resident_bytes() -> dict[str, int] | None:
     fields = (line.partition(":") for line in STATUS.read_text().splitlines())
     found = {FIELDS[name]: int(value.split()[0]) * 1024 for name, _, value in fields if name in FIELDS}
     return found if len(found) == len(FIELDS) else None
+
+
+def available_bytes() -> int | None:
+    """What processes can take of memory here without others losing theirs, also within control groups; None elsewhere.
+
+    Pages of files count as available: they are read again when they are wanted.
+    """
+    if not MEMORY_INFO.exists():
+        return None
+    (line,) = (line for line in MEMORY_INFO.read_text().splitlines() if line.startswith("MemAvailable:"))
+    return min([int(line.split()[1]) * 1024, *_limits_of_groups()])
+
+
+def _limits_of_groups() -> list[int]:
+    """The limits on memory of the control groups that this process is in, of either version."""
+    limits = []
+    for line in CGROUP.read_text().splitlines() if CGROUP.exists() else []:
+        _, controllers, path = line.split(":", 2)
+        if controllers not in ("", "memory"):
+            continue
+        root = CGROUPS / controllers
+        name = "memory.limit_in_bytes" if controllers else "memory.max"
+        group = root / path.lstrip("/")
+        for folder in (group, *group.parents):
+            with suppress(OSError, ValueError):  # not there (a container's root), or "max"
+                limits.append(int((folder / name).read_text()))
+            if folder == root:
+                break
+    return limits

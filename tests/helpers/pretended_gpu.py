@@ -24,6 +24,7 @@ import ctypes
 import functools
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -85,6 +86,9 @@ class PretendedTensor(Tensor):
 
     def tolist(self) -> Any:
         return self.cpu().tolist()
+
+    def record_stream(self, s: Any) -> None:
+        """Memory here is not used again while a stream works on it."""
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
         return f"PretendedTensor({self.inner!r})"
@@ -199,7 +203,10 @@ class PretendedGPU:
             to_gpu = on_gpu
         if to_gpu:
             _check_kernel(function)
-        result = function(*_inner(args), **_inner(kwargs))
+        if function is ATEN.mm.dtype:  # GPUs alone sum products of half precision in single precision
+            result = ATEN.mm(_inner(args[0]).to(args[2]), _inner(args[1]).to(args[2]))
+        else:
+            result = function(*_inner(args), **_inner(kwargs))
         if pin:
             return self._pin(result)
         return _rewrapped(function, result, args, kwargs) if to_gpu else result
@@ -432,6 +439,16 @@ def _loading_by_way_of_the_cpu() -> Iterator[None]:
         yield
 
 
+def _at_once(_: Executor, work: Callable[..., Any], *args: Any, **kwargs: Any) -> Future:
+    """As ``Executor.submit``, in this thread: there is no pretended GPU in others."""
+    future: Future = Future()
+    try:
+        future.set_result(work(*args, **kwargs))
+    except Exception as error:
+        future.set_exception(error)
+    return future
+
+
 def _stand_ins(gpu: PretendedGPU) -> dict[str, Any]:
     """What ``torch.cuda`` has in a pretended GPU's place."""
 
@@ -489,6 +506,7 @@ def pretended_gpu() -> Iterator[PretendedGPU]:
         torch.__future__.set_overwrite_module_params_on_conversion(True)
         stack.callback(torch.__future__.set_overwrite_module_params_on_conversion, overwritten)
         stack.enter_context(_loading_by_way_of_the_cpu())
+        stack.enter_context(mock.patch.object(ThreadPoolExecutor, "submit", _at_once))
         _active.append(gpu)
         stack.callback(_active.pop)
         stack.enter_context(_NumberedDevices())

@@ -16,6 +16,7 @@ from knn_lm_eval.make.clustering import cluster_kmeans
 from knn_lm_eval.model.opening import Augmentation, open_augmentation
 from knn_lm_eval.model.params import STORE_DEFAULT, Params, tuned_contents
 from knn_lm_eval.model.settings import RetrievalSettings
+from knn_lm_eval.store.index_files import index_checksums
 
 
 @pytest.fixture
@@ -94,7 +95,7 @@ def test_other_conditions_than_those_tuned_with_are_warned_of(mine: Datastore, t
 
 def test_another_index_or_clusters_of_the_same_name_are_warned_of(mine: Datastore, tmp_path: Path, caplog) -> None:
     clusters = cluster_kmeans(mine, "c", num_clusters=5)
-    contents = tuned_contents(mine, "index", clusters)
+    contents = tuned_contents(index_checksums(mine), clusters)
     assert set(contents) == {"index", "clusters"}
     Params({"k": 5}, tuned_for(mine) | {"contents": contents}).write(tmp_path / "p.json")
     settings = {"params": tmp_path / "p.json", "retomaton": True, "clusters": "c"}

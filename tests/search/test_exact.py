@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.pretended_gpu import MEMORY, pretended_gpu
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -128,13 +129,25 @@ def test_results_are_the_same_whatever_blocks_batches_and_devices(
         np.testing.assert_array_equal(search.search(query[None], 100)[1][0], expected[1][row])
 
 
-def test_keys_that_do_not_fit_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("room", "looked_at"), [(4 * 500 * 4, 2), (4 * 500 * 4 - 1, 4)])
+def test_keys_that_do_not_fit_are_not_kept(monkeypatch: pytest.MonkeyPatch, room: int, looked_at: int) -> None:
     keys = np.random.default_rng(0).standard_normal((500, 4)).astype(np.float16)
-    assert not ExactSearch(keys, "l2").streams
-    monkeypatch.setattr(key_blocks, "KEPT_BYTES", 4 * 500 * 4 - 1)
-    search = ExactSearch(keys, "l2")
-    found = [search.search(keys[:9].astype(np.float32), 3)[1] for _ in range(3)]
-    assert search.streams and (found[0] == found[2]).all()
+    monkeypatch.setattr(key_blocks, "KEPT_BYTES", room)
+    search, centred = ExactSearch(keys, "l2"), key_blocks.KeyBlocks._centred
+    passes: list[int] = []
+    monkeypatch.setattr(key_blocks.KeyBlocks, "_centred", lambda *given: passes.append(1) or centred(*given))
+    found = [search.search(keys[:9].astype(np.float32), 3)[0] for _ in range(4)]
+    assert len(passes) == looked_at and all((distances == found[0]).all() for distances in found)
+
+
+def test_keys_stream_where_half_of_memory_does_not_hold_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    keys = np.random.default_rng(0).standard_normal((500, 4)).astype(np.float16)
+    np.save(tmp_path / "keys.npy", keys)
+    mapped = np.load(tmp_path / "keys.npy", mmap_mode="r")
+    for available, streams in ((2 * keys.nbytes, False), (2 * keys.nbytes - 1, True), (None, False)):
+        monkeypatch.setattr(key_blocks, "available_bytes", lambda available=available: available)
+        assert ExactSearch(mapped, "l2").streams == streams
+        assert not ExactSearch(keys, "l2").streams  # they are in memory
 
 
 def test_a_query_that_is_not_finite_finds_nothing() -> None:
@@ -158,3 +171,24 @@ def test_a_key_that_is_not_finite_is_said() -> None:
     keys[400, 2] = np.inf
     with pytest.raises(UserError, match="hold NaN or infinity"):
         ExactSearch(keys, "l2").search(np.ones((2, 4), dtype=np.float32), 5)
+
+
+@pytest.mark.parametrize("fits", [True, False])
+@pytest.mark.parametrize("sim_func", ["l2", "dot"])
+def test_keys_stay_on_a_gpu_or_stream_to_it(fits: bool, sim_func: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a pretended GPU, which keeps watch over pinned buffers that are written before their copy is done."""
+    rng = np.random.default_rng(2)
+    keys, queries = rng.standard_normal((700, 12)).astype(np.float16), rng.standard_normal((20, 12)).astype(np.float32)
+    expected = ExactSearch(keys, sim_func).search(queries, 30)
+    monkeypatch.setattr(key_blocks, "GPU_BLOCK_BYTES", 4 * 12 * 64)
+    monkeypatch.setattr(key_blocks, "GPU_ROOM", 0 if fits else MEMORY)
+    with pretended_gpu() as gpu:
+        search = ExactSearch(keys, sim_func, "cuda")
+        copies = []
+        for _ in range(2):
+            before = gpu.ran["copy to the GPU"]
+            found = search.search(queries, 30)
+            copies.append(gpu.ran["copy to the GPU"] - before)
+    np.testing.assert_array_equal(found[1], expected[1])
+    np.testing.assert_allclose(found[0], expected[0], rtol=1e-6)
+    assert copies[0] >= 11 and (copies[1] >= 11) == (not fits)

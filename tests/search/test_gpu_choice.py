@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import itertools
 import logging
+import shutil
 from pathlib import Path
 
 import pytest
 from helpers.pretended_gpu import pretended_gpu
 
-from knn_lm_eval import KNNHF, Datastore
+from knn_lm_eval import KNNHF, Datastore, UserError
 from knn_lm_eval.model.opening import open_augmentation
 from knn_lm_eval.model.settings import RetrievalSettings
 from knn_lm_eval.search import gpu_choice
+from knn_lm_eval.search.choosing import Budget, estimated_bytes
 from knn_lm_eval.search.exact_retriever import ExactRetriever
 from knn_lm_eval.search.gpu_choice import (
     CPU,
@@ -22,10 +24,12 @@ from knn_lm_eval.search.gpu_choice import (
     WORKING_BYTES,
     Gpus,
     IndexAtHand,
+    choose_gpu_factory,
     choose_place,
     obstacle_on_gpus,
 )
 from knn_lm_eval.search.index_retriever import LocalRetriever
+from knn_lm_eval.search.indexing import build_index
 
 SMALL, LARGE, MEMORY = 2**30, 2**37, 2**34
 FREE, FAISS = [None, SMALL, MEMORY], [0, 1, 2]
@@ -132,3 +136,57 @@ def test_keys_that_do_not_fit_are_streamed(store: Datastore) -> None:
         streamed = opened(store)
     assert isinstance(streamed, ExactRetriever) and streamed.searched_on.startswith("gpu exact streamed (the keys, ")
     assert "faiss sees no GPU" in streamed.searched_on
+
+
+@pytest.mark.parametrize("sim_func", ["l2", "dot"])
+@pytest.mark.parametrize("dimension", [16, 24, 100, 576, 768, 1024, 4096, 8192])
+@pytest.mark.parametrize("count", [5000, 10**6, 117 * 10**6])
+def test_an_index_for_a_gpu_fits_there_and_takes_what_there_is(count: int, dimension: int, sim_func: str) -> None:
+    chosen, sizes = [], []
+    for gib in (200, 80, 24, 16, 8, 6):
+        try:
+            factory = choose_gpu_factory(count, dimension, sim_func, gib * 2**30)
+        except UserError as error:
+            assert "bytes per entry" in str(error)
+            break
+        assert obstacle_on_gpus(factory, dimension, sim_func) is None
+        size = count * estimated_bytes(factory, count, dimension, sim_func)
+        assert size + WORKING_BYTES <= gib * 2**30
+        chosen.append(factory)
+        sizes.append(size)
+    assert chosen and sizes == sorted(sizes, reverse=True)
+    if dimension <= 768:
+        assert chosen[0].endswith("SQ8")
+
+
+def test_what_is_chosen_for_some_gpus() -> None:
+    wikitext = 117 * 10**6, 1024, "l2"
+    assert choose_gpu_factory(*wikitext, 200 * 2**30) == "IVF32768,SQ8"
+    assert choose_gpu_factory(*wikitext, 80 * 2**30) == "IVF32768,SQ4"
+    assert choose_gpu_factory(*wikitext, 16 * 2**30) == "OPQ64,IVF32768,PQ64"
+    assert choose_gpu_factory(*wikitext, 80 * 2**30, Budget(bytes_per_entry=45)) == "OPQ32,IVF32768,PQ32"
+    with pytest.raises(UserError, match="the smallest, OPQ16,IVF32768,PQ16, takes 27"):
+        choose_gpu_factory(*wikitext, 3 * 2**30)
+
+
+def test_without_a_gpu_its_memory_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_choice.torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="--gpu_memory"):
+        choose_gpu_factory(10**6, 64, "l2", None)
+    with pretended_gpu():
+        assert choose_gpu_factory(10**6, 64, "l2", None) == "IVF4096,SQ8"
+
+
+def test_an_index_for_a_gpu_is_built(store: Datastore, tmp_path: Path) -> None:
+    shutil.copytree(store.path, tmp_path / "store", ignore=shutil.ignore_patterns("index.*"))
+    own = Datastore.open(tmp_path / "store")
+    metadata = build_index(own, hardware="gpu", gpu_memory=2**33, quality_queries=64, k=20)
+    assert metadata["factory"] == "IVF256,SQ8"
+    assert LocalRetriever(own, k=20).find(own.keys[:5].astype("float32"))[1][:, 0].tolist() == [0, 1, 2, 3, 4]
+    for arguments, words in [
+        ({"factory": "IVF16,RaBitQ", "hardware": "gpu"}, "IVF16,RaBitQ is no index for a GPU: faiss has no"),
+        ({"gpu_memory": 2**33}, "add --for gpu"),
+        ({"hardware": "tpu"}, "use cpu or gpu"),
+    ]:
+        with pytest.raises(UserError, match=words):
+            build_index(own, name="other", **arguments)  # type: ignore[arg-type]

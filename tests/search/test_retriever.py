@@ -15,7 +15,7 @@ from helpers.stores import make_store
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.methods.automaton import AutomatonSettings
 from knn_lm_eval.model.opening import open_automaton
-from knn_lm_eval.search import retriever as retriever_module
+from knn_lm_eval.search import index_retriever as retriever_module
 from knn_lm_eval.search.faiss_index import inverted_file, open_index, search, set_probe, vectors_compared
 from knn_lm_eval.search.index_retriever import LocalRetriever
 from knn_lm_eval.search.indexing import build_index

@@ -20,7 +20,7 @@ from lm_eval.api.instance import Instance
 
 from knn_lm_eval.lm.loading import CausalHFLM
 from knn_lm_eval.methods.automaton import Automaton
-from knn_lm_eval.search import retriever
+from knn_lm_eval.search import index_retriever
 from knn_lm_eval.search.indexing import build_index
 from knn_lm_eval.store.datastore import Datastore
 from knn_lm_eval.study.speed import SpeedComparison
@@ -81,11 +81,11 @@ def test_nothing_is_changed_that_others_use(clustered: Datastore, monkeypatch: p
 
     def looking_around(*arguments: Any, **more: Any) -> None:
         clocks.append(time.perf_counter)
-        searches.append(retriever.search)
+        searches.append(index_retriever.search)
         walk(*arguments, **more)
 
     monkeypatch.setattr(Automaton, "walk", looking_around)
-    usual = time.perf_counter, retriever.search
+    usual = time.perf_counter, index_retriever.search
     threads = torch.get_num_threads()
     settings = {"datastore": clustered.path, "k": 20, "lmbda": 0.5, "retomaton": True, "max_length": 32}
     comparison = SpeedComparison(settings, EVAL_TEXT, tokens=60, cpu_time=True)
