@@ -115,6 +115,11 @@ def print_quality(metadata: dict[str, Any]) -> None:
             f"beside probe={metadata['quality'][-1]['probe']}, with 95 % confidence at most "
             f"{used['perplexity_cost_bound']:.2%} (by {metadata['quality_queries']:,} held-out entries)"
         ]
+        if "exact_cost" in used:  # not in what an earlier version measured
+            notes.append(
+                f"beside exact search: {used['exact_cost']:.2%} of perplexity, with 95 % confidence at most "
+                f"{used['exact_cost_bound']:.2%} (by {metadata['quality_exact_queries']} of them)"
+            )
         if "slowdown" in metadata:
             notes[0] += f"; larger ones may take more than {metadata['slowdown']:g} times the LM's own time"
     title = f"against exact search, k = {metadata['quality_k']}, temperature {metadata['quality_knn_temp']}:"

@@ -15,14 +15,10 @@ is the one difference. Where the index rotates or projects its vectors first, so
 
 from __future__ import annotations
 
-import errno
-import hashlib
-import json
-import logging
 import socket
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 import faiss
 import numpy as np
@@ -31,34 +27,16 @@ from tqdm import tqdm
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.search.code_kernels import look_up
 from knn_lm_eval.search.faiss_index import split_parts
-from knn_lm_eval.store.datastore import Datastore, open_array
-from knn_lm_eval.store.index_files import IndexFiles, index_checksums
-from knn_lm_eval.store.verification import Expected, Limits
-from knn_lm_eval.system.file_contents import examine
+from knn_lm_eval.search.laid_out import LaidOut
+from knn_lm_eval.store.datastore import Datastore
+from knn_lm_eval.store.verification import Limits
 from knn_lm_eval.system.files import (
     CACHE_VARIABLE,
-    cache_root,
     check_free_space,
-    disk_errors_in,
-    read_json,
-    unfinished_folder,
 )
-from knn_lm_eval.system.json_schema import check_json
-from knn_lm_eval.system.locks import DAY, locked
-from knn_lm_eval.system.seals import check_seal, write_sealed_json
-
-logger = logging.getLogger(__name__)
 
 CHUNK = 2**16
-IDENTITY = "codes.json"
-NOT_WRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM)
 ARRAYS = {"lists": np.int32, "offsets": np.float32, "scales": np.float32, "codes": np.uint8}
-
-
-class CodesJSON(TypedDict, total=False):
-    """What ``codes.json`` holds beside what the codes are of."""
-
-    files: dict[str, str]  # their checksums
 
 
 @dataclass(frozen=True)
@@ -130,8 +108,8 @@ class CodeDistances:
         tables = CodeTables.of(parts[0][0])
         if tables is None or not all(_mean_the_same(parts[0][0], part) for part, _ in parts[1:]):
             return None
-        folder = _find(datastore, name) or _lay_out(datastore, name, parts, tables)
-        return cls._map(folder, datastore, parts[0][0], tables)
+        folder = _laid_out(datastore, name).folder(lambda folder: _write(folder, datastore, parts, tables), ARRAYS)
+        return cls._map(folder, datastore, name, parts[0][0], tables)
 
     @classmethod
     def read(cls, datastore: Datastore, part: faiss.Index, name: str) -> CodeDistances:
@@ -141,33 +119,23 @@ class CodeDistances:
         """
         tables = CodeTables.of(part)
         assert tables is not None
-        if (folder := _find(datastore, name)) is None:
+        if (folder := _laid_out(datastore, name).find()) is None:
             raise UserError(
                 f"{socket.gethostname()} does not see the codes of the index {name!r} of {datastore.path} in text "
                 f"order; evaluate once where the datastore can be written to, or set {CACHE_VARIABLE} to a folder "
                 f"that all nodes share."
             )
-        return cls._map(folder, datastore, part, tables)
+        return cls._map(folder, datastore, name, part, tables)
 
     @classmethod
-    def _map(cls, folder: Path, datastore: Datastore, part: faiss.Index, tables: CodeTables) -> CodeDistances:
+    def _map(
+        cls, folder: Path, datastore: Datastore, name: str, part: faiss.Index, tables: CodeTables
+    ) -> CodeDistances:
         """Map the files of the entries' codes; raises UserError where they are damaged."""
         count = len(datastore)
-        shapes = {"codes": (count, len(tables.codebooks))}
-        arrays = {
-            array: open_array(folder / f"{array}.npy", dtype, shapes.get(array, (count,)))
-            for array, dtype in ARRAYS.items()
-        }
-        recorded = read_json(folder / IDENTITY).get("files", {})
-        datastore.verification.check(
-            Expected(
-                folder / f"{array}.npy",
-                recorded.get(f"{array}.npy"),
-                Limits(0, len(tables.centroids)) if array == "lists" else Limits(),
-                remedy=_remedy(folder),
-            )
-            for array in ARRAYS
-        )
+        shapes = dict.fromkeys(ARRAYS, (count,)) | {"codes": (count, len(tables.codebooks))}
+        limits = {"lists": Limits(0, len(tables.centroids))}
+        arrays = _laid_out(datastore, name).arrays(folder, ARRAYS, shapes, limits)
         by_component = np.ascontiguousarray(tables.codebooks.transpose(0, 2, 1))  # [code bytes, width, 256]
         squared_norms = (tables.centroids**2).sum(1)  # [lists]
         base_offsets = squared_norms if tables.is_rabitq else np.zeros_like(squared_norms)
@@ -246,61 +214,8 @@ def _mean_the_same(part: faiss.Index, other: faiss.Index) -> bool:
     )
 
 
-def _identity(datastore: Datastore, name: str) -> dict[str, Any]:
-    """What the codes of the index ``name`` were made from."""
-    return {"keys_sha256": datastore.keys_checksum, "index_files": index_checksums(datastore, name)}
-
-
-def _places(datastore: Datastore, name: str, identity: dict[str, Any]) -> tuple[Path, Path]:
-    """The folders where codes may lie: beside the index and, where that cannot be written to, in the cache."""
-    files = IndexFiles(datastore.path, name)
-    said = json.dumps([str(files.index.resolve()), identity], sort_keys=True)
-    cached = f"{name}-{hashlib.sha256(said.encode()).hexdigest()[:24]}"
-    return files.codes, cache_root() / "codes" / cached
-
-
-def _find(datastore: Datastore, name: str) -> Path | None:
-    """The folder with the codes of the index ``name``; None where there is none, or of another index only."""
-    identity = _identity(datastore, name)
-    return next((folder for folder in _places(datastore, name, identity) if _is_of(folder, identity)), None)
-
-
-def _is_of(folder: Path, identity: dict[str, Any]) -> bool:
-    if not (folder / IDENTITY).is_file():
-        return False
-    said = check_seal(folder / IDENTITY, read_json(folder / IDENTITY), _remedy(folder))
-    check_json(said, CodesJSON, folder / IDENTITY, _remedy(folder))
-    return {name: value for name, value in said.items() if name != "files"} == identity
-
-
-def _remedy(folder: Path) -> str:
-    return f"delete the folder {folder}, which is made again when it is needed"
-
-
-def _lay_out(datastore: Datastore, name: str, parts: list[tuple[faiss.Index, int]], tables: CodeTables) -> Path:
-    """Make the folder with the codes, unless another process just did: one does it, and the others wait."""
-    identity = _identity(datastore, name)
-
-    def lay_out(folder: Path) -> Path:
-        with locked(folder.with_name(f".{folder.name}.lock"), f"the codes {folder}", seconds=DAY) as is_left:
-            if not _is_of(folder, identity):
-                with unfinished_folder(folder, is_left) as unfinished:
-                    _write(unfinished, datastore, parts, tables)
-                    files = {f"{array}.npy": examine(unfinished / f"{array}.npy").sha256 for array in ARRAYS}
-                    write_sealed_json(unfinished / IDENTITY, identity | {"files": files})
-        return folder
-
-    beside, cached = _places(datastore, name, identity)
-    with disk_errors_in(beside):
-        try:
-            return lay_out(beside)
-        except OSError as error:
-            if error.errno not in NOT_WRITABLE:
-                raise
-    logger.warning("%s cannot be written to: RetoMaton's codes of its index go to %s.", datastore.path, cached)
-    with disk_errors_in(cached):
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        return lay_out(cached)
+def _laid_out(datastore: Datastore, name: str) -> LaidOut:
+    return LaidOut(datastore, name, "codes", "RetoMaton's codes")
 
 
 def _write(folder: Path, datastore: Datastore, parts: list[tuple[faiss.Index, int]], tables: CodeTables) -> None:

@@ -27,6 +27,7 @@ from knn_lm_eval.search.faiss_index import (
     vectors_compared,
 )
 from knn_lm_eval.search.retriever import EntryDistances, Retriever, SearchSettings
+from knn_lm_eval.search.sign_codes import SignSearch
 from knn_lm_eval.store.datastore import Datastore
 from knn_lm_eval.store.index_files import DEFAULT_INDEX, index_checksums
 from knn_lm_eval.system.timing import now
@@ -180,6 +181,8 @@ class LocalRetriever(IndexRetriever):
         set_probe(self._cpu_index, settings.probe)
         self._index = to_gpus(self._cpu_index, settings.k) if settings.gpu else self._cpu_index
         self.on_gpus = self._index is not self._cpu_index
+        # Beside faiss's own search, which any other index has.
+        self._signs = None if self.on_gpus else SignSearch.open(self.datastore, self._cpu_index, self.name)
         ivf = inverted_file(self._cpu_index)
         return None if ivf is None else ivf.nlist
 
@@ -212,9 +215,13 @@ class LocalRetriever(IndexRetriever):
     def find(self, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """As ``Retriever.find``."""
         statistics, start = self.statistics, now()
-        distances, entries = search(self._index, queries, self.k, None if self.on_gpus else self.probe)
+        if self._signs is not None and self.probe is not None:
+            distances, entries, compared = self._signs.search(queries, self.k, self.probe)
+        else:
+            distances, entries = search(self._index, queries, self.k, None if self.on_gpus else self.probe)
+            compared = vectors_compared(self._index, len(queries))
         statistics.searches += len(queries)
-        statistics.entries_compared += vectors_compared(self._index, len(queries))
+        statistics.entries_compared += compared
         statistics.seconds["search"] += now() - start
         if self.recompute_dists:
             start = now()

@@ -400,7 +400,8 @@ def _install(
     old = {path.name for path in (files.index, *files.folder.glob(f"{files.name}.[0-9][0-9][0-9].faiss"))}
     forget_derived(datastore.path, [files.metadata.name, *old])
     files.metadata.unlink(missing_ok=True)
-    shutil.rmtree(files.codes, ignore_errors=True)  # of the index that is replaced
+    for folder in files.laid_out():  # from the index that is replaced
+        shutil.rmtree(folder, ignore_errors=True)
     for finished, final in written.items():
         if finished.exists():
             replace_file(finished, final)

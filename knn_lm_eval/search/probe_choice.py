@@ -106,10 +106,13 @@ def add_costs(rows: list[dict[str, Any]], log_probs: list[Tensor]) -> None:
     log_probs : float64 ``[n]`` of each.
     """
     for row, log_p in zip(rows, log_probs, strict=True):
-        lost = log_probs[-1] - log_p  # [n]
-        error = float(lost.std(correction=0)) / math.sqrt(max(len(lost) - 1, 1))
-        row["perplexity_cost"] = round(math.expm1(float(lost.mean())), 5)
-        row["perplexity_cost_bound"] = round(math.expm1(float(lost.mean()) + ONE_SIDED_95 * error), 5)
+        row["perplexity_cost"], row["perplexity_cost_bound"] = perplexity_cost(log_probs[-1] - log_p)
+
+
+def perplexity_cost(lost: Tensor) -> tuple[float, float]:
+    """The relative increase of perplexity that is expected, and at most with 95 % confidence, by log p lost ``[n]``."""
+    error = float(lost.std(correction=0)) / math.sqrt(max(len(lost) - 1, 1))
+    return round(math.expm1(float(lost.mean())), 5), round(math.expm1(float(lost.mean()) + ONE_SIDED_95 * error), 5)
 
 
 def good_enough(rows: list[dict[str, Any]]) -> int | None:

@@ -7,8 +7,13 @@ what it costs in perplexity, see ``probe_choice``.
 
 from __future__ import annotations
 
+import logging
+import tempfile
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import faiss
@@ -17,6 +22,7 @@ import torch
 from faiss.contrib.evaluation import knn_intersection_measure
 from tqdm import tqdm
 
+from knn_lm_eval.errors import UserError
 from knn_lm_eval.methods.mixture import knn_log_prob, neighbour_log_weights
 from knn_lm_eval.search.exact import ExactSearch
 from knn_lm_eval.search.faiss_index import inverted_file, search, set_probe
@@ -25,11 +31,15 @@ from knn_lm_eval.search.probe_choice import (
     best_log_probs,
     bigram_log_probs,
     good_enough,
+    perplexity_cost,
     temperatures,
 )
 from knn_lm_eval.search.retriever import entry_counts
+from knn_lm_eval.search.sign_codes import SignSearch
 from knn_lm_eval.store.datastore import Datastore
 from knn_lm_eval.store.key_stream import finite_keys
+
+logger = logging.getLogger(__name__)
 
 PROBES = (1, 2, 4, 8, 16, 32, 64, 128)
 EXACT_QUERIES = 512  # at most, that are searched for among all keys; the rest is for the choice of the probe
@@ -120,6 +130,27 @@ class HeldOutQueries:
         return best_log_probs(torch.from_numpy(distances), values, counts, self.targets, base, knn_temps)
 
 
+@contextmanager
+def searching(index: faiss.Index) -> Iterator[Callable[[np.ndarray, int, int | None], tuple[np.ndarray, np.ndarray]]]:
+    """How an index that is under way will be searched: its codes are laid out among temporary files if need be."""
+    with tempfile.TemporaryDirectory(prefix="knn_lm_eval-") as folder:
+        codes = None
+        try:
+            if (codes := SignSearch.of(index, Path(folder))) is not None:
+                codes.search(np.zeros((1, index.d), dtype=np.float32), 1, 1)  # compiled, if it was not yet
+        except UserError as error:
+            logger.warning("The index is measured as faiss searches it, which takes longer (TMPDIR): %s", error)
+
+        def search_at(queries: np.ndarray, k: int, probe: int | None) -> tuple[np.ndarray, np.ndarray]:
+            if codes is not None and probe is not None:
+                return codes.search(queries, k, probe)[:2]
+            if probe is not None:
+                set_probe(index, probe)
+            return search(index, queries, k)
+
+        yield search_at
+
+
 def measure_quality(
     datastore: Datastore, index: faiss.Index, sim_func: str, k: int, knn_temp: float, queries: int, seed: int
 ) -> dict[str, Any]:
@@ -127,15 +158,16 @@ def measure_quality(
 
     Parameters
     ----------
-    index : the largest probe stays set in it.
+    index : as it was trained and filled; it may have another probe set afterwards.
     seed : of the training sample; the queries have one of their own.
 
     Returns
     -------
     ``{"probe": the one to use, "quality": [one row per probe]}``; a row has ``recall`` (the share of the exact
     ``k`` neighbours found), ``p_knn_error`` (mean absolute error of p_kNN of the query's own next token),
-    ``p_knn`` (its mean by exact search) and ``microseconds`` per query; with lists also what ``add_costs`` notes.
-    ``probe`` is None without lists. Recall and p_kNN are of ``EXACT_QUERIES`` of the queries.
+    ``p_knn`` (its mean by exact search) and ``microseconds`` per query; with lists also what ``add_costs`` notes, and
+    ``exact_cost`` and ``exact_cost_bound``, the same beside exact search.
+    ``probe`` is None without lists. What is beside exact search is of ``EXACT_QUERIES`` of the queries.
     """
     held_out = HeldOutQueries.draw(datastore, queries, k, knn_temp, seed + 1)
     if held_out.k < 1:
@@ -150,17 +182,16 @@ def measure_quality(
     exact_p = compared.p_knn(exact_distances, exact_entries)  # [compared]
     base = bigram_log_probs(datastore, held_out.entries)  # [n]
     knn_temps = temperatures(torch.from_numpy(exact_distances))
+    exact_log_p = compared.log_p(exact_distances, exact_entries, base[is_compared], knn_temps)  # [compared]
     rows, log_probs = [], []
-    for probe in tqdm(probes, desc="Measuring the index", unit=" probe"):
-        if probe is not None:
-            set_probe(index, probe)
-        start = time.perf_counter()
-        found = search(index, held_out.keys, held_out.k + 1)
-        seconds = time.perf_counter() - start
-        distances, entries = held_out.others(*found)  # [n, k]
-        p = compared.p_knn(distances[is_compared], entries[is_compared])  # [compared]
-        rows.append(
-            {
+    with searching(index) as search_at:
+        for probe in tqdm(probes, desc="Measuring the index", unit=" probe"):
+            start = time.perf_counter()
+            found = search_at(held_out.keys, held_out.k + 1, probe)
+            seconds = time.perf_counter() - start
+            distances, entries = held_out.others(*found)  # [n, k]
+            p = compared.p_knn(distances[is_compared], entries[is_compared])  # [compared]
+            row = {
                 "probe": probe,
                 # Exact search leaves no slot empty, so that empty ones are never taken for found.
                 "recall": round(knn_intersection_measure(exact_entries, entries[is_compared]), 4),
@@ -168,9 +199,11 @@ def measure_quality(
                 "p_knn": round(float(exact_p.mean()), 6),
                 "microseconds": round(1e6 * seconds / len(held_out.keys), 1),
             }
-        )
-        if probe is not None:
-            log_probs.append(held_out.log_p(distances, entries, base, knn_temps))
+            if probe is not None:
+                log_probs.append(held_out.log_p(distances, entries, base, knn_temps))
+                lost = exact_log_p - log_probs[-1][is_compared]  # [compared]
+                row["exact_cost"], row["exact_cost_bound"] = perplexity_cost(lost)
+            rows.append(row)
     if ivf is not None:
         add_costs(rows, log_probs)
     return {
@@ -178,5 +211,6 @@ def measure_quality(
         "quality_k": held_out.k,
         "quality_knn_temp": knn_temp,
         "quality_queries": len(held_out.entries),
+        "quality_exact_queries": len(compared.entries),
         "quality": rows,
     }

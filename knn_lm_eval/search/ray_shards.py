@@ -25,8 +25,9 @@ from knn_lm_eval.search.code_distances import CodeDistances
 from knn_lm_eval.search.exact import ExactSearch
 from knn_lm_eval.search.exact_distances import exact_distances
 from knn_lm_eval.search.faiss_index import inverted_file, read_index, search, vectors_compared
+from knn_lm_eval.search.sign_codes import SignSearch
 from knn_lm_eval.store.datastore import Datastore
-from knn_lm_eval.store.index_files import IndexPart
+from knn_lm_eval.store.index_files import IndexPart, find_parts
 from knn_lm_eval.store.manifest import KEYS
 from knn_lm_eval.system.ray_cluster import connect
 
@@ -101,6 +102,8 @@ class Shard:
 
     def _nearest(self, queries: np.ndarray, k: int, probe: int | None) -> tuple[np.ndarray, np.ndarray, int]:
         """Distances and entries ``[n, k]``, counted from the part's first, and how many were compared."""
+        if self._signs is not None and probe is not None:
+            return self._signs.search(queries, k, probe)
         distances, entries = search(self._index, queries, k, probe)
         return distances, entries, vectors_compared(self._index, len(queries))
 
@@ -119,6 +122,12 @@ class Shard:
     def _index(self) -> faiss.Index:
         assert self._datastore
         return read_index(self.part.path)
+
+    @cached_property
+    def _signs(self) -> SignSearch | None:
+        metadata, parts = find_parts(self._datastore, self.index_name)
+        number = [part.start for part in parts].index(self.part.start) if "parts" in metadata else None
+        return SignSearch.open(self._datastore, self._index, self.index_name, number)
 
     @cached_property
     def _codes(self) -> CodeDistances:

@@ -10,6 +10,7 @@ the store does (``absolute``). Part i lies in ``NAME.00i.faiss``.
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Container
 from dataclasses import dataclass
 from itertools import pairwise
@@ -88,10 +89,10 @@ class IndexFiles:
     def index(self) -> Path:
         return self.folder / f"{self.name}.faiss"
 
-    @property
-    def codes(self) -> Path:
-        """The folder of its codes in text order; see ``search/code_distances.py``."""
-        return self.index.with_suffix(".codes")
+    def laid_out(self) -> list[Path]:
+        """The folders of what was made from it; see ``search/laid_out.py``."""
+        of_parts = self.folder.glob(f"{glob.escape(self.name)}.[0-9][0-9][0-9].scan")
+        return [self.index.with_suffix(".codes"), self.index.with_suffix(".scan"), *of_parts]
 
     @property
     def metadata(self) -> Path:

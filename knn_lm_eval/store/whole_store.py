@@ -100,7 +100,7 @@ def _sealed(folder: Path, name: str) -> Verdict:
 
 def _codes(folder: Path, read_all: bool) -> Iterator[Verdict]:
     """What came of the codes that lie beside indexes; each folder says the checksums of its files."""
-    for said in sorted(folder.glob("*.codes/codes.json")):
+    for said in sorted([*folder.glob("*.codes/codes.json"), *folder.glob("*.scan/scan.json")]):
         verdict = _sealed(folder, said.relative_to(folder).as_posix())
         yield verdict
         if verdict.fault is None:

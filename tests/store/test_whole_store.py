@@ -93,7 +93,7 @@ def test_one_flipped_bit_of_any_file_gives_a_sentence_or_changes_nothing(store: 
 def test_a_second_evaluation_reads_nothing(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected, read = evaluate(store), []
     original = file_contents.examine
-    for module in ("store.verification", "store.manifest", "system.file_contents", "search.code_distances"):
+    for module in ("store.verification", "store.manifest", "system.file_contents", "search.laid_out"):
         monkeypatch.setattr(f"knn_lm_eval.{module}.examine", lambda *given: read.append(given[0]) or original(*given))
     np.testing.assert_array_equal(evaluate(store), expected)
     assert read == []

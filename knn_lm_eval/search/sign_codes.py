@@ -1,0 +1,314 @@
+"""Searching an index's sign codes (RaBitQ of one bit), laid out for processors that count bits.
+
+RaBitQ (Gao & Long 2024) keeps the signs s of x - c, for a vector x in the list of centroid c, and two numbers:
+
+    |q - x|^2  is estimated by  |q - c|^2 + |x - c|^2 - 2 m <s, q - c>,   m = |x - c|^2 / |x - c|_1
+
+faiss prepares each query anew for each list that it visits. With any common centre g,
+
+    <s, q - c> = <s, q - g> - <s, c - g>
+
+has a last term that belongs to the entry, so that a query is prepared once: its components, quantized to 8 bits as
+faiss does it, are cut into bit planes, and <s, q - g> is counts of bits. Most of the time of a search for 1,024
+neighbours in faiss is their heap; here what is nearer than a threshold is kept, which is lowered now and then.
+
+The layout is made from the codes in the index, not from keys, in files beside the index that are mapped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+from tqdm import tqdm
+
+from knn_lm_eval.search.faiss_index import NAMES, split_parts
+from knn_lm_eval.search.laid_out import LaidOut
+from knn_lm_eval.search.sign_kernels import BLOCK, NOWHERE, lay_out, nearest_lists, products, scan
+from knn_lm_eval.store.datastore import Datastore
+from knn_lm_eval.store.verification import Limits
+from knn_lm_eval.system.arrays import map_npy
+from knn_lm_eval.system.files import check_free_space
+
+ARRAYS = {
+    "sizes": np.int64,
+    "starts": np.int64,
+    "centre": np.float32,
+    "codes": np.uint64,
+    "offsets": np.float32,
+    "scales": np.float32,
+    "entries": np.uint32,
+}
+MOST_ENTRIES = 2**32  # whose numbers are kept
+QUERIES_AT_ONCE = 256  # whose products with all centroids are held
+PER_THREAD = 8  # queries, at least, that it is worth a thread
+FACTOR_BYTES = 8  # of an entry, behind its signs
+QUANTIZERS = (faiss.IndexFlat, faiss.IndexFlatL2, faiss.IndexFlatIP)
+
+
+@dataclass(frozen=True)
+class SignCodes:
+    """The codes of an index, or of one of its parts.
+
+    Attributes
+    ----------
+    index : the index or the part, for what it does to queries and how it finds lists.
+    first_id : the entry that it calls 0.
+    dot : whether the negated inner product is the distance, and not squared L2.
+    table, bias : float32 ``[dimension, dimension there]`` and ``[dimension there]``, which queries go through before
+        they are compared; None for other transforms, or none.
+    centroids : float32 ``[lists, dimension there]``.
+    moved, norms : float32 ``[dimension there, lists]``, the centroids less the centre, and ``[lists]``: the list is the
+        nearest whose norm less the product is the least. None where a graph or the like finds lists.
+    sizes : int64 ``[lists]``, each list's entries.
+    starts : int64 ``[lists + 1]``, each list's first block.
+    centre : float32 ``[dimension there]``.
+    codes : uint64 ``[blocks, words, BLOCK]``, the signs; an entry's are 64 a word.
+    offsets, scales : float32 ``[blocks * BLOCK]``; ``NOWHERE`` and 0 where a list's last block is empty.
+    entries : uint32 ``[blocks * BLOCK]``.
+    """
+
+    index: faiss.Index
+    first_id: int
+    dot: bool
+    table: np.ndarray | None
+    bias: np.ndarray | None
+    centroids: np.ndarray
+    moved: np.ndarray | None
+    norms: np.ndarray | None
+    sizes: np.ndarray
+    starts: np.ndarray
+    centre: np.ndarray
+    codes: np.ndarray
+    offsets: np.ndarray
+    scales: np.ndarray
+    entries: np.ndarray
+
+    @classmethod
+    def of(cls, index: faiss.Index, first_id: int, arrays: dict[str, np.ndarray]) -> SignCodes:
+        """With the arrays of ``write``."""
+        ivf = _inverted(index)
+        table, bias = _linear(index)
+        centroids = _centroids(ivf)
+        quantizer, moved, norms = faiss.downcast_index(ivf.quantizer), None, None
+        if type(quantizer) in QUANTIZERS and quantizer.metric_type in NAMES:
+            moved = np.ascontiguousarray((centroids - arrays["centre"]).T)
+            # Of products with q - g: |c - g|^2 / 2 where L2 ranks, and -<g, c> less what is the same for all.
+            norms = (moved.astype(np.float64) ** 2).sum(0) / 2
+            if quantizer.metric_type == faiss.METRIC_INNER_PRODUCT:
+                norms = -(moved.T.astype(np.float64) @ arrays["centre"])
+            norms = norms.astype(np.float32)
+        dot = index.metric_type == faiss.METRIC_INNER_PRODUCT
+        return cls(index, first_id, dot, table, bias, centroids, moved, norms, **arrays)
+
+    def search(self, queries: np.ndarray, k: int, probe: int) -> tuple[np.ndarray, np.ndarray, int]:
+        """Distances float32 and entries int64 ``[n, k]``, and how many were compared; see ``faiss_index.search``."""
+        distances = np.empty((len(queries), k), dtype=np.float32)
+        entries = np.empty((len(queries), k), dtype=np.int64)
+        probe = min(probe, len(self.centroids))
+        size = min(QUERIES_AT_ONCE, max(PER_THREAD, -(-len(queries) // max(1, faiss.omp_get_max_threads()))))
+        runs = [slice(start, start + size) for start in range(0, len(queries), size)]
+
+        def search_run(run: slice) -> int:
+            there = self._transformed(np.ascontiguousarray(queries[run], dtype=np.float32))
+            lists, found = self._nearest_lists(there, probe), (distances[run], entries[run])
+            of_lists = self.centroids, self.centre, self.dot, self.sizes, self.starts
+            return scan(there, lists, *of_lists, self.codes, self.offsets, self.scales, self.entries, k, *found)
+
+        compared = _in_threads(search_run, runs)
+        entries[entries >= 0] += self.first_id
+        return distances, entries, compared
+
+    def _transformed(self, queries: np.ndarray) -> np.ndarray:
+        if self.table is None:
+            return transformed(self.index, queries)
+        there = np.empty((len(queries), self.table.shape[1]), dtype=np.float32)
+        products(queries, self.table, there)
+        return there if self.bias is None else there + self.bias
+
+    def _nearest_lists(self, queries: np.ndarray, probe: int) -> np.ndarray:
+        if self.moved is None or self.norms is None:
+            return np.asarray(_inverted(self.index).quantizer.search(queries, probe)[1])
+        of_lists = np.empty((len(queries), len(self.norms)), dtype=np.float32)
+        products(queries - self.centre, self.moved, of_lists)
+        lists = np.empty((len(queries), probe), dtype=np.int64)
+        nearest_lists(of_lists, self.norms, probe, lists)
+        return lists
+
+
+def _in_threads(search_run: Callable[[slice], int], runs: list[slice]) -> int:
+    threads = min(faiss.omp_get_max_threads(), len(runs))
+    if threads <= 1:
+        return sum(map(search_run, runs))
+    with ThreadPoolExecutor(threads) as pool:
+        return sum(pool.map(search_run, runs))
+
+
+@dataclass(frozen=True)
+class SignSearch:
+    """The codes of all parts of an index, which are searched one after the other."""
+
+    parts: list[SignCodes]
+
+    @classmethod
+    def open(cls, datastore: Datastore, index: faiss.Index, name: str, part: int | None = None) -> SignSearch | None:
+        """Open the laid-out codes of the index ``name``, making them first if need be; None where it has no such.
+
+        Parameters
+        ----------
+        index : all of it, or the one part of that number.
+        """
+        if len(datastore) >= MOST_ENTRIES or not serves(index):
+            return None
+        opened, in_parts = [], isinstance(index, faiss.IndexShards)
+        limits = {"entries": Limits(0, len(datastore))}
+        for number, (one, first_id) in enumerate(split_parts(index)):
+            laid_out = LaidOut(datastore, name, "scan", "the search's codes", number if in_parts else part)
+            folder = laid_out.folder(partial(write, index=one), ARRAYS)
+            opened.append(SignCodes.of(one, first_id, laid_out.arrays(folder, ARRAYS, limits=limits)))
+        return cls(opened)
+
+    @classmethod
+    def of(cls, index: faiss.Index, folder: Path) -> SignSearch | None:
+        """Lay out the codes of an index that is under way in an empty folder; None where it has no such."""
+        if not serves(index):
+            return None
+        opened = []
+        for number, (one, first_id) in enumerate(split_parts(index)):
+            of_part = folder / str(number)
+            of_part.mkdir()
+            write(of_part, one)
+            opened.append(SignCodes.of(one, first_id, {array: map_npy(of_part / f"{array}.npy") for array in ARRAYS}))
+        return cls(opened)
+
+    def search(self, queries: np.ndarray, k: int, probe: int) -> tuple[np.ndarray, np.ndarray, int]:
+        """As ``faiss_index.search``, with how many entries were compared; equally near ones by their numbers."""
+        found = [part.search(queries, k, probe) for part in self.parts]
+        if len(found) == 1:
+            return found[0]
+        distances = np.concatenate([part for part, _, _ in found], axis=1)  # [n, parts * k]
+        entries = np.concatenate([part for _, part, _ in found], axis=1)  # [n, parts * k]
+        order = np.lexsort((entries, distances), axis=1)[:, :k]  # [n, k]
+        distances, entries = np.take_along_axis(distances, order, 1), np.take_along_axis(entries, order, 1)
+        return distances, entries, sum(compared for _, _, compared in found)
+
+
+def serves(index: faiss.Index) -> bool:
+    """Whether all parts of an index are IVF with RaBitQ of one bit, perhaps behind transforms."""
+    return all(_serves(part) for part, _ in split_parts(index))
+
+
+def _serves(index: faiss.Index) -> bool:
+    ivf = _inverted(index)
+    is_rabitq = isinstance(ivf, (faiss.IndexIVFRaBitQ, faiss.IndexIVFRaBitQFastScan))
+    return is_rabitq and ivf.rabitq.nb_bits == 1 and index.metric_type in NAMES and _unpacks(ivf)
+
+
+def transformed(index: faiss.Index, vectors: np.ndarray) -> np.ndarray:
+    """What the index's lists hold of ``vectors``: they themselves, or rotated or projected."""
+    if isinstance(index, faiss.IndexPreTransform):
+        chain: Any = index.chain
+        for number in range(chain.size()):
+            vectors = chain.at(number).apply(vectors)
+    return np.asarray(vectors)
+
+
+def _linear(index: faiss.Index) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """The table and the bias of an index's transforms, if it has a single one that is linear."""
+    if not isinstance(index, faiss.IndexPreTransform):
+        return None, None
+    chain: Any = index.chain
+    if chain.size() != 1:
+        return None, None
+    library: Any = faiss  # whose type stubs lack some of what is used here
+    transform = library.downcast_VectorTransform(chain.at(0))
+    if not isinstance(transform, faiss.LinearTransform):
+        return None, None
+    matrix = faiss.vector_to_array(transform.A).reshape(transform.d_out, transform.d_in)
+    bias = faiss.vector_to_array(transform.b) if transform.have_bias else None
+    return np.ascontiguousarray(matrix.T), bias
+
+
+def _inverted(index: faiss.Index) -> Any:
+    return faiss.downcast_index(index.index) if isinstance(index, faiss.IndexPreTransform) else index
+
+
+def _centroids(ivf: Any) -> np.ndarray:
+    return np.asarray(ivf.quantizer.reconstruct_n(0, ivf.nlist))
+
+
+def write(folder: Path, index: faiss.Index) -> None:
+    """Lay out the codes of an index, or of a part, in files ``ARRAY.npy``."""
+    ivf = _inverted(index)
+    sizes = np.array([ivf.invlists.list_size(number) for number in range(ivf.nlist)], dtype=np.int64)  # [lists]
+    starts = np.concatenate([[0], np.cumsum(-(-sizes // BLOCK))]).astype(np.int64)  # [lists + 1]
+    centroids = _centroids(ivf)
+    centre = centroids.mean(0, dtype=np.float64).astype(np.float32)
+    blocks, words = int(starts[-1]), -(-ivf.d // 64)
+    check_free_space(folder, blocks * BLOCK * (12 + 8 * words), "the search's codes")
+    shapes = {"sizes": sizes.shape, "starts": starts.shape, "centre": centre.shape, "codes": (blocks, words, BLOCK)}
+    arrays = {
+        array: np.lib.format.open_memmap(folder / f"{array}.npy", "w+", dtype, shapes.get(array, (blocks * BLOCK,)))
+        for array, dtype in ARRAYS.items()
+    }
+    arrays["sizes"][:], arrays["starts"][:], arrays["centre"][:], arrays["offsets"][:] = sizes, starts, centre, NOWHERE
+    for i, size in enumerate(tqdm(sizes.tolist(), desc="Laying out codes for searches", unit=" lists")):
+        rows = slice(starts[i] * BLOCK, starts[i + 1] * BLOCK)
+        if size:
+            flat, factors, ids = _unpacked(ivf, i, size)
+            lay_out(
+                flat, factors, ids, centroids[i], centre, ivf.metric_type == faiss.METRIC_INNER_PRODUCT,
+                arrays["codes"][starts[i] : starts[i + 1]], arrays["offsets"][rows], arrays["scales"][rows],
+                arrays["entries"][rows],
+            )  # fmt: skip
+    for array in arrays.values():
+        array.flush()
+
+
+def _unpacked(ivf: Any, number: int, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The signs uint8 ``[size, code bytes]``, factors float32 ``[size, 2]`` and numbers int64 of a list's entries."""
+    inverted: Any = ivf.invlists
+    ids = faiss.rev_swig_ptr(inverted.get_ids(number), size)
+    code_bytes = -(-ivf.d // 8)
+    if isinstance(ivf, faiss.IndexIVFRaBitQ):
+        raw = faiss.rev_swig_ptr(inverted.get_codes(number), size * ivf.code_size).reshape(size, -1)
+        factors = np.ascontiguousarray(raw[:, code_bytes : code_bytes + FACTOR_BYTES]).view(np.float32)
+        return raw[:, :code_bytes], factors, ids
+    blocks, packed = -(-size // 32), ivf.M2 // 2 * 32
+    stride = packed + 32 * FACTOR_BYTES
+    raw = faiss.rev_swig_ptr(inverted.get_codes(number), blocks * stride).reshape(blocks, stride)
+    factors = np.ascontiguousarray(raw[:, packed:]).view(np.float32).reshape(-1, 2)[:size]
+    # Byte 2 v + w of 16 is half a byte of code each of entry 8 w + v, and of entry 16 + 8 w + v in its upper half; then
+    # 16 bytes more hold the upper halves of the same bytes of code.
+    pairs = raw[:, :packed].reshape(blocks, -1, 2, 8, 2).transpose(0, 4, 3, 1, 2).reshape(blocks, 16, -1, 2)
+    first = (pairs[..., 0] & 15) | (pairs[..., 1] << 4)  # [blocks, 16, code bytes]
+    second = (pairs[..., 0] >> 4) | (pairs[..., 1] & 0xF0)  # [blocks, 16, code bytes]
+    return np.concatenate([first, second], axis=1).reshape(blocks * 32, -1)[:size, :code_bytes], factors, ids
+
+
+def _unpacks(ivf: Any) -> bool:
+    """Whether the lists are packed as this faiss packs them, by a look at the longest."""
+    if isinstance(ivf, faiss.IndexIVFRaBitQ):
+        return ivf.code_size == -(-ivf.d // 8) + FACTOR_BYTES
+    packer, inverted = ivf.get_CodePacker(), ivf.invlists
+    if packer.nvec != 32 or packer.block_size != ivf.M2 // 2 * 32 + 32 * FACTOR_BYTES:
+        return False
+    sizes = [inverted.list_size(number) for number in range(ivf.nlist)]
+    number = int(np.argmax(sizes))
+    if not (size := sizes[number]):
+        return True
+    flat, factors, _ = _unpacked(ivf, number, size)
+    block_bytes, blocks = packer.block_size, -(-size // 32)
+    packed = faiss.rev_swig_ptr(inverted.get_codes(number), blocks * block_bytes).reshape(blocks, block_bytes)
+    for i in {0, size // 2, size - 1}:
+        code = packer.unpack_1(packed[i // 32 : i // 32 + 1], i % 32)
+        signs = code[: flat.shape[1]]
+        if not np.array_equal(signs, flat[i]) or code[-FACTOR_BYTES:].tobytes() != factors[i].tobytes():
+            return False
+    return True
