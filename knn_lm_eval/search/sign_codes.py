@@ -48,6 +48,7 @@ ARRAYS = {
 MOST_ENTRIES = 2**32  # whose numbers are kept
 QUERIES_AT_ONCE = 256  # whose products with all centroids are held
 PER_THREAD = 8  # queries, at least, that it is worth a thread
+ENTRIES_AT_ONCE = 2**16  # that are laid out
 FACTOR_BYTES = 8  # of an entry, behind its signs
 QUANTIZERS = (faiss.IndexFlat, faiss.IndexFlatL2, faiss.IndexFlatIP)
 
@@ -248,7 +249,7 @@ def write(folder: Path, index: faiss.Index) -> None:
     ivf = _inverted(index)
     sizes = np.array([ivf.invlists.list_size(number) for number in range(ivf.nlist)], dtype=np.int64)  # [lists]
     starts = np.concatenate([[0], np.cumsum(-(-sizes // BLOCK))]).astype(np.int64)  # [lists + 1]
-    centroids = _centroids(ivf)
+    centroids, dot = _centroids(ivf), ivf.metric_type == faiss.METRIC_INNER_PRODUCT
     centre = centroids.mean(0, dtype=np.float64).astype(np.float32)
     blocks, words = int(starts[-1]), -(-ivf.d // 64)
     check_free_space(folder, blocks * BLOCK * (12 + 8 * words), "the search's codes")
@@ -259,37 +260,44 @@ def write(folder: Path, index: faiss.Index) -> None:
     }
     arrays["sizes"][:], arrays["starts"][:], arrays["centre"][:], arrays["offsets"][:] = sizes, starts, centre, NOWHERE
     for i, size in enumerate(tqdm(sizes.tolist(), desc="Laying out codes for searches", unit=" lists")):
-        rows = slice(starts[i] * BLOCK, starts[i + 1] * BLOCK)
-        if size:
-            flat, factors, ids = _unpacked(ivf, i, size)
-            lay_out(
-                flat, factors, ids, centroids[i], centre, ivf.metric_type == faiss.METRIC_INNER_PRODUCT,
-                arrays["codes"][starts[i] : starts[i + 1]], arrays["offsets"][rows], arrays["scales"][rows],
-                arrays["entries"][rows],
-            )  # fmt: skip
+        for start in range(0, size, ENTRIES_AT_ONCE):
+            flat, factors, ids = _unpacked(ivf, i, start, min(size, start + ENTRIES_AT_ONCE))
+            first = int(starts[i]) + start // BLOCK
+            there = slice(first, first + -(-len(ids) // BLOCK))
+            rows = slice(there.start * BLOCK, there.stop * BLOCK)
+            of_entries = arrays["offsets"][rows], arrays["scales"][rows], arrays["entries"][rows]
+            lay_out(flat, factors, ids, centroids[i], centre, dot, arrays["codes"][there], *of_entries)
     for array in arrays.values():
         array.flush()
 
 
-def _unpacked(ivf: Any, number: int, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The signs uint8 ``[size, code bytes]``, factors float32 ``[size, 2]`` and numbers int64 of a list's entries."""
+def _unpacked(ivf: Any, number: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The signs uint8 ``[n, code bytes]``, factors float32 ``[n, 2]`` and numbers int64 of some entries of a list.
+
+    Parameters
+    ----------
+    start, stop : which; the first is that of a block.
+    """
     inverted: Any = ivf.invlists
-    ids = faiss.rev_swig_ptr(inverted.get_ids(number), size)
-    code_bytes = -(-ivf.d // 8)
+    size, code_bytes = inverted.list_size(number), -(-ivf.d // 8)
+    ids = faiss.rev_swig_ptr(inverted.get_ids(number), size)[start:stop]
     if isinstance(ivf, faiss.IndexIVFRaBitQ):
-        raw = faiss.rev_swig_ptr(inverted.get_codes(number), size * ivf.code_size).reshape(size, -1)
+        raw = faiss.rev_swig_ptr(inverted.get_codes(number), size * ivf.code_size).reshape(size, -1)[start:stop]
         factors = np.ascontiguousarray(raw[:, code_bytes : code_bytes + FACTOR_BYTES]).view(np.float32)
-        return raw[:, :code_bytes], factors, ids
-    blocks, packed = -(-size // 32), ivf.M2 // 2 * 32
+        return np.ascontiguousarray(raw[:, :code_bytes]), factors, ids
+    packed = ivf.M2 // 2 * 32
     stride = packed + 32 * FACTOR_BYTES
-    raw = faiss.rev_swig_ptr(inverted.get_codes(number), blocks * stride).reshape(blocks, stride)
-    factors = np.ascontiguousarray(raw[:, packed:]).view(np.float32).reshape(-1, 2)[:size]
+    raw = faiss.rev_swig_ptr(inverted.get_codes(number), -(-size // 32) * stride).reshape(-1, stride)
+    raw = raw[start // 32 : -(-stop // 32)]  # [blocks, stride]
+    blocks = len(raw)
+    factors = np.ascontiguousarray(raw[:, packed:]).view(np.float32).reshape(-1, 2)[: stop - start]
     # Byte 2 v + w of 16 is half a byte of code each of entry 8 w + v, and of entry 16 + 8 w + v in its upper half; then
     # 16 bytes more hold the upper halves of the same bytes of code.
     pairs = raw[:, :packed].reshape(blocks, -1, 2, 8, 2).transpose(0, 4, 3, 1, 2).reshape(blocks, 16, -1, 2)
     first = (pairs[..., 0] & 15) | (pairs[..., 1] << 4)  # [blocks, 16, code bytes]
     second = (pairs[..., 0] >> 4) | (pairs[..., 1] & 0xF0)  # [blocks, 16, code bytes]
-    return np.concatenate([first, second], axis=1).reshape(blocks * 32, -1)[:size, :code_bytes], factors, ids
+    flat = np.concatenate([first, second], axis=1).reshape(blocks * 32, -1)
+    return np.ascontiguousarray(flat[: stop - start, :code_bytes]), factors, ids
 
 
 def _unpacks(ivf: Any) -> bool:
@@ -303,12 +311,13 @@ def _unpacks(ivf: Any) -> bool:
     number = int(np.argmax(sizes))
     if not (size := sizes[number]):
         return True
-    flat, factors, _ = _unpacked(ivf, number, size)
     block_bytes, blocks = packer.block_size, -(-size // 32)
     packed = faiss.rev_swig_ptr(inverted.get_codes(number), blocks * block_bytes).reshape(blocks, block_bytes)
     for i in {0, size // 2, size - 1}:
-        code = packer.unpack_1(packed[i // 32 : i // 32 + 1], i % 32)
-        signs = code[: flat.shape[1]]
-        if not np.array_equal(signs, flat[i]) or code[-FACTOR_BYTES:].tobytes() != factors[i].tobytes():
+        block = i // 32
+        flat, factors, _ = _unpacked(ivf, number, block * 32, i + 1)
+        code = packer.unpack_1(packed[block : block + 1], i % 32)
+        signs, of_entry = code[: flat.shape[1]], code[-FACTOR_BYTES:]
+        if not np.array_equal(signs, flat[-1]) or of_entry.tobytes() != factors[-1].tobytes():
             return False
     return True
