@@ -11,8 +11,10 @@ from knn_lm_eval.errors import UserError
 from knn_lm_eval.search.faiss_index import inverted_file, make_index
 
 LISTS_PER_ROOT = 4  # inverted lists for each root of the number of entries
+ENTRIES_PER_LIST = 2500  # at most, before there are more lists than ``TWO_LEVELS_ABOVE``
 # K-means costs lists times sample. Beyond so many lists, on CPUs, it is done in two levels: minutes, not days.
 TWO_LEVELS_ABOVE = 4096
+GRAPH_FROM = 4096  # lists that a graph finds sooner than a comparison with all
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ def choose_factory(count: int, dimension: int, sim_func: str = "l2", bytes_per_e
 
     RaBitQ's distance estimates are unbiased, which a softmax over distances needs; they are nearest the truth for
     vectors that are rotated at random first, so that no dimension outweighs the others. What was measured is in
-    docs/indexes.md.
+    docs/measurements/indexes.md.
 
     Parameters
     ----------
@@ -74,8 +76,9 @@ def choose_factory(count: int, dimension: int, sim_func: str = "l2", bytes_per_e
     UserError
         Where nothing is as small as that.
     """
-    lists = 2 ** max(0, round(math.log2(LISTS_PER_ROOT * math.sqrt(count))))
-    ivf = f"IVF{lists}" if lists <= TWO_LEVELS_ABOVE else f"IVF{lists}_HNSW32"
+    wanted = min(LISTS_PER_ROOT * math.sqrt(count), max(TWO_LEVELS_ABOVE, count / ENTRIES_PER_LIST))
+    lists = 2 ** max(0, round(math.log2(wanted)))
+    ivf = f"IVF{lists}" if lists < GRAPH_FROM else f"IVF{lists}_HNSW32"
     codes = [f"RR{dimension},{ivf},RaBitQfs"]
     if bytes_per_entry is not None:
         codes = [f"RR{dimension},{ivf},RaBitQfs{bits}" for bits in (4, 2)] + codes

@@ -60,6 +60,7 @@ def test_auto_is_rotated_rabitq_also_for_small_stores() -> None:
     """Those that exact search serves need no index; whoever builds one wants it faster."""
     assert choose_factory(60_000, 576) == "RR576,IVF1024,RaBitQfs"
     assert choose_factory(400_000, 576) == "RR576,IVF2048,RaBitQfs"
+    assert choose_factory(1_500_000, 576) == choose_factory(10_000_000, 576) == "RR576,IVF4096_HNSW32,RaBitQfs"
     assert choose_factory(100_000_000, 64, "dot") == "RR64,IVF32768_HNSW32,RaBitQfs"
 
 
