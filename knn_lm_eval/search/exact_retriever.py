@@ -12,6 +12,7 @@ import torch
 
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.search.exact import ExactSearch
+from knn_lm_eval.search.exact_distances import filled_slots
 from knn_lm_eval.search.retriever import EntryDistances, Retriever, SearchSettings
 from knn_lm_eval.store.datastore import Datastore
 from knn_lm_eval.store.index_files import EXACT
@@ -105,8 +106,13 @@ class ExactRetriever(Retriever):
         return found
 
     def with_distances(self) -> tuple[ExactRetriever, EntryDistances]:
-        """This retriever, and exact distances."""
-        return self, self._exact_distances(NEEDS_KEYS)
+        """This retriever, and exact distances, on the GPU where the keys are there."""
+        search = self._search
+
+        def exact(queries: np.ndarray, entries: np.ndarray, counts: np.ndarray) -> np.ndarray:
+            return search.distances(queries, filled_slots(entries, counts))
+
+        return self, exact
 
     def microseconds(self, queries: int) -> float:
         """About what a query takes, of so many at once: measured on some of the keys, and thought on to all.

@@ -160,6 +160,20 @@ def test_several_devices_find_what_one_finds(tmp_path: Path, sim_func: str) -> N
     np.testing.assert_allclose(distances, expected[0], rtol=1e-6)
 
 
+@pytest.mark.parametrize("sim_func", ["l2", "dot"])
+def test_given_entries_have_the_distances_that_a_search_found(tmp_path: Path, sim_func: str) -> None:
+    """On a pretended GPU, which has the keys after the search; slots beyond a row's count are not looked at."""
+    store = make_store(tmp_path / "s")
+    queries = np.random.default_rng(3).standard_normal((9, 16)).astype(np.float32)
+    counts = np.arange(9)
+    with pretended_gpu():
+        retriever, distances_to = ExactRetriever(store, 30, sim_func, "cuda").with_distances()
+        found, entries = retriever.find(queries)
+        is_filled = np.arange(30) < counts[:, None]
+        given = distances_to(queries, np.where(is_filled, entries, 10**9), counts)
+    np.testing.assert_allclose(given[is_filled], found[is_filled], rtol=1e-6)
+
+
 def test_all_gpus_compare_or_that_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     with pretended_gpu():
