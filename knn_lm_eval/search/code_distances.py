@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.search.code_kernels import look_up
-from knn_lm_eval.search.faiss_index import split_parts
+from knn_lm_eval.search.faiss_index import below_transform, split_parts, transformed
 from knn_lm_eval.search.laid_out import LaidOut
 from knn_lm_eval.store.datastore import Datastore
 from knn_lm_eval.store.verification import Limits
@@ -57,7 +57,7 @@ class CodeTables:
     @classmethod
     def of(cls, index: faiss.Index) -> CodeTables | None:
         """Those of an index, or of a part; None for types whose codes cannot be looked up so."""
-        ivf = _below_transform(index)
+        ivf = below_transform(index)
         if index.metric_type != faiss.METRIC_L2:
             return None
         if isinstance(ivf, faiss.IndexIVFPQ) and ivf.pq.nbits == 8 and ivf.by_residual:
@@ -159,7 +159,7 @@ class CodeDistances:
 
     def transformed(self, queries: np.ndarray) -> np.ndarray:
         """Queries as the lists hold vectors, float32 ``[n, dimension there]``; for many at once it takes less time."""
-        return _transformed(self.index, queries)
+        return transformed(self.index, queries)
 
     def of_transformed(self, queries: np.ndarray, entries: np.ndarray, counts: np.ndarray) -> np.ndarray:
         """As a call, for queries that are ``transformed``."""
@@ -186,20 +186,6 @@ def _is_rabitq_of_one_bit(ivf: Any) -> bool:
     return is_rabitq and ivf.rabitq.nb_bits == 1
 
 
-def _below_transform(index: faiss.Index) -> Any:
-    return faiss.downcast_index(index.index) if isinstance(index, faiss.IndexPreTransform) else index
-
-
-def _transformed(index: faiss.Index, vectors: np.ndarray) -> np.ndarray:
-    """What the index's lists hold of ``vectors``: they themselves, or rotated or projected."""
-    if not isinstance(index, faiss.IndexPreTransform):
-        return vectors
-    chain: Any = index.chain
-    for number in range(chain.size()):
-        vectors = chain.at(number).apply(vectors)
-    return vectors
-
-
 def _mean_the_same(part: faiss.Index, other: faiss.Index) -> bool:
     """Whether the codes of both parts mean the same."""
     tables, other_tables = CodeTables.of(part), CodeTables.of(other)
@@ -210,7 +196,7 @@ def _mean_the_same(part: faiss.Index, other: faiss.Index) -> bool:
         and tables.is_rabitq == other_tables.is_rabitq
         and np.array_equal(tables.centroids, other_tables.centroids)
         and np.array_equal(tables.codebooks, other_tables.codebooks)
-        and np.array_equal(_transformed(part, axes), _transformed(other, axes))
+        and np.array_equal(transformed(part, axes), transformed(other, axes))
     )
 
 
@@ -234,7 +220,7 @@ def _write(folder: Path, datastore: Datastore, parts: list[tuple[faiss.Index, in
         rows = slice(start, start + CHUNK)
         centroids = tables.centroids[arrays["lists"][rows]]  # [chunk, dimension]
         if keys is not None:
-            residuals = _transformed(parts[0][0], keys[rows].astype(np.float32)) - centroids  # [chunk, dimension]
+            residuals = transformed(parts[0][0], keys[rows].astype(np.float32)) - centroids  # [chunk, dimension]
             arrays["codes"][rows] = np.packbits(residuals > 0, axis=1, bitorder="little")
             arrays["scales"][rows], arrays["offsets"][rows] = _rabitq_factors(residuals, centroids)
         else:
@@ -254,7 +240,7 @@ def _copy_lists(index: faiss.Index, first_id: int, lists: np.ndarray, codes: np.
     first_id : the entry that the part calls 0.
     lists, codes : int32 ``[count]`` and uint8 ``[count, code bytes]``, of all entries.
     """
-    ivf = _below_transform(index)
+    ivf = below_transform(index)
     inverted: Any = ivf.invlists
     for number in range(ivf.nlist):
         size = inverted.list_size(number)

@@ -145,6 +145,20 @@ def inverted_file(index: faiss.Index) -> faiss.IndexIVF | None:
     return next(iter(_inverted_files(index)), None)
 
 
+def below_transform(index: faiss.Index) -> Any:
+    """The index below a pre-transform; the index itself where there is none."""
+    return faiss.downcast_index(index.index) if isinstance(index, faiss.IndexPreTransform) else index
+
+
+def transformed(index: faiss.Index, vectors: np.ndarray) -> np.ndarray:
+    """What the index below a pre-transform is given of ``vectors``: they themselves, or rotated or projected."""
+    if isinstance(index, faiss.IndexPreTransform):
+        chain: Any = index.chain
+        for number in range(chain.size()):
+            vectors = chain.at(number).apply(vectors)
+    return np.asarray(vectors)  # a tensor in a process that has imported faiss.contrib.torch_utils
+
+
 def set_probe(index: faiss.Index, probe: int) -> None:
     """Set the number of inverted lists that a search visits; nothing to set in an index without lists."""
     for ivf in _inverted_files(index):
@@ -281,10 +295,7 @@ def _search_all(index: faiss.Index, queries: np.ndarray, k: int) -> tuple[np.nda
     have a large common part; ``ExactSearch`` takes that off first.
     """
     if isinstance(index, faiss.IndexPreTransform):
-        chain: Any = index.chain
-        for number in range(chain.size()):
-            queries = np.asarray(chain.at(number).apply(queries))
-        return _search_all(faiss.downcast_index(index.index), queries, k)
+        return _search_all(below_transform(index), transformed(index, queries), k)
     if isinstance(index, faiss.IndexShards):
         found = [(_search_all(part, queries, k), start) for part, start in split_parts(index)]
         distances = np.stack([distances for (distances, _), _ in found])  # [parts, n, k]

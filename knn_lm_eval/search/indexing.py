@@ -7,13 +7,12 @@ as Ray tasks), so that a build takes no more memory than one part.
 
 from __future__ import annotations
 
-import glob
 import logging
 import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 import faiss
 import numpy as np
@@ -25,7 +24,6 @@ from knn_lm_eval.search.faiss_index import (
     METRICS,
     add_vectors,
     bytes_held,
-    bytes_per_code,
     faiss_gpus,
     inverted_file,
     join_parts,
@@ -36,12 +34,12 @@ from knn_lm_eval.search.gpu_choice import choose_gpu_factory, obstacle_on_gpus
 from knn_lm_eval.search.kmeans import two_level_kmeans
 from knn_lm_eval.search.probe_choice import fastest_enough
 from knn_lm_eval.search.quality import measure_quality
+from knn_lm_eval.search.unfinished_index import UnfinishedIndex, write_index
 from knn_lm_eval.store.datastore import Datastore
-from knn_lm_eval.store.index_files import DEFAULT_INDEX, IndexFiles, IndexJSON
+from knn_lm_eval.store.index_files import DEFAULT_INDEX, IndexFiles
 from knn_lm_eval.store.key_stream import key_chunks, keys_of
 from knn_lm_eval.store.manifest import forget_derived, record_derived
-from knn_lm_eval.system.checkpoints import SavedStates
-from knn_lm_eval.system.files import check_free_space, disk_errors_in, replace_file
+from knn_lm_eval.system.files import disk_errors_in, replace_file
 from knn_lm_eval.system.locks import locked
 from knn_lm_eval.system.ray_cluster import run_tasks
 from knn_lm_eval.system.seals import write_sealed_json
@@ -119,7 +117,7 @@ def build_index(
         "keys_sha256": datastore.keys_checksum,
         **({} if parts is None else {"parts": parts}),
     }
-    unfinished = _Unfinished(files, settings)
+    unfinished = UnfinishedIndex(files, settings)
     lock = files.index.with_name(f".{files.index.name}.lock")
     with disk_errors_in(datastore.path), locked(lock, f"the index {files.index}"):
         if resume and (finished := unfinished.metadata()):
@@ -150,7 +148,7 @@ def build_index(
             limit = (budget.slowdown - 1) * lm_microseconds(datastore)
             metadata |= {"probe": fastest_enough(metadata["quality"], limit), "slowdown": budget.slowdown}
         if parts is None:
-            _write(index, unfinished.index)
+            write_index(index, unfinished.index)
         written = unfinished.finished_files()
         metadata |= {"bytes": sum(path.stat().st_size for path in written), **layout}
         metadata["bytes_held"] = sum(bytes_held(read_index(path)) for path in written)
@@ -187,7 +185,7 @@ def _check_budget(budget: Budget, quality_queries: int, lm_microseconds: Callabl
         raise UserError("A slowdown as budget is of the LM's own time: give lm_microseconds as well.")
 
 
-def _check_place(files: IndexFiles, overwrite: bool, unfinished: _Unfinished) -> None:
+def _check_place(files: IndexFiles, overwrite: bool, unfinished: UnfinishedIndex) -> None:
     """Raise UserError where the index exists."""
     if (files.index.exists() or files.part(0).exists()) and not overwrite:
         resume = "" if not unfinished.states.file.exists() else " (or --resume, to end what was interrupted)"
@@ -200,72 +198,6 @@ def _check_parts(count: int, parts: int | None, ray: str | None) -> None:
         raise UserError("Ray builds an index part by part: say in how many, with --parts.")
     if parts is not None and not 1 <= parts <= min(MOST_PARTS, count):
         raise UserError(f"parts={parts} must be between 1 and {min(MOST_PARTS, count)}.")
-
-
-class _Begun(TypedDict):
-    seconds: dict[str, float]
-
-
-class _Notes(_Begun, total=False):
-    metadata: IndexJSON
-
-
-class _Unfinished:
-    """An index under way: where it waits, beside what it was begun with.
-
-    Attributes
-    ----------
-    index : the file of the index with the entries that it has; of an index in parts, trained and empty.
-    states : with which settings it was begun, and how long each stage took; there is nothing to go on with without.
-    seconds : that each stage took so far.
-    """
-
-    def __init__(self, files: IndexFiles, settings: dict[str, Any]) -> None:
-        self._files = files
-        self.index = files.index.with_name(files.index.name + ".part")
-        self.seconds: dict[str, float] = {}
-        name = glob.escape(files.name)
-        self.states = SavedStates(
-            self.index.with_name(self.index.name + ".json"),
-            settings,
-            what=f"The unfinished index {self.index}",
-            notes=_Notes,
-            others=[f"{name}{part}.faiss.part{end}" for part in ("", ".[0-9][0-9][0-9]") for end in ("", ".tmp")],
-        )
-
-    def part(self, number: int) -> Path:
-        """Where a finished part waits for the others."""
-        part = self._files.part(number)
-        return part.with_name(part.name + ".part")
-
-    def finished_files(self) -> dict[Path, Path]:
-        """The files of the index when it is finished, in order, and what each will be called."""
-        if (parts := self.states.settings.get("parts")) is None:
-            return {self.index: self._files.index}
-        return {self.part(number): self._files.part(number) for number in range(parts)}
-
-    def metadata(self) -> dict[str, Any] | None:
-        """The metadata of an index that is finished and has not got all its names yet; None of any other."""
-        return (self.states.resumed() or {}).get("metadata")
-
-    def load(self) -> faiss.Index | None:
-        """The index to go on with; None where there is none.
-
-        Raises UserError where it was begun with other settings.
-        """
-        notes = self.states.resumed() if self.index.exists() else None
-        if notes is None:
-            return None
-        self.seconds = notes["seconds"]
-        index = faiss.read_index(str(self.index))
-        whole = "parts" not in self.states.settings
-        logger.info("Going on with %s.", f"{index.ntotal:,} entries" if whole else "the parts that lack")
-        return index
-
-    def save(self, index: faiss.Index) -> None:
-        """Keep the index as it is."""
-        _write(index, self.index)
-        self.states.note(seconds=self.seconds)
 
 
 def _train(
@@ -316,7 +248,7 @@ def _place_lists(index: faiss.Index, ivf: faiss.IndexIVF, vectors: np.ndarray, s
     quantizer.add(two_level_kmeans(vectors, ivf.nlist, seed, ivf.cp.spherical))
 
 
-def _add(datastore: Datastore, index: faiss.Index, unfinished: _Unfinished) -> None:
+def _add(datastore: Datastore, index: faiss.Index, unfinished: UnfinishedIndex) -> None:
     """Add the keys that are not in the index yet, in order."""
     keys = datastore.require_keys("an index")
     start = time.perf_counter()
@@ -347,7 +279,7 @@ def _add_run(index: faiss.Index, keys: np.ndarray, start: int, stop: int) -> Ite
 
 
 def _add_in_parts(
-    datastore: Datastore, trained: faiss.Index, unfinished: _Unfinished, parts: int, ray: str | None
+    datastore: Datastore, trained: faiss.Index, unfinished: UnfinishedIndex, parts: int, ray: str | None
 ) -> list[dict[str, int]]:
     """Build the parts that are not there yet, each in its file; returns what the metadata says of them."""
     if not unfinished.states.fits():
@@ -384,12 +316,12 @@ def _build_part(
     for added in _add_run(index, keys, start, stop):
         if bar is not None:
             bar.update(added)
-    _write(index, part)
+    write_index(index, part)
     return {"start": start, "stop": stop, "bytes": part.stat().st_size}
 
 
 def _install(
-    datastore: Datastore, files: IndexFiles, unfinished: _Unfinished, metadata: dict[str, Any]
+    datastore: Datastore, files: IndexFiles, unfinished: UnfinishedIndex, metadata: dict[str, Any]
 ) -> dict[str, Any]:
     """Give finished files their final names, in the place of an index of that name; returns the metadata.
 
@@ -411,14 +343,3 @@ def _install(
     record_derived(datastore.path, [files.metadata.name, *finals])
     unfinished.states.remove()  # with it, of an index in parts, the trained one
     return metadata
-
-
-def _write(index: faiss.Index, path: Path) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    check_free_space(path.parent, index.ntotal * bytes_per_code(index), "the index's codes")
-    try:
-        faiss.write_index(index, str(temporary))
-    except RuntimeError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"Cannot write the index to {path.parent}: {str(error).strip().splitlines()[-1]}") from error
-    replace_file(temporary, path)

@@ -28,7 +28,7 @@ import faiss
 import numpy as np
 from tqdm import tqdm
 
-from knn_lm_eval.search.faiss_index import NAMES, split_parts
+from knn_lm_eval.search.faiss_index import NAMES, below_transform, split_parts, transformed
 from knn_lm_eval.search.laid_out import LaidOut
 from knn_lm_eval.search.sign_kernels import BLOCK, NOWHERE, lay_out, nearest_lists, products, scan
 from knn_lm_eval.store.datastore import Datastore
@@ -94,7 +94,7 @@ class SignCodes:
     @classmethod
     def of(cls, index: faiss.Index, first_id: int, arrays: dict[str, np.ndarray]) -> SignCodes:
         """With the arrays of ``write``."""
-        ivf = _inverted(index)
+        ivf = below_transform(index)
         table, bias = _linear(index)
         centroids = _centroids(ivf)
         quantizer, moved, norms = faiss.downcast_index(ivf.quantizer), None, None
@@ -135,7 +135,7 @@ class SignCodes:
 
     def _nearest_lists(self, queries: np.ndarray, probe: int) -> np.ndarray:
         if self.moved is None or self.norms is None:
-            return np.asarray(_inverted(self.index).quantizer.search(queries, probe)[1])
+            return np.asarray(below_transform(self.index).quantizer.search(queries, probe)[1])
         of_lists = np.empty((len(queries), len(self.norms)), dtype=np.float32)
         products(queries - self.centre, self.moved, of_lists)
         lists = np.empty((len(queries), probe), dtype=np.int64)
@@ -206,18 +206,9 @@ def serves(index: faiss.Index) -> bool:
 
 
 def _serves(index: faiss.Index) -> bool:
-    ivf = _inverted(index)
+    ivf = below_transform(index)
     is_rabitq = isinstance(ivf, (faiss.IndexIVFRaBitQ, faiss.IndexIVFRaBitQFastScan))
     return is_rabitq and ivf.rabitq.nb_bits == 1 and index.metric_type in NAMES and _unpacks(ivf)
-
-
-def transformed(index: faiss.Index, vectors: np.ndarray) -> np.ndarray:
-    """What the index's lists hold of ``vectors``: they themselves, or rotated or projected."""
-    if isinstance(index, faiss.IndexPreTransform):
-        chain: Any = index.chain
-        for number in range(chain.size()):
-            vectors = chain.at(number).apply(vectors)
-    return np.asarray(vectors)
 
 
 def _linear(index: faiss.Index) -> tuple[np.ndarray | None, np.ndarray | None]:
@@ -236,17 +227,13 @@ def _linear(index: faiss.Index) -> tuple[np.ndarray | None, np.ndarray | None]:
     return np.ascontiguousarray(matrix.T), bias
 
 
-def _inverted(index: faiss.Index) -> Any:
-    return faiss.downcast_index(index.index) if isinstance(index, faiss.IndexPreTransform) else index
-
-
 def _centroids(ivf: Any) -> np.ndarray:
     return np.asarray(ivf.quantizer.reconstruct_n(0, ivf.nlist))
 
 
 def write(folder: Path, index: faiss.Index) -> None:
     """Lay out the codes of an index, or of a part, in files ``ARRAY.npy``."""
-    ivf = _inverted(index)
+    ivf = below_transform(index)
     sizes = np.array([ivf.invlists.list_size(number) for number in range(ivf.nlist)], dtype=np.int64)  # [lists]
     starts = np.concatenate([[0], np.cumsum(-(-sizes // BLOCK))]).astype(np.int64)  # [lists + 1]
     centroids, dot = _centroids(ivf), ivf.metric_type == faiss.METRIC_INNER_PRODUCT
