@@ -214,11 +214,10 @@ def _open_on_gpus(settings: RetrievalSettings, store: Datastore, index: str | No
         sim_func = sim_func or metadata["sim_func"]
     wants_exact = store.keys is not None and (index is None or settings.index is None)
     key_bytes = store.keys.nbytes if wants_exact and store.keys is not None else None
-    choice = choose_place(visible_gpus(), key_bytes, at_hand, settings.k)
+    choice = choose_place(visible_gpus(settings.knn_device), key_bytes, at_hand, settings.k)
     retriever: Retriever
     if index is None or choice.place in (IN_MEMORY, STREAMED):
-        device = settings.knn_device or ("cpu" if choice.place == CPU else None)
-        retriever = ExactRetriever(store, settings.k, sim_func, device)
+        retriever = ExactRetriever(store, settings.k, sim_func, settings.knn_device)
     else:
         searching = settings.k, settings.probe, settings.knn_sim_func, settings.recompute_dists
         retriever = LocalRetriever(store, *searching, choice.place == INDEX, index)

@@ -153,8 +153,8 @@ class RetrievalSettings:
     )
     knn_gpu: bool = setting(
         False,
-        "search on GPUs, at the best place: all keys in a GPU's memory, exactly; an index that faiss-gpu can hold "
-        "(in float16, in shards where it does not fit one); keys streamed to a GPU; the CPU. An index that is named "
+        "search on GPUs, at the best place: all keys in GPU memory, exactly; an index that faiss-gpu can hold "
+        "(in float16, in shards where it does not fit one); keys streamed to GPUs; the CPU. An index that is named "
         "is searched. Of several processes each takes its own GPU",
     )
     index: str | None = setting(
@@ -165,9 +165,9 @@ class RetrievalSettings:
     )
     knn_device: str | None = setting(
         None,
-        "where exact search without an index compares queries and keys",
-        may_be="cpu, cuda, cuda:1, ...",
-        shown_default="the process's GPU if there is one, otherwise the CPU",
+        "where exact search without an index compares queries and keys; of several devices each has a run of the keys",
+        may_be="cpu, cuda, cuda:1, cuda:0+cuda:1, ...",
+        shown_default="all GPUs (of several processes each takes its own), otherwise the CPU",
     )
     retriever: str = setting(
         "local",

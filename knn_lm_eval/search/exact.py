@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from knn_lm_eval.search.exact_distances import exact_distances
 from knn_lm_eval.search.key_blocks import KeyBlocks, centre_of
-from knn_lm_eval.search.nearest import MOST_ENTRIES, Compared, nearest_on
+from knn_lm_eval.search.nearest import MOST_ENTRIES, Compared, nearest_on, pair_distances
 
 SCORE_BYTES = 2**22  # of scores at a time
 GPU_SCORE_BYTES = 2**29
@@ -102,6 +103,37 @@ class ExactSearch:
                 return search_run(self._runs[0])
             with ThreadPoolExecutor(len(self._devices)) as pool:
                 return self._merged(list(pool.map(search_run, self._runs)), k)
+
+    def distances(self, queries: np.ndarray, entries: np.ndarray) -> np.ndarray:
+        """The distances of queries to given entries, see ``exact_distances``.
+
+        Keys that a search has left in a GPU's memory are gathered there, all others in the file.
+
+        Parameters
+        ----------
+        queries : float32 ``[n, dimension]``.
+        entries : int64 ``[n, m]``; -1 in empty slots.
+
+        Returns
+        -------
+        float32 ``[n, m]``; infinity in empty slots.
+        """
+        if all(run.resident is None for run in self._runs):
+            return exact_distances(self.keys, queries, entries, self.sim_func)
+        gathered, rest = np.full(entries.shape, np.inf, dtype=np.float32), entries
+        for run, start in zip(self._runs, self._starts, strict=False):
+            if run.resident is not None:
+                is_here = (entries >= start) & (entries < start + len(run))
+                rows, slots = is_here.nonzero()
+                pairs = torch.from_numpy(np.stack([rows, entries[rows, slots] - start])).to(run.device)
+                own = torch.from_numpy(queries).to(run.device)
+                constant = torch.zeros(len(own), dtype=torch.float64, device=run.device)
+                found = pair_distances(own, constant, run.resident, pairs[0], pairs[1], self.sim_func == "dot")
+                gathered[rows, slots] = found.cpu().numpy()
+                rest = np.where(is_here, -1, rest)
+        if (rest < 0).all():
+            return gathered
+        return np.where(rest < 0, gathered, exact_distances(self.keys, queries, rest, self.sim_func))
 
     def _merged(self, found: list[tuple[np.ndarray, np.ndarray]], k: int) -> tuple[np.ndarray, np.ndarray]:
         """The ``k`` nearest of what was found in each run."""

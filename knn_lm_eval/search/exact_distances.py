@@ -43,6 +43,11 @@ def exact_distances(keys: np.ndarray, queries: np.ndarray, entries: np.ndarray, 
     return distances.reshape(entries.shape)
 
 
+def filled_slots(entries: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """``entries`` ``[n, m]`` with -1 beyond the first ``counts`` ``[n]`` of each row."""
+    return np.where(np.arange(entries.shape[1]) < counts[:, None], entries, -1)
+
+
 # Sums may be taken in any order: that is what lets them be taken sixteen numbers at a time.
 @compiled(fastmath={"reassoc", "contract"})
 def _fill(distances, slots, place, vectors, queries, k, dot):

@@ -12,6 +12,7 @@ import torch
 
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.search.exact import ExactSearch
+from knn_lm_eval.search.exact_distances import filled_slots
 from knn_lm_eval.search.retriever import EntryDistances, Retriever, SearchSettings
 from knn_lm_eval.store.datastore import Datastore
 from knn_lm_eval.store.index_files import EXACT
@@ -20,6 +21,7 @@ from knn_lm_eval.system.timing import now
 
 NEEDS_KEYS = "exact search, as where a store has no index,"
 WORTH_A_BAR = 2**12  # queries at once: those of many texts, which are searched for together
+BETWEEN_DEVICES = "+"  # lm-eval splits its arguments at commas and at =
 SAMPLE_BYTES = 2**25  # of keys, on which the time of a search is measured
 
 
@@ -31,7 +33,11 @@ class ExactRetriever(Retriever):
     datastore : an opened datastore with keys.
     k : neighbours per query.
     sim_func : ``l2`` (squared) or ``dot``; None is ``l2``.
-    device : where queries and keys are compared, such as ``cuda:1``; None is this process's GPU, or the CPU.
+    device : where queries and keys are compared, see ``find_devices``.
+
+    Attributes
+    ----------
+    devices : each compares a run of the keys.
 
     Raises
     ------
@@ -44,9 +50,10 @@ class ExactRetriever(Retriever):
     ) -> None:
         super().__init__(datastore, EXACT, SearchSettings(k, None, sim_func or "l2"))
         self._keys = datastore.require_keys(NEEDS_KEYS)
-        self.device = find_device(device)
-        self.on_gpus, self.searched_on = self.device.type != "cpu", str(self.device)
-        self._search = ExactSearch(self._keys, self.sim_func, self.device)
+        self.devices = find_devices(device)
+        self.on_gpus = any(one.type != "cpu" for one in self.devices)
+        self.searched_on = BETWEEN_DEVICES.join(map(str, self.devices))
+        self._search = ExactSearch(self._keys, self.sim_func, self.devices)
 
     def _checked(self, settings: SearchSettings) -> SearchSettings:
         return replace(super()._checked(settings), probe=None)
@@ -99,8 +106,13 @@ class ExactRetriever(Retriever):
         return found
 
     def with_distances(self) -> tuple[ExactRetriever, EntryDistances]:
-        """This retriever, and exact distances."""
-        return self, self._exact_distances(NEEDS_KEYS)
+        """This retriever, and exact distances, on the GPU where the keys are there."""
+        search = self._search
+
+        def exact(queries: np.ndarray, entries: np.ndarray, counts: np.ndarray) -> np.ndarray:
+            return search.distances(queries, filled_slots(entries, counts))
+
+        return self, exact
 
     def microseconds(self, queries: int) -> float:
         """About what a query takes, of so many at once: measured on some of the keys, and thought on to all.
@@ -110,7 +122,7 @@ class ExactRetriever(Retriever):
         some = min(len(self._keys), max(self.k, SAMPLE_BYTES // (self._keys.shape[1] * self._keys.itemsize)))
         sizes = [some] if some == len(self._keys) else [max(self.k, some // 2), some]
         asked = finite_keys(self._keys[:: max(1, len(self._keys) // queries)][:queries])
-        searches = [ExactSearch(self._keys[:size], self.sim_func, self.device) for size in sizes]
+        searches = [ExactSearch(self._keys[:size], self.sim_func, self.devices) for size in sizes]
         searches[0].search(asked[:1], 1)  # loads what is compiled
         seconds = []
         for search in searches:
@@ -122,15 +134,32 @@ class ExactRetriever(Retriever):
         return 1e6 * (seconds[-1] + rest * per_key) / len(asked)
 
 
-def find_device(device: str | None) -> torch.device:
-    """The device of that name, or this process's GPU, or the CPU; raises UserError where there is no such device."""
-    if device is None:
-        gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        return torch.device(f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % gpus}" if gpus else "cpu")
+def find_devices(names: str | None) -> list[torch.device]:
+    """Where exact search compares keys.
+
+    Parameters
+    ----------
+    names : such as ``cuda:1``, or several, ``cuda:0+cuda:1``; None is all GPUs, or the one of this process where
+        several were started (``LOCAL_RANK``), or the CPU.
+
+    Raises
+    ------
+    UserError
+        Where one is no device, or is not here.
+    """
+    if names is None:
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        gpus = [torch.device("cuda", number) for number in range(count)]
+        if gpus and (rank := os.environ.get("LOCAL_RANK")):
+            return [gpus[int(rank) % count]]
+        return gpus or [torch.device("cpu")]
     try:
-        found = torch.device(device)
-        torch.empty(1, device=found)
+        devices = [torch.device(name) for name in str(names).split(BETWEEN_DEVICES)]
+        for device in devices:
+            torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:  # the latter of a torch without CUDA
         reason = str(error).strip().splitlines()[0][:200]
-        raise UserError(f"knn_device={device} cannot be used here ({reason}); give cpu or cuda:0, say.") from error
-    return found
+        raise UserError(
+            f"knn_device={names} cannot be used here ({reason}); give cpu or cuda:0, say, or several, cuda:0+cuda:1."
+        ) from error
+    return devices

@@ -7,7 +7,6 @@ GPU; the CPU. And which index to build so that faiss can hold it on a GPU.
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -16,6 +15,7 @@ import torch
 
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.search.choosing import LISTS_PER_ROOT, NO_BUDGET, Budget, estimated_bytes
+from knn_lm_eval.search.exact_retriever import find_devices
 from knn_lm_eval.search.faiss_index import GPU_MAX_K, faiss_gpus, make_index
 
 IN_MEMORY, INDEX, STREAMED, CPU = "gpu exact", "gpu index", "gpu exact streamed", "cpu"
@@ -33,11 +33,11 @@ class Gpus:
 
     Attributes
     ----------
-    free : bytes of memory that are free on the GPU on which PyTorch compares keys; None where PyTorch sees none.
+    free : bytes of memory that are free on each GPU on which PyTorch compares keys; none where it has no GPU for that.
     faiss : how many faiss sees.
     """
 
-    free: int | None
+    free: tuple[int, ...]
     faiss: int
 
 
@@ -73,14 +73,16 @@ def choose_place(gpus: Gpus, key_bytes: int | None, index: IndexAtHand | None, k
     index : None where no index is wanted or there is none.
     k : neighbours per query.
     """
-    if gpus.free is None:
-        exact = "PyTorch sees no GPU"
+    least, count = min(gpus.free, default=0), len(gpus.free)
+    free = f"the GPU's {_mib(least)} that are free" if count == 1 else f"{count} GPUs with {_mib(least)} free on each"
+    if not count:
+        exact = "PyTorch has no GPU to compare keys on"
     elif key_bytes is None:
         exact = "there are no keys to compare, or an index was named"
-    elif key_bytes + WORKING_BYTES <= gpus.free:
-        return Choice(IN_MEMORY, f"the keys, {_mib(key_bytes)}, fit in the GPU's {_mib(gpus.free)} that are free")
+    elif -(-key_bytes // count) + WORKING_BYTES <= least:  # a run of them on each
+        return Choice(IN_MEMORY, f"the keys, {_mib(key_bytes)}, fit in {free}")
     else:
-        exact = f"the keys, {_mib(key_bytes)}, do not fit in the GPU's {_mib(gpus.free)} that are free"
+        exact = f"the keys, {_mib(key_bytes)}, do not fit in {free}"
     if index is None:
         by_index = "there is no index to search"
     elif not gpus.faiss:
@@ -89,21 +91,19 @@ def choose_place(gpus: Gpus, key_bytes: int | None, index: IndexAtHand | None, k
         by_index = index.obstacle
     elif k > GPU_MAX_K:
         by_index = f"k={k} is more than faiss finds on GPUs, {GPU_MAX_K}"
-    elif gpus.free is not None and index.bytes + WORKING_BYTES > gpus.free * gpus.faiss:
+    elif count and index.bytes + WORKING_BYTES > least * gpus.faiss:
         by_index = f"the index, {_mib(index.bytes)}, does not fit in the memory of {gpus.faiss} GPU(s)"
     else:
         return Choice(INDEX, exact)
-    if gpus.free is not None and key_bytes is not None:
+    if count and key_bytes is not None:
         return Choice(STREAMED, f"{exact}; {by_index}")
     return Choice(CPU, f"{exact}; {by_index}")
 
 
-def visible_gpus() -> Gpus:
-    """What this process may use, here and now."""
-    free = None
-    if torch.cuda.is_available() and (count := torch.cuda.device_count()):
-        free = torch.cuda.mem_get_info(int(os.environ.get("LOCAL_RANK", 0)) % count)[0]
-    return Gpus(free, faiss_gpus())
+def visible_gpus(knn_device: str | None = None) -> Gpus:
+    """What this process may use, here and now; exact search those GPUs that ``find_devices`` finds."""
+    gpus = [device for device in find_devices(knn_device) if device.type == "cuda"]
+    return Gpus(tuple(torch.cuda.mem_get_info(gpu)[0] for gpu in gpus), faiss_gpus())
 
 
 def obstacle_on_gpus(factory: str, dimension: int, sim_func: str) -> str | None:
@@ -156,7 +156,7 @@ def choose_gpu_factory(
     ----------
     count, dimension : entries of the store, and the width of a key.
     sim_func : ``l2`` or ``dot``.
-    memory : bytes of the GPU's memory; None takes what is free on this process's GPU.
+    memory : bytes of the GPU's memory; None takes what is free on this process's GPU, of several the least.
     budget : of which the bytes per entry count here, too.
 
     Raises
@@ -164,7 +164,7 @@ def choose_gpu_factory(
     UserError
         Where nothing is as small as that, or no GPU is there to ask for its memory.
     """
-    if memory is None and (memory := visible_gpus().free) is None:
+    if memory is None and (memory := min(visible_gpus().free, default=None)) is None:
         raise UserError("PyTorch sees no GPU to build an index for: say how much memory it has, with --gpu_memory.")
     per_entry = (memory - WORKING_BYTES) / count
     if budget.bytes_per_entry is not None:

@@ -86,6 +86,11 @@ class KeyBlocks:
         return 4 * self._keys.size <= KEPT_BYTES
 
     @property
+    def resident(self) -> Tensor | None:
+        """``[count, dimension]``: all keys on the GPU, as they are in the file, once a pass has uploaded them."""
+        return self._uploaded
+
+    @property
     def streams(self) -> bool:
         """Whether each pass has to read keys from the disk, for there is no room for them: in the GPU, or in half of
         the machine's available memory."""

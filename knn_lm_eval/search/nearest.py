@@ -296,7 +296,8 @@ class TensorNearest(Nearest):
         row, column = (scores <= limits[:, None]).nonzero(as_tuple=True)  # [found], row by row
         if not len(row):
             return
-        packed = self._pack(self._distances(row + rows.start, block.keys, column), column + block.start)
+        near = pair_distances(self._own, self._constant, block.keys, row + rows.start, column, self.compared.is_dot)
+        packed = self._pack(near, column + block.start)
         counts = torch.bincount(row, minlength=len(scores))  # [rows]
         slots = torch.arange(len(row), device=self.device) - (counts.cumsum(0) - counts)[row]
         found = torch.full((len(scores), int(counts.max())), EMPTY, dtype=torch.int64, device=self.device)
@@ -309,23 +310,38 @@ class TensorNearest(Nearest):
         new_limits = self._slope[rows] * (far + self.compared.rounding * far.abs()) + self._offset[rows]
         self._limits[rows] = torch.where(worst == EMPTY, torch.inf, new_limits).float()
 
-    def _distances(self, query: Tensor, keys: Tensor, column: Tensor) -> Tensor:
-        """float32 ``[found]``: of queries to keys, both by their numbers."""
-        distances = torch.empty(len(query), device=self.device)
-        step = max(1, GATHERED_BYTES // (16 * keys.shape[1]))
-        for first in range(0, len(query), step):
-            some = slice(first, first + step)
-            queries, near = self._own[query[some]], keys[column[some]]  # [step, dimension]
-            if self.compared.is_dot:
-                products = (queries.double() * near.double()).sum(1)
-                distances[some] = (self._constant[query[some]] - products).float() + 0.0
-            else:
-                distances[some] = (queries - near).square().sum(1)
-        return distances
-
     def _pack(self, distances: Tensor, entries: Tensor) -> Tensor:
         bits = distances.view(torch.int32)
         return (torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long() << 32) | entries
 
     def _packed(self) -> np.ndarray:
         return self._kept.sort(dim=1).values.cpu().numpy()
+
+
+def pair_distances(
+    queries: Tensor, constant: Tensor, keys: Tensor, rows: Tensor, columns: Tensor, is_dot: bool
+) -> Tensor:
+    """The distances of pairs of a query and a key, both by their numbers; ``GATHERED_BYTES`` are gathered at a time.
+
+    Parameters
+    ----------
+    queries : float32 ``[n, dimension]``.
+    constant : float64 ``[n]``, what is added to the inner products of each; not looked at for ``l2``.
+    keys : float16 or float32 ``[count, dimension]``.
+    rows, columns : int64 ``[pairs]``.
+    is_dot : negated inner products, summed in double precision, instead of squared distances.
+
+    Returns
+    -------
+    float32 ``[pairs]``, where the keys are.
+    """
+    distances = torch.empty(len(rows), device=keys.device)
+    step = max(1, GATHERED_BYTES // (16 * keys.shape[1]))
+    for first in range(0, len(rows), step):
+        some = slice(first, first + step)
+        near, own = keys[columns[some]], queries[rows[some]]  # [step, dimension]
+        if is_dot:
+            distances[some] = (constant[rows[some]] - (own.double() * near.double()).sum(1)).float() + 0.0
+        else:
+            distances[some] = (own - near).square().sum(1)
+    return distances

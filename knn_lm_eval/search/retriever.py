@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from knn_lm_eval.errors import UserError
-from knn_lm_eval.search.exact_distances import exact_distances
+from knn_lm_eval.search.exact_distances import exact_distances, filled_slots
 from knn_lm_eval.store.datastore import Datastore
 from knn_lm_eval.system.timing import now
 
@@ -249,8 +249,7 @@ class Retriever(ABC):
         keys, sim_func = self.datastore.require_keys(reason), self.sim_func
 
         def exact(queries: np.ndarray, entries: np.ndarray, counts: np.ndarray) -> np.ndarray:
-            entries = np.where(np.arange(entries.shape[1]) < counts[:, None], entries, -1)
-            return exact_distances(keys, queries, entries, sim_func)
+            return exact_distances(keys, queries, filled_slots(entries, counts), sim_func)
 
         return exact
 

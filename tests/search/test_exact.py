@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.search import exact, key_blocks, nearest
 from knn_lm_eval.search.exact import ExactSearch
+from knn_lm_eval.search.nearest import pair_distances
 
 
 def oracle(keys: np.ndarray, queries: np.ndarray, sim_func: str) -> np.ndarray:
@@ -192,3 +193,52 @@ def test_keys_stay_on_a_gpu_or_stream_to_it(fits: bool, sim_func: str, monkeypat
     np.testing.assert_array_equal(found[1], expected[1])
     np.testing.assert_allclose(found[0], expected[0], rtol=1e-6)
     assert copies[0] >= 11 and (copies[1] >= 11) == (not fits)
+
+
+MISTAKES = {
+    "the next key": lambda own, constant, keys, rows, columns, is_dot: pair_distances(
+        own, constant, keys, rows, (columns + 1) % len(keys), is_dot
+    ),
+    "single precision": lambda own, constant, keys, rows, columns, is_dot: (
+        -(own[rows] * keys[columns].float()).sum(1) if is_dot else (own.half()[rows] - keys[columns]).square().sum(1)
+    ),
+    "queries on the CPU": lambda own, *others: pair_distances(own.cpu(), *others),
+}
+
+
+@pytest.mark.parametrize("mistake", [None, *MISTAKES])
+@pytest.mark.parametrize("sim_func", ["l2", "dot"])
+@pytest.mark.parametrize("devices", [["cuda"], ["cpu", "cuda"], ["cuda", "cuda"]])
+def test_distances_are_gathered_where_the_keys_are(
+    devices: list[str], sim_func: str, mistake: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(4)
+    keys = (rng.standard_normal((700, 12)) + 300).astype(np.float16)
+    queries = keys[:20].astype(np.float32) + rng.standard_normal((20, 12)).astype(np.float32)
+    entries = rng.integers(-1, 700, (20, 60))
+    expected = np.take_along_axis(oracle(keys, queries, sim_func), entries, 1)
+    expected[entries < 0] = np.inf
+    monkeypatch.setattr(nearest, "GATHERED_BYTES", 16 * 12 * 100)  # several blocks of pairs
+    with pretended_gpu() as gpu:
+        search = ExactSearch(keys, sim_func, devices)
+        before = gpu.ran["copy to the GPU"]
+        from_the_file = search.distances(queries, entries)
+        assert gpu.ran["copy to the GPU"] == before
+        search.search(queries, 5)  # leaves the keys there
+        if "cpu" not in devices:
+            monkeypatch.setattr(exact, "exact_distances", lambda *_: pytest.fail("the file was read"))
+        if mistake is not None:
+            monkeypatch.setattr(exact, "pair_distances", MISTAKES[mistake])
+
+        def gathered() -> None:
+            before = gpu.ran["aten::index"]
+            found = search.distances(queries, entries)
+            assert gpu.ran["aten::index"] > before and found.dtype == np.float32
+            np.testing.assert_allclose(found, expected, rtol=1.2e-7 if sim_func == "dot" else 1e-6)
+
+        np.testing.assert_allclose(from_the_file, expected, rtol=1.2e-7 if sim_func == "dot" else 1e-6)
+        if mistake is None:
+            gathered()
+        else:
+            with pytest.raises((AssertionError, RuntimeError)):
+                gathered()

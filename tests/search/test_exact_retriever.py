@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import re
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers.pretended_gpu import GPU, pretended_gpu
 from helpers.stores import make_store
 from helpers.tiny_model import EVAL_TEXT
 from lm_eval.api.instance import Instance
+from lm_eval.utils import simple_parse_args_string
 
 from knn_lm_eval import KNNHF, UserError
 from knn_lm_eval.model import search_cost
 from knn_lm_eval.search import exact_retriever
-from knn_lm_eval.search.exact_retriever import ExactRetriever
+from knn_lm_eval.search.exact_retriever import ExactRetriever, find_devices
 from knn_lm_eval.search.index_retriever import LocalRetriever
 from knn_lm_eval.search.indexing import build_index
 from knn_lm_eval.store.datastore import Datastore
@@ -131,10 +134,57 @@ def test_a_store_without_keys_and_index_is_refused(without_index: Datastore) -> 
         ExactRetriever(dataclasses.replace(without_index, keys=None), 5)
 
 
-@pytest.mark.parametrize("device", ["cuda:99", "gpu", "meta:x"])
+@pytest.mark.parametrize("device", ["cuda:99", "gpu", "meta:x", "cpu+gpu", "cpu+"])
 def test_an_unknown_device_is_named(without_index: Datastore, model_folder: Path, device: str) -> None:
-    with pytest.raises(UserError, match=f"knn_device={device} cannot be used here"):
+    with pytest.raises(
+        UserError, match=rf"knn_device={re.escape(device)} cannot be used here \([^\n]*\); give [^\n]*\.$"
+    ):
         open_lm(model_folder, without_index, knn_device=device)
+
+
+@pytest.mark.parametrize("sim_func", ["l2", "dot"])
+def test_several_devices_find_what_one_finds(tmp_path: Path, sim_func: str) -> None:
+    store = make_store(tmp_path / "s")
+    queries = np.random.default_rng(3).standard_normal((50, 16)).astype(np.float32)
+    expected = ExactRetriever(store, 30, sim_func, "cpu").find(queries)
+    several = ExactRetriever(store, 30, sim_func, "cpu+cpu+cpu")
+    assert len(several.devices) == 3 and several.searched_on == "cpu+cpu+cpu" and not several.on_gpus
+    for found, of_one in zip(several.find(queries), expected, strict=True):
+        np.testing.assert_array_equal(found, of_one)
+    with pretended_gpu() as gpu:
+        mixed = ExactRetriever(store, 30, sim_func, simple_parse_args_string("k=3,knn_device=cpu+cuda")["knn_device"])
+        assert mixed.on_gpus
+        distances, entries = mixed.find(queries)
+        assert gpu.ran["aten::mm"] > 0
+    np.testing.assert_array_equal(entries, expected[1])
+    np.testing.assert_allclose(distances, expected[0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("sim_func", ["l2", "dot"])
+def test_given_entries_have_the_distances_that_a_search_found(tmp_path: Path, sim_func: str) -> None:
+    """On a pretended GPU, which has the keys after the search; slots beyond a row's count are not looked at."""
+    store = make_store(tmp_path / "s")
+    queries = np.random.default_rng(3).standard_normal((9, 16)).astype(np.float32)
+    counts = np.arange(9)
+    with pretended_gpu():
+        retriever, distances_to = ExactRetriever(store, 30, sim_func, "cuda").with_distances()
+        found, entries = retriever.find(queries)
+        is_filled = np.arange(30) < counts[:, None]
+        given = distances_to(queries, np.where(is_filled, entries, 10**9), counts)
+    np.testing.assert_allclose(given[is_filled], found[is_filled], rtol=1e-6)
+
+
+def test_all_gpus_compare_or_that_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    with pretended_gpu():
+        assert find_devices(None) == [GPU]
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+        assert [device.index for device in find_devices(None)] == [0, 1, 2]
+        monkeypatch.setenv("LOCAL_RANK", "4")
+        assert [device.index for device in find_devices(None)] == [1]
+        monkeypatch.undo()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert find_devices(None) == [torch.device("cpu")]
 
 
 def test_what_exact_search_costs_is_said_where_it_is_more_than_the_lm(

@@ -8,7 +8,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from helpers.pretended_gpu import pretended_gpu
+import torch
+from helpers.pretended_gpu import GPU, pretended_gpu
 
 from knn_lm_eval import KNNHF, Datastore, UserError
 from knn_lm_eval.model.opening import open_augmentation
@@ -32,24 +33,27 @@ from knn_lm_eval.search.index_retriever import LocalRetriever
 from knn_lm_eval.search.indexing import build_index
 
 SMALL, LARGE, MEMORY = 2**30, 2**37, 2**34
-FREE, FAISS = [None, SMALL, MEMORY], [0, 1, 2]
+FREE: list[tuple[int, ...]] = [(), (SMALL,), (MEMORY,), (MEMORY,) * 7, (MEMORY,) * 10, (MEMORY, SMALL)]
+FAISS = [0, 1, 2]
 KEYS, KS = [None, SMALL, LARGE], [1024, 2048, 2049]
 INDEXES = [None, *(IndexAtHand(size, obstacle) for size in (SMALL, LARGE) for obstacle in (None, "no such type"))]
 
 
 @pytest.mark.parametrize(("free", "faiss_count"), list(itertools.product(FREE, FAISS)))
-def test_the_first_place_that_can_be_is_taken(free: int | None, faiss_count: int) -> None:
+def test_the_first_place_that_can_be_is_taken(free: tuple[int, ...], faiss_count: int) -> None:
     for keys, index, k in itertools.product(KEYS, INDEXES, KS):
         can = {
-            IN_MEMORY: free is not None and keys is not None and free >= keys + WORKING_BYTES,
+            IN_MEMORY: bool(free)
+            and keys is not None
+            and all(of_one >= keys / len(free) + WORKING_BYTES for of_one in free),
             INDEX: bool(
                 index
                 and faiss_count
                 and index.obstacle is None
                 and k <= 2048
-                and (free is None or free * faiss_count >= index.bytes + WORKING_BYTES)
+                and (not free or min(free) * faiss_count >= index.bytes + WORKING_BYTES)
             ),
-            STREAMED: free is not None and keys is not None,
+            STREAMED: bool(free) and keys is not None,
             CPU: True,
         }
         choice = choose_place(Gpus(free, faiss_count), keys, index, k)
@@ -59,13 +63,18 @@ def test_the_first_place_that_can_be_is_taken(free: int | None, faiss_count: int
 
 def test_reasons_name_what_stood_in_the_way() -> None:
     index = IndexAtHand(SMALL, "faiss has no IndexIVFRaBitQ on GPUs")
-    assert choose_place(Gpus(None, 0), LARGE, None, 10).reason == "PyTorch sees no GPU; there is no index to search"
-    assert choose_place(Gpus(MEMORY, 1), LARGE, index, 10).reason == (
+    assert choose_place(Gpus((), 0), LARGE, None, 10).reason == (
+        "PyTorch has no GPU to compare keys on; there is no index to search"
+    )
+    assert choose_place(Gpus((MEMORY, SMALL), 1), LARGE, None, 10).reason.startswith(
+        "the keys, 131,072 MiB, do not fit in 2 GPUs with 1,024 MiB free on each; "
+    )
+    assert choose_place(Gpus((MEMORY,), 1), LARGE, index, 10).reason == (
         "the keys, 131,072 MiB, do not fit in the GPU's 16,384 MiB that are free; faiss has no IndexIVFRaBitQ on GPUs"
     )
     able = IndexAtHand(SMALL, None)
-    assert "faiss sees no GPU (faiss-gpu needed)" in choose_place(Gpus(MEMORY, 0), None, able, 10).reason
-    assert "k=2049 is more than faiss finds on GPUs, 2048" in choose_place(Gpus(MEMORY, 1), None, able, 2049).reason
+    assert "faiss sees no GPU (faiss-gpu needed)" in choose_place(Gpus((MEMORY,), 0), None, able, 10).reason
+    assert "k=2049 is more than faiss finds on GPUs, 2048" in choose_place(Gpus((MEMORY,), 1), None, able, 2049).reason
 
 
 @pytest.mark.parametrize(
@@ -113,15 +122,18 @@ def test_without_a_gpu_the_cpu_searches_and_says_so(store: Datastore, caplog: py
         patch.setattr(gpu_choice, "faiss_gpus", lambda: 0)
         with_index, without = opened(store), opened(store, index="exact")
     assert isinstance(with_index, LocalRetriever) and isinstance(without, ExactRetriever)
-    assert str(without.device) == "cpu" and not with_index.on_gpus
-    assert with_index.searched_on == "cpu (PyTorch sees no GPU; faiss sees no GPU (faiss-gpu needed))"
-    assert "knn_gpu=True searches on: cpu (PyTorch sees no GPU; there is no index to search)" in caplog.text
+    assert without.searched_on.startswith("cpu (") and not with_index.on_gpus
+    assert with_index.searched_on == "cpu (PyTorch has no GPU to compare keys on; faiss sees no GPU (faiss-gpu needed))"
+    assert (
+        "knn_gpu=True searches on: cpu (PyTorch has no GPU to compare keys on; there is no index to search)"
+        in caplog.text
+    )
 
 
 def test_keys_go_to_a_gpu_unless_an_index_is_named(store: Datastore, model_folder: Path) -> None:
     with pretended_gpu():
         exact = opened(store)
-        assert isinstance(exact, ExactRetriever) and str(exact.device) == "cuda:0" and exact.on_gpus
+        assert isinstance(exact, ExactRetriever) and exact.devices == [GPU] and exact.on_gpus
         assert exact.searched_on.startswith("gpu exact (the keys, ")
         named = opened(store, index="index")
         assert isinstance(named, LocalRetriever) and named.searched_on.startswith("cpu (there are no keys")
@@ -129,10 +141,21 @@ def test_keys_go_to_a_gpu_unless_an_index_is_named(store: Datastore, model_folde
         assert lm.get_model_info()["knn"]["searched_on"] == exact.searched_on
 
 
+def test_the_gpus_that_are_used_count() -> None:
+    with pretended_gpu(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpu_choice.torch.cuda, "device_count", lambda: 3)
+        patch.setattr(gpu_choice.torch.cuda, "mem_get_info", lambda device: (10 + torch.device(device).index, 99))
+        assert gpu_choice.visible_gpus().free == (10, 11, 12)
+        patch.setenv("LOCAL_RANK", "4")
+        assert gpu_choice.visible_gpus().free == (11,)
+        assert gpu_choice.visible_gpus("cpu+cuda:0").free == (10,)
+    assert gpu_choice.visible_gpus("cpu").free == ()
+
+
 def test_keys_that_do_not_fit_are_streamed(store: Datastore) -> None:
     with pretended_gpu(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(gpu_choice, "visible_gpus", None)
-        patch.setattr("knn_lm_eval.model.opening.visible_gpus", lambda: Gpus(2**20, 0))
+        patch.setattr("knn_lm_eval.model.opening.visible_gpus", lambda knn_device: Gpus((2**20,), 0))
         streamed = opened(store)
     assert isinstance(streamed, ExactRetriever) and streamed.searched_on.startswith("gpu exact streamed (the keys, ")
     assert "faiss sees no GPU" in streamed.searched_on
