@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from matplotlib.collections import Collection
     from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure
+    from matplotlib.ticker import Formatter
 
 # A page's CSS variable -> its colour in light and in dark.
 PALETTE = {
@@ -127,8 +128,8 @@ def label_axes(axes: Axes, x_label: str, y_label: str, grid: Literal["x", "y"] =
     """Labels, short numbers, and grid lines at those of one axis."""
     axes.set_xlabel(visible(x_label))
     axes.set_ylabel(visible(y_label))
-    axes.xaxis.set_major_formatter(_tick)
-    axes.yaxis.set_major_formatter(_tick)
+    axes.xaxis.set_major_formatter(_ticks())
+    axes.yaxis.set_major_formatter(_ticks())
     axes.grid(axis=grid)
 
 
@@ -230,15 +231,28 @@ def _label_cells(axis: Axis, values: Sequence[float]) -> None:
     axis.set_ticks([place + 0.5 for place in places], [short(values[place]) for place in places])
 
 
-def short(value: float) -> str:
+def short(value: float, digits: int = 3) -> str:
     """Few digits: 12.5, 1,200, 40k, 3M."""
     size = abs(value)
     for limit, suffix in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
         if size >= limit:
             scaled = value / (1e3 if suffix == "k" else limit)
-            return f"{scaled:.3g}{suffix}".replace("-", "−")
-    return (f"{value:,.0f}" if size >= 1000 else f"{value:.3g}").replace("-", "−")
+            return f"{scaled:.{digits}g}{suffix}".replace("-", "−")
+    return (f"{value:,.0f}" if size >= 1000 else f"{value:.{digits}g}").replace("-", "−")
 
 
 def _tick(value: float, _place: float) -> str:
     return short(value)
+
+
+def _ticks() -> Formatter:
+    """Short numbers, with more digits where an axis takes them to tell its ticks apart."""
+    from matplotlib.ticker import Formatter
+
+    class Ticks(Formatter):
+        def __call__(self, value: float, _place: float | None = None) -> str:
+            at = np.ravel(self.locs).tolist()
+            apart = (digits for digits in range(3, 8) if len({short(place, digits) for place in at}) == len(at))
+            return short(value, next(apart, 3))
+
+    return Ticks()

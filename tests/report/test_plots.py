@@ -221,6 +221,13 @@ def test_the_same_data_give_the_same_files(draw: Callable[[Path], None], words: 
     assert (tmp_path / "first.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_ticks_that_lie_close_are_told_apart(tmp_path: Path) -> None:
+    measured = [measurement("a", 100.0, 19.71, True), measurement("b", 200.0, 19.45, True)]
+    draw_indexes(tmp_path / "close", measured, [measurement("exact", 9000.0, 19.47)], 1_000_000)
+    texts = re.findall(r"<!-- (19\.\d+) -->", (tmp_path / "close.svg").read_text())
+    assert len(texts) == len(set(texts)) >= 4
+
+
 def test_both_maps_outline_the_best_cell(tmp_path: Path) -> None:
     grid(tmp_path / "grid")
     paths = ElementTree.parse(tmp_path / "grid.svg").getroot().iter("{http://www.w3.org/2000/svg}path")
