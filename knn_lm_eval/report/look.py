@@ -251,8 +251,10 @@ def _ticks() -> Formatter:
 
     class Ticks(Formatter):
         def __call__(self, value: float, _place: float | None = None) -> str:
-            at = np.ravel(self.locs).tolist()
-            apart = (digits for digits in range(3, 8) if len({short(place, digits) for place in at}) == len(at))
-            return short(value, next(apart, 3))
+            return short(value)
+
+        def format_ticks(self, values: Sequence[float]) -> list[str]:
+            shown = ([short(value, digits) for value in values] for digits in range(3, 8))
+            return next((texts for texts in shown if len(set(texts)) == len(texts)), [short(v) for v in values])
 
     return Ticks()
