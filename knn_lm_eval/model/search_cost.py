@@ -12,7 +12,8 @@ from knn_lm_eval.search.exact_retriever import ExactRetriever
 
 logger = logging.getLogger(__name__)
 
-TOKENS = 64  # that are read, and searched for, at once
+TOKENS = 64  # that are read at once
+QUERIES = 256  # that are searched for at once: a batch has more, which takes less for each
 READINGS = 3  # the first ones may load or compile what later ones use
 
 
@@ -22,7 +23,7 @@ def tell_costly_search(opened: Augmentation, model: LanguageModel) -> None:
     if not isinstance(retriever, ExactRetriever) or opened.mixture.is_lm_alone:
         return
     tokens = min(TOKENS, getattr(model.inner.config, "max_position_embeddings", TOKENS))
-    search = retriever.microseconds(tokens)
+    search = retriever.microseconds(QUERIES)
     lm = _lm_microseconds(Reader(model), tokens, search)
     if search > lm:
         store = retriever.datastore
