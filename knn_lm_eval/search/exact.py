@@ -63,6 +63,11 @@ class ExactSearch:
         ]
 
     @property
+    def bytes_held(self) -> int:
+        """Of this process's own memory, that stay taken between searches."""
+        return sum(run.bytes_held for run in self._runs)
+
+    @property
     def streams(self) -> bool:
         return any(run.streams for run in self._runs)
 

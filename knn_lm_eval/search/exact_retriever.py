@@ -70,8 +70,8 @@ class ExactRetriever(Retriever):
 
     @property
     def bytes_held(self) -> int:
-        """0: blocks of keys come and go."""
-        return 0
+        """Of few keys, which stay in memory from the second search on."""
+        return self._search.bytes_held
 
     @property
     def kind_of_distances(self) -> str:

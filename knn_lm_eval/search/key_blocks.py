@@ -86,6 +86,11 @@ class KeyBlocks:
         return 4 * self._keys.size <= KEPT_BYTES
 
     @property
+    def bytes_held(self) -> int:
+        """Of this process's own memory, that stay taken between passes."""
+        return 0 if self._kept is None else self._kept.keys.nbytes + self._kept.halves.nbytes
+
+    @property
     def resident(self) -> Tensor | None:
         """``[count, dimension]``: all keys on the GPU, as they are in the file, once a pass has uploaded them."""
         return self._uploaded

@@ -60,6 +60,16 @@ def test_neighbours_are_those_of_a_flat_index(tmp_path: Path, sim_func: str) -> 
     assert exact.statistics.searches == 50 and exact.statistics.entries_compared == 50 * len(store)
 
 
+def test_few_keys_stay_in_memory_and_are_counted(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "s")
+    retriever, queries = ExactRetriever(store, 30), np.ones((2, 16), np.float32)
+    held = []
+    for _ in range(3):
+        held.append(retriever.bytes_held)
+        retriever.find(queries)
+    assert held == [0, 0, 4 * len(store) * (16 + 1)]  # and half a squared length
+
+
 def test_settings_of_one_retriever_leave_the_other_alone(tmp_path: Path) -> None:
     retriever = ExactRetriever(make_store(tmp_path / "s"), 30)
     fewer = retriever.with_settings(k=7, probe=3)
