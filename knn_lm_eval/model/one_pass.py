@@ -85,8 +85,7 @@ class OnePassScorer(PassageScorer):
 
     @property
     def counts(self) -> dict[str, float]:
-        rows = {"rows": self._pairs.rows_scored, "rows_skipped": self._pairs.rows_skipped}
-        return super().counts | rows
+        return super().counts | self._pairs.counts
 
     def score(
         self, batches: Sequence[Sequence[Passage]], want_greedy: bool, following: Sequence[Passage] | None = None

@@ -142,6 +142,11 @@ class MixedPairs:
     def seconds(self) -> dict[str, float]:
         return self._timed.seconds
 
+    @property
+    def counts(self) -> dict[str, float]:
+        """What was scored so far."""
+        return {"rows": self.rows_scored, "rows_skipped": self.rows_skipped}
+
     @torch.inference_mode()
     def score(
         self, hidden: Tensor, rows: Tensor, targets: Tensor, find: FindNeighbours, block: int, want_greedy: bool
@@ -271,8 +276,7 @@ class KNNScorer(PassageScorer):
 
     @property
     def counts(self) -> dict[str, float]:
-        rows = {"rows": self._pairs.rows_scored, "rows_skipped": self._pairs.rows_skipped}
-        return super().counts | rows
+        return super().counts | self._pairs.counts
 
     def _score_reading(self, reading: Reading, want_greedy: bool) -> list[list[Score]]:
         def find(rows: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
