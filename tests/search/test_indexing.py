@@ -26,6 +26,7 @@ from knn_lm_eval.search.indexing import build_index
 from knn_lm_eval.search.kmeans import two_level_kmeans
 from knn_lm_eval.store import key_stream
 from knn_lm_eval.store.datastore import Datastore
+from knn_lm_eval.system.sampling import draw_entries
 
 
 @pytest.fixture(scope="module")
@@ -260,7 +261,7 @@ def test_quality_figures_are_recall_and_error_of_p_knn(pristine: Datastore) -> N
     k, queries = 50, 64
     index, _ = open_index(pristine, "rabitq")
     measured = quality.measure_quality(pristine, index, "l2", k, 1.0, queries, seed=1)
-    chosen = np.sort(np.random.default_rng(2).permutation(len(pristine))[:queries])
+    chosen = draw_entries(len(pristine), queries, 2)
     _, order = brute_force(pristine, pristine.keys[chosen], k + 1, dot=False)
     assert [row["probe"] for row in measured["quality"]] == [1, 2, 4, 8, 16]
     for row in measured["quality"]:
