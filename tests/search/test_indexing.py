@@ -248,8 +248,8 @@ def test_exact_distances_read_keys_once_and_forwards(monkeypatch, gather_bytes: 
 
 
 def test_visiting_all_lists_of_exact_vectors_costs_nothing_beside_exact_search(tmp_path: Path) -> None:
-    store = make_store(tmp_path / "store", count=2000)
-    metadata = build_index(store, "IVF4,Flat", k=40, quality_queries=1000)
+    store = make_store(tmp_path / "store", count=2000, dimension=4)
+    metadata = build_index(store, "IVF4,Flat", k=40, quality_queries=200)
     first, *_, last = metadata["quality"]
     assert last["probe"] == 4
     assert last["exact_cost"] == pytest.approx(0, abs=2e-5)
