@@ -8,7 +8,6 @@ often it was interrupted and however many processes shared it. How far it is is 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -35,9 +34,11 @@ from knn_lm_eval.make.dump_progress import (
     share_of,
     share_states,
 )
+from knn_lm_eval.make.key_file import KEY_DTYPE, KeyFile
+from knn_lm_eval.make.key_reading import KeyReader
 from knn_lm_eval.make.text import Piece
 from knn_lm_eval.make.tokens import VALUE_DTYPE, write_values
-from knn_lm_eval.make.windows import Window, WindowSettings, batches, chunks, cut_windows
+from knn_lm_eval.make.windows import Window, WindowSettings, chunks, cut_windows
 from knn_lm_eval.store.datastore import Datastore
 from knn_lm_eval.store.manifest import (
     DOCUMENT_STARTS,
@@ -51,12 +52,11 @@ from knn_lm_eval.store.manifest import (
 )
 from knn_lm_eval.system.arrays import map_npy
 from knn_lm_eval.system.checkpoints import SavedStates
-from knn_lm_eval.system.files import check_free_space, disk_errors_in, replace_file, write_npy_header
+from knn_lm_eval.system.files import check_free_space, disk_errors_in, replace_file
 from knn_lm_eval.system.locks import locked
 from knn_lm_eval.system.processes import Processes
 from knn_lm_eval.version import __version__
 
-KEY_DTYPE = np.float16
 UNFINISHED_KEYS = "keys.npy.part"
 # Who fails leaves this file, so that the others stop at their next chunk.
 FAILED = "dump.failed"
@@ -177,9 +177,8 @@ class Dump:
         self.states = dump_states(output, settings)
         self.fingerprint = take_fingerprint(self.model, lm.tokenizer)
 
-    @property
-    def _row_bytes(self) -> int:
-        return len(self.fingerprint["key"]) * np.dtype(KEY_DTYPE).itemsize
+    def _keys(self, count: int) -> KeyFile:
+        return KeyFile(self.output / UNFINISHED_KEYS, count, len(self.fingerprint["key"]))
 
     def prepare(self, pieces: Iterable[Piece], resume: bool) -> None:
         """Tokenize the text unless that is done, make room for the keys, and note which of them are there."""
@@ -194,8 +193,9 @@ class Dump:
             for noted in (*output.glob("progress.*.json"), output / FAILED):
                 noted.unlink(missing_ok=True)
             if left := count - count_entries(runs):
-                check_free_space(output, left * self._row_bytes, f"the keys of {count:,} tokens")
-                self._make_room(count, anew=not runs)
+                keys = self._keys(count)
+                check_free_space(output, left * keys.row_bytes, f"the keys of {count:,} tokens")
+                keys.make_room(anew=not runs)
 
     def _start(self, resume: bool) -> dict[str, Any]:
         """Look at what is in the folder; what was noted so far, with ``runs_done`` None before the text is read."""
@@ -227,15 +227,7 @@ class Dump:
         """``runs``, or none where the file that should hold them is gone or was cut."""
         if count_entries(runs) == count and (self.output / KEYS).exists():
             return runs
-        partial = self.output / UNFINISHED_KEYS
-        return runs if partial.exists() and partial.stat().st_size >= count * self._row_bytes else []
-
-    def _make_room(self, count: int, anew: bool) -> None:
-        """Make the file of unfinished keys as long as it will be."""
-        with open(self.output / UNFINISHED_KEYS, "w+b" if anew else "r+b") as file:
-            write_npy_header(file, KEY_DTYPE, (count, len(self.fingerprint["key"])))
-            # All of it at once (disks keep no room for what was never written): each writes at its own place.
-            file.truncate(file.tell() + count * self._row_bytes)
+        return runs if self._keys(count).has_room() else []
 
     def write_share(self, share: int, shares: int, show_progress: bool = False) -> None:
         """Write the keys of one of ``shares`` runs of the chunks that were not done when ``prepare`` ended.
@@ -270,43 +262,21 @@ class Dump:
     def _write_chunks(self, todo: Iterable[list[Window]], values: np.ndarray, noted: SavedStates, bar: tqdm) -> None:
         """Write the keys of the chunks that ``noted`` does not say are done, each at its place, until one fails."""
         runs: list[Run] = noted.notes().get("runs_done", [])
-        path = self.output / UNFINISHED_KEYS
-        header = path.stat().st_size - len(values) * self._row_bytes
-        # For writing only: a network disk that had read a page could write it back over another's keys.
-        with open(os.open(path, os.O_WRONLY), "wb") as file:
+        keys = self._keys(len(values))
+        reader = KeyReader(self.model, self.lm.prefix_token_id, self.windows, keys.dimension, values)
+        with keys.writing() as write:
             for chunk in todo:
                 begin, end = chunk[0].start, chunk[-1].stop
                 if runs and end <= runs[-1][1]:
                     continue
                 if (self.output / FAILED).exists():
                     return
-                keys = self._keys_of(chunk, values, bar)
-                file.seek(header + begin * self._row_bytes)
-                file.write(keys.tobytes())
-                file.flush()
-                os.fsync(file.fileno())
+                write(begin, reader.of_chunk(chunk, begin, end, bar.update))
                 runs = joined([*runs, [begin, end]])
                 noted.note(runs_done=runs)
                 if not bar.disable:  # with what the others have done
                     bar.n = entries_done(self.output)
                     bar.refresh()
-
-    def _keys_of(self, chunk: list[Window], values: np.ndarray, bar: tqdm) -> np.ndarray:
-        """The keys of a chunk's entries, float16 ``[entries, dimension]``."""
-        begin, end = chunk[0].start, chunk[-1].stop
-        keys = np.empty((end - begin, len(self.fingerprint["key"])), dtype=KEY_DTYPE)
-        for batch in batches(chunk, self.windows):
-            read = _read_windows(self.model, self.lm.prefix_token_id, values, batch)
-            for window, rows in zip(batch, read, strict=True):
-                keys[window.start - begin : window.stop - begin] = rows
-                bar.update(window.stop - window.start)
-        if not np.isfinite(keys).all():
-            bad = begin + int(np.flatnonzero(~np.isfinite(keys).all(axis=1))[0])
-            raise UserError(
-                f"The model's key for token {bad} is not a finite float16 number (NaN, or beyond 65,504); "
-                f"check the model's weights and dtype, or use knn_keytype=last_ffn_input."
-            )
-        return keys
 
 
 def finish_dump(output: Path) -> None:
@@ -342,16 +312,6 @@ def finish_dump(output: Path) -> None:
         states.note(**notes | {"runs_done": runs_written(output)})  # so that it is all in one file, which goes last
         manifest.write(output)
         states.remove()
-
-
-def _read_windows(model: LanguageModel, prefix: int, values: np.ndarray, batch: list[Window]) -> Iterator[np.ndarray]:
-    """The keys of each window's entries."""
-    input_ids = torch.zeros(len(batch), max(window.length for window in batch), dtype=torch.long)
-    for row, window in zip(input_ids, batch, strict=True):
-        row[: window.length] = torch.from_numpy(window.tokens(values, prefix))
-    keys = model.encode(input_ids)[0].to(torch.float16).cpu().numpy()
-    for row_keys, window in zip(keys, batch, strict=True):
-        yield row_keys[window.length - (window.stop - window.start) : window.length]
 
 
 def _versions() -> dict[str, str]:
