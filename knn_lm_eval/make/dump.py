@@ -23,6 +23,7 @@ from knn_lm_eval.lm.fingerprint import check_fingerprint, take_fingerprint
 from knn_lm_eval.lm.language_model import LanguageModel
 from knn_lm_eval.lm.loading import CausalHFLM
 from knn_lm_eval.make.dump_progress import (
+    FAILED,
     START_ANEW,
     Run,
     count_entries,
@@ -58,8 +59,6 @@ from knn_lm_eval.system.processes import Processes
 from knn_lm_eval.version import __version__
 
 UNFINISHED_KEYS = "keys.npy.part"
-# Who fails leaves this file, so that the others stop at their next chunk.
-FAILED = "dump.failed"
 
 
 def dump_datastore(

@@ -22,6 +22,8 @@ from knn_lm_eval.system.json_schema import Count
 # Entries [begin, end) that are done.
 Run = list[int]
 START_ANEW = "delete the folder"
+# Who fails leaves this file, so that the others stop at their next chunk.
+FAILED = "dump.failed"
 
 
 class _ShareNotes(TypedDict, total=False):
@@ -31,6 +33,9 @@ class _ShareNotes(TypedDict, total=False):
 class _DumpNotes(_ShareNotes, total=False):
     key_module: str | None
     fingerprint: dict[str, Any]
+    segments: list[Count]
+    segments_left: list[Count]
+    sampled: list[list[Count]]
 
 
 def dump_states(output: Path, settings: dict[str, Any] | None = None) -> SavedStates:
@@ -43,7 +48,7 @@ def dump_states(output: Path, settings: dict[str, Any] | None = None) -> SavedSt
 
 
 def share_states(output: Path, share: int) -> SavedStates:
-    """What the process with that number has noted."""
+    """What the process with that number has noted; of a dump into an index, of the segment with that number."""
     return _share_states(output / f"progress.{share}.json")
 
 
@@ -62,10 +67,12 @@ def entries_done(output: Path) -> int:
 def runs_written(output: Path) -> list[Run]:
     """All that is done, by ``progress.json`` and by the shares' own files."""
     states = dump_states(output, {})
-    runs = _checked(states.notes(), states.file)
-    for file in output.glob("progress.*.json"):
-        runs += _checked(_share_states(file).notes(), file)  # the file may just have gone
-    return joined(runs)
+    return joined([*_checked(states.notes(), states.file), *runs_noted(output.glob("progress.*.json"))])
+
+
+def runs_noted(files: Iterable[Path]) -> list[Run]:
+    """What shares have noted in their own files."""
+    return joined(run for file in files for run in _checked(_share_states(file).notes(), file))
 
 
 def _share_states(file: Path) -> SavedStates:
@@ -98,11 +105,15 @@ def count_entries(runs: Iterable[Run]) -> int:
 
 def not_done(chunks: Iterable[list[Window]], runs: list[Run]) -> Iterator[list[Window]]:
     """The chunks that are in none of the runs (which are in order)."""
-    begins = [begin for begin, _ in runs]
     for chunk in chunks:
-        run = bisect_right(begins, chunk[0].start) - 1
-        if run < 0 or runs[run][1] < chunk[-1].stop:
+        if not is_covered(runs, chunk[0].start, chunk[-1].stop):
             yield chunk
+
+
+def is_covered(runs: list[Run], begin: int, end: int) -> bool:
+    """Whether one of the runs (which are in order) has all of the entries ``[begin, end)``."""
+    run = bisect_right(runs, begin, key=lambda run: run[0]) - 1
+    return run >= 0 and runs[run][1] >= end
 
 
 def share_of(chunks: Iterable[list[Window]], entries: int, share: int, shares: int) -> Iterator[list[Window]]:

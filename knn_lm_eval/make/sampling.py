@@ -7,7 +7,6 @@ the text; as they are not read again, that takes no more of the LM's time.
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from knn_lm_eval.make.dump_progress import Run, count_entries, joined
+from knn_lm_eval.make.dump_progress import Run, count_entries, is_covered, joined
 from knn_lm_eval.make.key_file import KeyFile
 from knn_lm_eval.make.key_reading import KeyReader, entries_in
 from knn_lm_eval.make.windows import Window, WindowSettings, batches, chunks, cut_windows
@@ -141,12 +140,8 @@ class TextSample:
 
         Where this part was begun before, it goes on.
         """
-        rows, begins = self.drawn.first_rows, [begin for begin, _ in done]
-        todo = [
-            number
-            for number, row in enumerate(rows[:-1])
-            if not (run := bisect_right(begins, row)) or done[run - 1][1] < rows[number + 1]
-        ]
+        rows = self.drawn.first_rows
+        todo = [number for number, row in enumerate(rows[:-1]) if not is_covered(done, row, rows[number + 1])]
         todo = todo[len(todo) * share // shares : len(todo) * (share + 1) // shares]
         runs: list[Run] = noted.notes().get("runs_done", [])
         before = count_entries(runs)
