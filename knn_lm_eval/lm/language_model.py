@@ -160,7 +160,7 @@ class LanguageModel:
             return self.inner(dummy, **self._no_cache).logits[0]
 
     def capture_keys(self, captured: dict[str, Tensor]) -> AbstractContextManager[None]:
-        """Inside, each call leaves its keys in ``captured["key"]``, as the layer has them; ``project`` is for them, too."""
+        """Inside, each call leaves its keys in ``captured["key"]``, as the layer has them; see ``project``."""
         return _capture(self.key_module, self.key_type, captured)
 
     def _autocast(self) -> torch.autocast:

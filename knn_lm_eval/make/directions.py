@@ -86,7 +86,7 @@ def sample_of_text(
     keys: int,
     show_progress: bool = False,
 ) -> Iterator[np.ndarray]:
-    """The keys of windows drawn at random from a text until there are so many, float32 ``[n, width]``, in batches."""
+    """About so many keys of a text, those of windows drawn at random: float32 ``[n, width]``, a window's at a time."""
     windows = draw_windows(document_starts, len(values), settings, keys)
     drawn = sum(window.stop - window.start for window in windows)
     with tqdm(total=drawn, unit=" tokens", unit_scale=True, desc="Sampling keys", disable=not show_progress) as bar:
@@ -97,24 +97,12 @@ def sample_of_text(
 
 
 def draw_windows(document_starts: np.ndarray, count: int, settings: WindowSettings, entries: int) -> list[Window]:
-    """Windows of a text drawn at random until they have so many entries, or all have come; in text order.
+    """Random windows of a text, about as many as have so many entries, in text order; each is as likely as another.
 
-    A window is drawn by any of its entries, so that each entry is as likely as another.
+    Goes through the text's windows twice, and keeps those that are drawn.
     """
-    drawn = np.random.default_rng(SEED).integers(count, size=entries)
-    in_text = np.sort(drawn)
-    of_entry: dict[int, Window] = {}
-    at = 0
-    for window in cut_windows(document_starts, count, settings):
-        past = int(np.searchsorted(in_text, window.stop))
-        of_entry |= dict.fromkeys(in_text[at:past].tolist(), window)
-        at = past
-    chosen, missing = dict[int, Window](), entries
-    for entry in drawn.tolist():
-        if missing <= 0:
-            break
-        window = of_entry[entry]
-        if window.start not in chosen:
-            chosen[window.start] = window
-            missing -= window.stop - window.start
-    return [chosen[start] for start in sorted(chosen)]
+    there = sum(1 for _ in cut_windows(document_starts, count, settings))
+    number = min(there, -(-entries * there // count))
+    drawn = set(np.random.default_rng(SEED).choice(there, number, replace=False, shuffle=False).tolist())
+    windows = enumerate(cut_windows(document_starts, count, settings))
+    return [window for place, window in windows if place in drawn]

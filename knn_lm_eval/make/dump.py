@@ -24,6 +24,7 @@ from knn_lm_eval.lm.fingerprint import check_fingerprint, take_fingerprint
 from knn_lm_eval.lm.language_model import LanguageModel
 from knn_lm_eval.lm.loading import CausalHFLM
 from knn_lm_eval.lm.projection import Projection
+from knn_lm_eval.make.directions import sample_of_text, sample_size, write_projection
 from knn_lm_eval.make.dump_progress import (
     START_ANEW,
     Run,
@@ -36,7 +37,6 @@ from knn_lm_eval.make.dump_progress import (
     share_of,
     share_states,
 )
-from knn_lm_eval.make.directions import sample_of_text, sample_size, write_projection
 from knn_lm_eval.make.text import Piece
 from knn_lm_eval.make.tokens import VALUE_DTYPE, write_values
 from knn_lm_eval.make.window_keys import keys_of_windows
