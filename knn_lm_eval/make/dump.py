@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -22,6 +22,8 @@ from knn_lm_eval.errors import UserError
 from knn_lm_eval.lm.fingerprint import check_fingerprint, take_fingerprint
 from knn_lm_eval.lm.language_model import LanguageModel
 from knn_lm_eval.lm.loading import CausalHFLM
+from knn_lm_eval.lm.projection import Projection
+from knn_lm_eval.make.directions import sample_of_text, sample_size, write_projection
 from knn_lm_eval.make.dump_progress import (
     FAILED,
     START_ANEW,
@@ -46,8 +48,10 @@ from knn_lm_eval.store.manifest import (
     KEYS,
     MANIFEST,
     ORDER_OF_DUMPS,
+    PROJECTION,
     VALUES,
     Manifest,
+    ProjectionRecord,
     file_record,
     now,
 )
@@ -72,6 +76,7 @@ def dump_datastore(
     stride: int | None = None,
     batch_size: int = 4,
     max_tokens: int | None = None,
+    keys: int | Literal["all"] = "all",
     resume: bool = False,
     source: dict[str, Any] | None = None,
     model_args: dict[str, Any] | None = None,
@@ -88,6 +93,8 @@ def dump_datastore(
     max_length : tokens per window; None takes the model's own limit, at most 1,024.
     stride, batch_size : see ``WindowSettings``; stride None is ``max_length``.
     max_tokens : stop after so many entries.
+    keys : the numbers that a key keeps, of a projection to so many directions (``knn_lm_eval.make.directions``);
+        ``all`` keeps the LM's hidden states as they are.
     resume : go on with an unfinished dump in ``output``.
     source, model_args : kept in the manifest.
     processes : those that share this dump and all call this function; None is this one alone.
@@ -95,8 +102,8 @@ def dump_datastore(
     Raises
     ------
     UserError
-        Where the folder is taken, the text is empty, the disk is full, or the model gives keys that float16
-        cannot hold.
+        Where the folder is taken, the text is empty, the disk is full, ``keys`` is more than the model has, or the
+        model gives keys that float16 cannot hold.
     """
     processes = processes or Processes()
     dump = processes.each_does(
@@ -109,6 +116,7 @@ def dump_datastore(
             stride=stride,
             batch_size=batch_size,
             max_tokens=max_tokens,
+            keys=keys,
             source=source,
             model_args=model_args,
         )
@@ -151,6 +159,7 @@ class Dump:
         stride: int | None = None,
         batch_size: int = 4,
         max_tokens: int | None = None,
+        keys: int | Literal["all"] = "all",
         source: dict[str, Any] | None = None,
         model_args: dict[str, Any] | None = None,
     ) -> None:
@@ -173,11 +182,17 @@ class Dump:
                 "vocabulary": self.model.vocabulary_size,
             },
         }
+        if keys != "all":
+            settings["keys"] = keys
         self.states = dump_states(output, settings)
         self.fingerprint = take_fingerprint(self.model, lm.tokenizer)
+        self.width = len(self.fingerprint["key"])
+        self.is_projected, self.dimension = keys != "all", self.width if keys == "all" else keys
+        if not 1 <= self.dimension <= self.width:
+            raise UserError(f"Keys of {self.name} have {self.width} numbers, of which --keys {keys} cannot be kept.")
 
     def _keys(self, count: int) -> KeyFile:
-        return KeyFile(self.output / UNFINISHED_KEYS, count, len(self.fingerprint["key"]))
+        return KeyFile(self.output / UNFINISHED_KEYS, count, self.dimension)
 
     def prepare(self, pieces: Iterable[Piece], resume: bool) -> None:
         """Tokenize the text unless that is done, make room for the keys, and note which of them are there."""
@@ -188,6 +203,9 @@ class Dump:
                 write_values(self.lm, pieces, output, self.max_tokens)
             count = len(map_npy(output / VALUES, START_ANEW))
             runs = self._runs_in_place(runs_written(output), count)
+            if self.is_projected and not ("projection" in notes and (output / PROJECTION).exists()):
+                self.states.note(**notes | {"runs_done": []})
+                notes["projection"], runs = self._write_projection(), []
             self.states.note(**notes | {"runs_done": runs})
             for noted in (*output.glob("progress.*.json"), output / FAILED):
                 noted.unlink(missing_ok=True)
@@ -228,6 +246,18 @@ class Dump:
             return runs
         return runs if self._keys(count).has_room() else []
 
+    def _write_projection(self) -> ProjectionRecord:
+        """Have the LM read a sample of the text, and find the directions to keep; the same ones each time."""
+        values, starts = self._text()
+        keys = sample_size(self.width)
+        prefix = self.lm.prefix_token_id
+        sample = sample_of_text(self.model, prefix, values, starts, self.windows, keys, show_progress=True)
+        return write_projection(self.output, sample, self.width, self.dimension)
+
+    def _text(self) -> tuple[np.ndarray, np.ndarray]:
+        """The values, and where the documents start."""
+        return map_npy(self.output / VALUES, START_ANEW), map_npy(self.output / DOCUMENT_STARTS, START_ANEW)
+
     def write_share(self, share: int, shares: int, show_progress: bool = False) -> None:
         """Write the keys of one of ``shares`` runs of the chunks that were not done when ``prepare`` ended.
 
@@ -237,7 +267,7 @@ class Dump:
         with disk_errors_in(output):
             notes = self.states.notes()
             self._check_fingerprint(notes)
-            values, starts = (map_npy(output / name, START_ANEW) for name in (VALUES, DOCUMENT_STARTS))
+            values, starts = self._text()
             left = len(values) - count_entries(notes["runs_done"])
             if left == 0:
                 return
@@ -262,7 +292,7 @@ class Dump:
         """Write the keys of the chunks that ``noted`` does not say are done, each at its place, until one fails."""
         runs: list[Run] = noted.notes().get("runs_done", [])
         keys = self._keys(len(values))
-        reader = KeyReader(self.model, self.lm.prefix_token_id, self.windows, keys.dimension, values)
+        reader = KeyReader(self._projected_model(), self.lm.prefix_token_id, self.windows, self.dimension, values)
         with keys.writing() as write:
             for chunk in todo:
                 begin, end = chunk[0].start, chunk[-1].stop
@@ -277,6 +307,12 @@ class Dump:
                     bar.n = entries_done(self.output)
                     bar.refresh()
 
+    def _projected_model(self) -> LanguageModel:
+        """The LM, whose keys are as they are kept."""
+        if not self.is_projected:
+            return self.model
+        return self.model.projected(Projection(map_npy(self.output / PROJECTION, START_ANEW)))
+
 
 def finish_dump(output: Path) -> None:
     """Make a datastore of a folder in which all shares' keys are written."""
@@ -290,9 +326,11 @@ def finish_dump(output: Path) -> None:
         assert entries_done(output) == len(values), "a share of the keys is missing"
         if (output / UNFINISHED_KEYS).exists():
             replace_file(output / UNFINISHED_KEYS, output / KEYS)
+        names = [KEYS, VALUES, DOCUMENT_STARTS] + ([PROJECTION] if notes.get("projection") else [])
         manifest = Manifest(
             count=len(values),
-            dimension=len(notes["fingerprint"]["key"]),
+            dimension=map_npy(output / KEYS, START_ANEW).shape[1],
+            projection=notes.get("projection"),
             documents=len(starts),
             key_dtype=np.dtype(KEY_DTYPE).name,
             value_dtype=np.dtype(VALUE_DTYPE).name,
@@ -303,7 +341,7 @@ def finish_dump(output: Path) -> None:
             model=settings["model"],
             key_module=notes["key_module"],
             fingerprint=notes["fingerprint"],
-            files={name: file_record(output / name) for name in (KEYS, VALUES, DOCUMENT_STARTS)},
+            files={name: file_record(output / name) for name in names},
             created=now(),
             versions=_versions(),
             order=ORDER_OF_DUMPS,

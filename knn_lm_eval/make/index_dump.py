@@ -10,35 +10,5 @@ be done with them: their search for the exact neighbours of held-out queries, by
 
 from __future__ import annotations
 
-import logging
-from bisect import bisect_left
-from collections.abc import Callable, Iterator
-from contextlib import suppress
-from pathlib import Path
-from typing import Any
-
-import numpy as np
-from tqdm import tqdm
-
-from knn_lm_eval.make.dump_progress import (
-    FAILED,
-    START_ANEW,
-    Run,
-    count_entries,
-    dump_states,
-    entries_done,
-    joined,
-    noted_runs,
-    runs_within,
-    share_states,
-)
-from knn_lm_eval.make.index_plan import IndexPlan
-from knn_lm_eval.make.key_file import KeyFile
-from knn_lm_eval.make.key_reading import KeyReader
-from knn_lm_eval.make.sampling import DrawnBatches, TextSample, draw_batches
-from knn_lm_eval.make.windows import Window, WindowSettings, chunks, cut_windows
-from knn_lm_eval.store.manifest import DOCUMENT_STARTS, VALUES
-from knn_lm_eval.system.arrays import map_npy
-
 SEGMENT_ENTRIES = 2**20
 SEGMENTS_EACH = 8  # for each of several processes, at least, so that they end at about the same time

@@ -14,6 +14,7 @@ import torch
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.lm.language_model import LanguageModel
 from knn_lm_eval.make.key_file import KEY_DTYPE
+from knn_lm_eval.make.window_keys import keys_of_windows
 from knn_lm_eval.make.windows import Window, WindowSettings, batches
 
 
@@ -78,22 +79,16 @@ class KeyReader:
         """
         if self.read_before is not None and (kept := self.read_before.of_batch(batch)) is not None:
             return kept
-        input_ids = torch.zeros(len(batch), max(window.length for window in batch), dtype=torch.long)
-        for row, window in zip(input_ids, batch, strict=True):
-            row[: window.length] = torch.from_numpy(window.tokens(self.values, self.prefix_token_id))
-        read = self.model.encode(input_ids)[0].to(torch.float16).cpu().numpy()
-        keys = [
-            rows[window.length - (window.stop - window.start) : window.length]
-            for rows, window in zip(read, batch, strict=True)
-        ]
-        for rows, window in zip(keys, batch, strict=True):
-            if not np.isfinite(rows).all():
-                bad = window.start + int(np.flatnonzero(~np.isfinite(rows).all(axis=1))[0])
-                raise UserError(
-                    f"The model's key for token {bad} is not a finite float16 number (NaN, or beyond 65,504); "
-                    f"check the model's weights and dtype, or use knn_keytype=last_ffn_input."
-                )
-        return np.concatenate(keys)
+        read = list(keys_of_windows(self.model, self.prefix_token_id, self.values, batch))
+        keys = torch.cat(read).to(torch.float16).cpu().numpy()
+        if not np.isfinite(keys).all():
+            entries = np.concatenate([np.arange(window.start, window.stop) for window in batch])
+            raise UserError(
+                f"The model's key for token {entries[~np.isfinite(keys).all(axis=1)].min()} is not a finite float16 "
+                f"number (NaN, or beyond 65,504); check the model's weights and dtype, or use "
+                f"knn_keytype=last_ffn_input."
+            )
+        return keys
 
 
 def entries_in(windows: list[Window]) -> int:
