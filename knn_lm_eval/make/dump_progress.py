@@ -17,7 +17,7 @@ from knn_lm_eval.make.windows import Window
 from knn_lm_eval.store.manifest import VALUES, ProjectionRecord
 from knn_lm_eval.system.arrays import map_npy
 from knn_lm_eval.system.checkpoints import PROGRESS, SavedStates
-from knn_lm_eval.system.json_schema import Count
+from knn_lm_eval.system.json_schema import Count, Positive
 
 # Entries [begin, end) that are done.
 Run = list[int]
@@ -33,7 +33,7 @@ class _ShareNotes(TypedDict, total=False):
 class _DumpNotes(_ShareNotes, total=False):
     key_module: str | None
     fingerprint: dict[str, Any]
-    segments: list[Count]
+    segment_entries: Positive
     segments_left: list[Count]
     sampled: list[list[Count]]
     projection: ProjectionRecord
@@ -50,7 +50,7 @@ def dump_states(output: Path, settings: dict[str, Any] | None = None) -> SavedSt
 
 def share_states(output: Path, share: int) -> SavedStates:
     """What the process with that number has noted; of a dump into an index, of the segment with that number."""
-    return _share_states(output / f"progress.{share}.json")
+    return states_of_share(output / f"progress.{share}.json")
 
 
 def entries_in_all(output: Path) -> int | None:
@@ -73,10 +73,11 @@ def runs_written(output: Path) -> list[Run]:
 
 def runs_noted(files: Iterable[Path]) -> list[Run]:
     """What shares have noted in their own files."""
-    return joined(run for file in files for run in _checked(_share_states(file).notes(), file))
+    return joined(run for file in files for run in _checked(states_of_share(file).notes(), file))
 
 
-def _share_states(file: Path) -> SavedStates:
+def states_of_share(file: Path) -> SavedStates:
+    """What a share has noted in a file of its own."""
     return SavedStates(file, {}, instead=START_ANEW, nested=False, notes=_ShareNotes)
 
 

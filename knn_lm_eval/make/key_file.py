@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,20 +49,15 @@ class KeyFile:
             # All of it at once (disks keep no room for what was never written): each writes at its own place.
             file.truncate(file.tell() + self.bytes)
 
-    @contextmanager
-    def writing(self) -> Iterator[Callable[[int, np.ndarray], None]]:
-        """What writes keys, float16 ``[n, dimension]``, from a row on; they are safe on the disk when it returns."""
+    def write(self, row: int, keys: np.ndarray) -> None:
+        """Write keys, float16 ``[n, dimension]``, from a row on; they are safe on the disk when it returns."""
         header = self.path.stat().st_size - self.bytes
         # For writing only: a network disk that had read a page could write it back over another's keys.
         with open(os.open(self.path, os.O_WRONLY), "wb") as file:
-
-            def write(row: int, keys: np.ndarray) -> None:
-                file.seek(header + row * self.row_bytes)
-                file.write(keys.tobytes())
-                file.flush()
-                os.fsync(file.fileno())
-
-            yield write
+            file.seek(header + row * self.row_bytes)
+            file.write(keys.tobytes())
+            file.flush()
+            os.fsync(file.fileno())
 
     def read(self) -> np.ndarray:
         """The keys, memory-mapped."""

@@ -135,32 +135,37 @@ class TextSample:
     def _kept(self) -> np.ndarray:
         return self.file.read()
 
-    def read_share(self, reader: KeyReader, share: int, shares: int, done: list[Run], noted: SavedStates) -> None:
+    def read_share(
+        self, reader: KeyReader, share: int, shares: int, done: list[Run], noted: SavedStates, failed: Path
+    ) -> None:
         """Read one of ``shares`` parts of the batches that are not in the rows ``done``, and note each.
 
         Where this part was begun before, it goes on.
+
+        Parameters
+        ----------
+        noted : where this part notes what it did.
+        failed : the file that another part leaves where it fails: then this one ends.
         """
         rows = self.drawn.first_rows
         todo = [number for number, row in enumerate(rows[:-1]) if not is_covered(done, row, rows[number + 1])]
         todo = todo[len(todo) * share // shares : len(todo) * (share + 1) // shares]
         runs: list[Run] = noted.notes().get("runs_done", [])
-        before = count_entries(runs)
-        with (
-            self.file.writing() as write,
-            tqdm(
-                total=sum(rows[number + 1] - rows[number] for number in todo),
-                initial=before,
-                unit=" tokens",
-                unit_scale=True,
-                desc="Reading a sample",
-                disable=share != 0,
-            ) as bar,
-        ):
+        with tqdm(
+            total=sum(rows[number + 1] - rows[number] for number in todo),
+            initial=count_entries(runs),
+            unit=" tokens",
+            unit_scale=True,
+            desc="Reading a sample",
+            disable=share != 0,
+        ) as bar:
             for number in todo:
                 begin, end = rows[number], rows[number + 1]
-                if runs and end <= runs[-1][1]:
+                if is_covered(runs, begin, end):
                     continue
-                write(begin, reader.of_batch(self.drawn.batches[number]))
+                if failed.exists():
+                    return
+                self.file.write(begin, reader.of_batch(self.drawn.batches[number]))
                 runs = joined([*runs, [begin, end]])
                 noted.note(runs_done=runs)
                 bar.update(end - begin)

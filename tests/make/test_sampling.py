@@ -94,11 +94,11 @@ def test_its_keys_are_the_stores_whoever_read_them(
     original = KeyReader.of_batch
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(KeyReader, "of_batch", lambda self, batch: read.append(batch[0]) or original(self, batch))
-        sample.read_share(reader, 1, 3, [], share_states(tmp_path, 1))
+        sample.read_share(reader, 1, 3, [], share_states(tmp_path, 1), tmp_path / "failed")
         done = share_states(tmp_path, 1).notes()["runs_done"]
-        sample.read_share(reader, 1, 3, [], share_states(tmp_path, 1))  # there is nothing left of it
+        sample.read_share(reader, 1, 3, [], share_states(tmp_path, 1), tmp_path / "failed")  # there is nothing left of it
         for share in range(2):
-            sample.read_share(reader, share, 2, done, share_states(tmp_path, share + 5))
+            sample.read_share(reader, share, 2, done, share_states(tmp_path, share + 5), tmp_path / "failed")
     assert len(read) == len(set(read)) == len(drawn.batches)
     assert np.array_equal(sample.vectors(np.arange(len(drawn))), store.keys[drawn.entries].astype(np.float32))
     for batch in drawn.batches:
