@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
-import transformers
 from tqdm import tqdm
 
 from knn_lm_eval.errors import UserError
@@ -40,32 +38,25 @@ from knn_lm_eval.make.dump_progress import (
 from knn_lm_eval.make.finished_dump import UNFINISHED_KEYS, finish_dump, train_index_of
 from knn_lm_eval.make.index_dump import IndexDump
 from knn_lm_eval.make.index_plan import IndexPlan
-from knn_lm_eval.make.key_file import KEY_DTYPE, KeyFile
+from knn_lm_eval.make.key_file import KeyFile
 from knn_lm_eval.make.key_reading import KeyReader
 from knn_lm_eval.make.text import Piece
-from knn_lm_eval.make.tokens import VALUE_DTYPE, write_values
+from knn_lm_eval.make.tokens import write_values
 from knn_lm_eval.make.windows import Window, WindowSettings, chunks, cut_windows
 from knn_lm_eval.store.datastore import Datastore
 from knn_lm_eval.store.manifest import (
     DOCUMENT_STARTS,
     KEYS,
     MANIFEST,
-    NPY_KEYS,
-    ORDER_OF_DUMPS,
     PROJECTION,
     VALUES,
-    Manifest,
     ProjectionRecord,
-    file_record,
-    now,
 )
 from knn_lm_eval.system.arrays import map_npy
 from knn_lm_eval.system.checkpoints import SavedStates
-from knn_lm_eval.system.files import check_free_space, disk_errors_in, replace_file
+from knn_lm_eval.system.files import check_free_space, disk_errors_in
 from knn_lm_eval.system.locks import locked
 from knn_lm_eval.system.processes import Processes
-from knn_lm_eval.version import __version__
-
 
 
 def dump_datastore(

@@ -1,4 +1,4 @@
-"""What is done of a dump once, and without the LM: training the index of one without keys, and making it a datastore."""
+"""What of a dump is done once and takes no LM: training the index of one without keys, and making it a datastore."""
 
 from __future__ import annotations
 

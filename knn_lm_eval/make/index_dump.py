@@ -11,8 +11,7 @@ index is measured in the end: later they are gone.
 from __future__ import annotations
 
 import shutil
-import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,30 +24,28 @@ from knn_lm_eval.make.dump_progress import (
     FAILED,
     START_ANEW,
     Run,
-    count_entries,
     dump_states,
     entries_done,
-    is_covered,
     joined,
     runs_noted,
     runs_written,
-    share_states,
     states_of_share,
 )
 from knn_lm_eval.make.index_plan import IndexPlan
 from knn_lm_eval.make.key_file import KeyFile
 from knn_lm_eval.make.key_reading import KeyReader
 from knn_lm_eval.make.sampling import DrawnBatches, TextSample, draw_batches
+from knn_lm_eval.make.segment_keys import SegmentKeys
 from knn_lm_eval.make.windows import Window, WindowSettings, chunks, cut_windows
 from knn_lm_eval.search.choosing import estimated_bytes
 from knn_lm_eval.search.index_build import IndexBuild, Segment, write_segment
 from knn_lm_eval.search.passing_keys import NearestOfRuns
-from knn_lm_eval.search.quality import NOT_MEASURED, HeldOutQueries, compare_with_exact
+from knn_lm_eval.search.quality import EXACT_QUERIES, NOT_MEASURED, HeldOutQueries, compare_with_exact
 from knn_lm_eval.search.training import sample_size, train_index
 from knn_lm_eval.store import key_stream
 from knn_lm_eval.store.datastore import Datastore
 from knn_lm_eval.store.index_files import IndexFiles
-from knn_lm_eval.store.manifest import DOCUMENT_STARTS, VALUES, FileRecord, Manifest, file_record
+from knn_lm_eval.store.manifest import DOCUMENT_STARTS, VALUES, Manifest, file_record
 from knn_lm_eval.system.arrays import map_npy
 from knn_lm_eval.system.checkpoints import SavedStates
 from knn_lm_eval.system.files import check_free_space
@@ -92,9 +89,13 @@ class IndexDump:
             "keys_sha256": file_record(self.output / VALUES)["sha256"],
             **({} if plan.parts is None else {"parts": plan.parts}),
         }
-        build = IndexBuild(IndexFiles(self.output, plan.name), settings, count)
-        build.segment = self.states.notes().get("segment_entries")
-        return build
+        return IndexBuild(IndexFiles(self.output, plan.name), settings, count)
+
+    @cached_property
+    def segments(self) -> list[Segment]:
+        """What the entries are divided into."""
+        self.build.segment = self.states.notes()["segment_entries"]
+        return self.build.segments()
 
     @cached_property
     def sample(self) -> TextSample:
@@ -121,11 +122,13 @@ class IndexDump:
         """
         notes = {"segment_entries": _segment_entries(len(self.values), shares)} | self.states.notes()
         self.states.note(**notes)
-        build, file = self.build, self.sample.file
-        if build.metadata() is not None:
+        file = self.sample.file
+        if self.build.metadata() is not None:
             left = []
+        elif self.is_trained:
+            left = self.build.unfinished()
         else:
-            left = build.unfinished() if self.is_trained else build.segments()
+            left = self.segments
         there = joined([*notes.get("sampled", []), *runs_noted(self.work.glob("sampled.*.json"))])
         runs = self._in_place(runs_written(self.output), left)
         work = {
@@ -144,7 +147,7 @@ class IndexDump:
     def _in_place(self, runs: list[Run], left: list[Segment]) -> list[Run]:
         """The entries of finished segments, and of ``runs`` those of the others whose keys are there."""
         numbers, found = {one.number for one in left}, list[Run]()
-        for one in self.build.segments():
+        for one in self.segments:
             spool = self._gathering(one).file
             if one.number not in numbers:
                 spool.path.unlink(missing_ok=True)
@@ -158,7 +161,8 @@ class IndexDump:
         """Raise UserError where the disk has no room for what is still to be written."""
         settings, count = self.build.states.settings, len(self.values)
         per_entry = estimated_bytes(settings["factory"], count, self.dimension, settings["sim_func"])
-        joined_part = max(-(-count // (self.plan.parts or 1)), 0) if len(self.build.segments()) > 1 else 0
+        parts = self.plan.parts or 1
+        joined_part = 0 if len(self.segments) == parts else -(-count // parts)  # beside its segments
         needed = {
             "index": per_entry * (sum(one.stop - one.start for one in left) + joined_part),
             "sample": 0 if self.sample.file.has_room() else self.sample.file.bytes,
@@ -185,12 +189,11 @@ class IndexDump:
         build = self.build
         if self.is_trained:
             return
-        settings, start = build.states.settings, time.perf_counter()
-        trained = train_index(
-            settings["factory"], self.sample.vectors(self._rows[0]), settings["sim_func"], settings["seed"]
-        )
-        build.seconds["train"] = time.perf_counter() - start
-        build.begin(trained, build.segment)
+        settings = build.states.settings
+        with build.timed("train"):
+            vectors = self.sample.vectors(self._rows[0])
+            trained = train_index(settings["factory"], vectors, settings["sim_func"], settings["seed"])
+        build.begin(trained, self.states.notes()["segment_entries"])
 
     @cached_property
     def _rows(self) -> tuple[np.ndarray, np.ndarray]:
@@ -231,9 +234,10 @@ class IndexDump:
         reader : reads the text.
         bar : shows how many entries are done.
         """
-        notes, segments = self.states.notes(), self.build.segments()
+        notes = self.states.notes()
         numbers = notes["segments_left"]
-        mine = [segments[number] for number in numbers[len(numbers) * share // shares : len(numbers) * (share + 1) // shares]]
+        begin, end = (len(numbers) * number // shares for number in (share, share + 1))
+        mine = [self.segments[number] for number in numbers[begin:end]]
         gathering = {one.number: self._gathering(one) for one in mine}
         for one, of_segment in self._with_chunks(mine):
             if one.file.exists():
@@ -244,11 +248,10 @@ class IndexDump:
                     if (self.output / FAILED).exists():
                         return
                     # What a chunk has of the next segment is kept for it, where that is this process's as well.
-                    begin, end = max(chunk[0].start, one.start), (after or here).of_segment(0, chunk[-1].stop)[1]
+                    begin, end = max(chunk[0].start, one.start), min(chunk[-1].stop, (after or here).segment.stop)
                     keys = reader.of_chunk(chunk, begin, end, bar.update)
-                    for spool in (here, after):
-                        if spool is not None:
-                            spool.take(begin, keys)
+                    for spool in filter(None, (after, here)):
+                        spool.take(begin, keys)
                     if not bar.disable:  # with what the others have done
                         bar.n = entries_done(self.output)
                         bar.refresh()
@@ -286,25 +289,27 @@ class IndexDump:
     def finish(self) -> list[str]:
         """Join the segments, measure the index, and put it in its place; returns the names of its files."""
         build = self.build
-        build.load()
+        trained = build.load()
         if (metadata := build.metadata()) is None:
-            build.join()
+            with build.timed("join"):
+                build.join()
             index = build.opened()
             metadata = {
                 **build.states.settings,
                 "count": len(self.values),
-                "type": type(below_parts(index)).__name__,
+                "type": type(trained).__name__,
                 "seconds": {stage: round(value, 1) for stage, value in build.seconds.items()},
                 "faiss": faiss.__version__,
                 **self._quality(index),
                 **build.figures(),
             }
+            build.note(metadata=metadata)
         return build.put_in_place(metadata)
 
     def _quality(self, index: faiss.Index) -> dict[str, Any]:
         if self._nearest is None:
             return NOT_MEASURED if self.plan.quality_queries else {}
-        held_out, starts = self._held_out, (one.start for one in self.build.segments())
+        held_out, starts = self._held_out, (one.start for one in self.segments)
         return compare_with_exact(index, held_out, held_out.first(EXACT_QUERIES), self._nearest.found(starts))
 
     def remove(self) -> None:

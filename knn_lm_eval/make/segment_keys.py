@@ -38,7 +38,7 @@ class SegmentKeys:
         return not is_covered(joined([*done, *self._runs()]), begin, end)
 
     def take(self, first: int, keys: np.ndarray) -> None:
-        """Write and note what of the keys, float16 ``[n, dimension]`` from the entry ``first`` on, is of this segment."""
+        """Write and note what of some keys is of this segment: float16 ``[n, dimension]``, from an entry on."""
         begin, end = self.of_segment(first, first + len(keys))
         if begin < end:
             if not self.file.has_room():

@@ -96,7 +96,9 @@ def test_its_keys_are_the_stores_whoever_read_them(
         patch.setattr(KeyReader, "of_batch", lambda self, batch: read.append(batch[0]) or original(self, batch))
         sample.read_share(reader, 1, 3, [], share_states(tmp_path, 1), tmp_path / "failed")
         done = share_states(tmp_path, 1).notes()["runs_done"]
-        sample.read_share(reader, 1, 3, [], share_states(tmp_path, 1), tmp_path / "failed")  # there is nothing left of it
+        sample.read_share(
+            reader, 1, 3, [], share_states(tmp_path, 1), tmp_path / "failed"
+        )  # there is nothing left of it
         for share in range(2):
             sample.read_share(reader, share, 2, done, share_states(tmp_path, share + 5), tmp_path / "failed")
     assert len(read) == len(set(read)) == len(drawn.batches)

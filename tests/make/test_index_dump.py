@@ -1,0 +1,158 @@
+"""A dump straight into an index: as if keys had been kept and the index built from them, and no key remains."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.tiny_model import EVAL_TEXT, TRAIN_TEXT
+from lm_eval.api.instance import Instance
+
+from knn_lm_eval.lm.loading import CausalHFLM
+from knn_lm_eval.make import index_dump
+from knn_lm_eval.make.dump import dump_datastore
+from knn_lm_eval.make.index_dump import IndexDump
+from knn_lm_eval.make.index_plan import IndexPlan
+from knn_lm_eval.make.text import cut_into_documents
+from knn_lm_eval.model.knn_hf import KNNHF
+from knn_lm_eval.search import indexing, quality, training
+from knn_lm_eval.search.indexing import build_index
+from knn_lm_eval.store import key_stream
+from knn_lm_eval.store.datastore import Datastore
+from knn_lm_eval.store.key_stream import finite_keys
+
+WINDOWS: dict[str, Any] = {"max_length": 24, "stride": 16, "batch_size": 2}
+PLAN: dict[str, Any] = {"factory": "IVF8,SQ8", "quality_queries": 200, "k": 40}
+OWN_FILES = {"values.npy", "document_starts.npy", "manifest.json"}
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several segments, of several runs of keys, and a sample that is a part of the text."""
+    monkeypatch.setattr(key_stream, "ADD_CHUNK", 300)
+    monkeypatch.setattr(index_dump, "SEGMENT_ENTRIES", 900)
+    monkeypatch.setattr(training, "LEAST_SAMPLE", 500)
+
+
+def pieces() -> list[tuple[bool, str]]:
+    """Documents of many lengths."""
+    words, lines, begin = TRAIN_TEXT.split(), [], 0
+    while begin < len(words):
+        length = 1 + (7 * len(lines)) % 90
+        lines.append(" ".join(words[begin : begin + length]) + "\n")
+        begin += length
+    return list(cut_into_documents(lines, "line"))
+
+
+@pytest.fixture(scope="module")
+def with_keys(tmp_path_factory: pytest.TempPathFactory, lm: CausalHFLM) -> Datastore:
+    return dump_datastore(lm, pieces(), tmp_path_factory.mktemp("stores") / "keyed", **WINDOWS)
+
+
+@pytest.fixture
+def keyless(tmp_path: Path, lm: CausalHFLM) -> Callable[..., Datastore]:
+    """Dump without keys."""
+
+    def dump(**plan: Any) -> Datastore:
+        index = IndexPlan(**PLAN | plan)
+        return dump_datastore(lm, pieces(), tmp_path / "keyless", **WINDOWS, keys="none", index=index)
+
+    return dump
+
+
+def same_index_from_keys(store: Datastore, sample: IndexDump, folder: Path, plan: dict[str, Any]) -> Datastore:
+    """What ``build_index`` makes of kept keys, trained and measured with the entries that a dump had for it."""
+    shutil.copytree(store.path, folder)
+    copied = Datastore.open(folder)
+    train, held_out = (sample.sample.drawn.entries[rows] for rows in sample._rows)
+
+    def draw(of: Datastore, count: int, k: int, knn_temp: float, seed: int) -> quality.HeldOutQueries:
+        keys = finite_keys(of.require_keys("a test")[held_out])
+        return quality.HeldOutQueries(of, held_out, keys, min(k, len(of) - 1), knn_temp)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(indexing, "draw_entries", lambda *_: train)
+        patch.setattr(quality.HeldOutQueries, "draw", draw)
+        build_index(copied, **plan)
+    return copied
+
+
+def before_it_is_removed(monkeypatch: pytest.MonkeyPatch) -> list[IndexDump]:
+    """What a dump knows when it is done, with the sample in memory."""
+    found = []
+    remove = IndexDump.remove
+
+    def keep(self: IndexDump) -> None:
+        assert self.sample.drawn and len(self._rows[0])
+        found.append(self)
+        remove(self)
+
+    monkeypatch.setattr(IndexDump, "remove", keep)
+    return found
+
+
+def comparable(metadata: dict[str, Any]) -> dict[str, Any]:
+    rows = [{name: value for name, value in row.items() if name != "microseconds"} for row in metadata["quality"]]
+    left_out = ("seconds", "keys_sha256", "train_sample", "sha256", "quality", "probe")
+    return {name: value for name, value in metadata.items() if name not in left_out} | {"quality": rows}
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        {},
+        {"factory": "IVF16_HNSW8,Flat", "sim_func": "dot"},
+        {"factory": "RR32,IVF8,RaBitQfs", "parts": 3},
+        {"factory": "auto", "name": "other"},
+        {"factory": "IVF4,PQ4x4fs", "parts": 7, "quality_queries": 0},
+    ],
+    ids=lambda plan: plan.get("factory", "plain"),
+)
+def test_the_index_is_the_one_that_is_built_from_kept_keys(
+    tmp_path: Path, with_keys: Datastore, keyless, monkeypatch: pytest.MonkeyPatch, plan: dict[str, Any]
+) -> None:
+    done = before_it_is_removed(monkeypatch)
+    store = keyless(**plan)
+    assert store.keys is None and store.manifest.keys is None
+    expected = same_index_from_keys(with_keys, done[0], tmp_path / "expected", PLAN | plan)
+    name = plan.get("name", "index")
+    made = {path.name for path in expected.path.glob(f"{name}*")}
+    assert {path.name for path in store.path.iterdir()} == OWN_FILES | made
+    assert len(made) == 1 + plan.get("parts", 1)
+    for file in made - {f"{name}.json"} | {"values.npy", "document_starts.npy"}:
+        assert (store.path / file).read_bytes() == (expected.path / file).read_bytes(), file
+    ours, theirs = (json.loads((of.path / f"{name}.json").read_text()) for of in (store, expected))
+    if plan.get("quality_queries", 1):
+        assert comparable(ours) == comparable(theirs)
+    else:
+        assert "quality" not in ours
+    assert set(store.manifest.derived) == made
+
+
+def log_likelihood(model_folder: Path, store: Datastore, **arguments: Any) -> list[float]:
+    lm = KNNHF(
+        pretrained=str(model_folder),
+        datastore=str(store.path),
+        device="cpu",
+        max_length=24,
+        k=20,
+        lmbda=0.5,
+        **arguments,
+    )
+    requests = [Instance("loglikelihood_rolling", {}, (EVAL_TEXT,), 0)]
+    return lm.loglikelihood_rolling(requests, disable_tqdm=True)
+
+
+@pytest.mark.parametrize("arguments", [{}, {"retomaton": True, "min_knns": 5}], ids=["knn", "retomaton"])
+def test_evaluations_say_the_same_with_it(
+    tmp_path: Path, with_keys: Datastore, keyless, monkeypatch, model_folder: Path, arguments: dict[str, Any]
+) -> None:
+    done = before_it_is_removed(monkeypatch)
+    store = keyless()
+    expected = same_index_from_keys(with_keys, done[0], tmp_path / "expected", PLAN)
+    given = {**arguments, "index": "index", "probe": 4}
+    assert log_likelihood(model_folder, store, **given) == log_likelihood(model_folder, expected, **given)
