@@ -18,12 +18,16 @@ from knn_lm_eval.make.dump import dump_datastore
 from knn_lm_eval.make.index_dump import IndexDump
 from knn_lm_eval.make.index_plan import IndexPlan
 from knn_lm_eval.make.text import cut_into_documents
+from knn_lm_eval.make.windows import Window
 from knn_lm_eval.model.knn_hf import KNNHF
-from knn_lm_eval.search import indexing, quality, training
+from knn_lm_eval.search import index_build, indexing, quality, training
+from knn_lm_eval.search.index_build import IndexBuild
 from knn_lm_eval.search.indexing import build_index
+from knn_lm_eval.search.passing_keys import NearestOfRuns
 from knn_lm_eval.store import key_stream
 from knn_lm_eval.store.datastore import Datastore
 from knn_lm_eval.store.key_stream import finite_keys
+from knn_lm_eval.store.manifest import Manifest
 
 WINDOWS: dict[str, Any] = {"max_length": 24, "stride": 16, "batch_size": 2}
 PLAN: dict[str, Any] = {"factory": "IVF8,SQ8", "quality_queries": 200, "k": 40}
@@ -156,3 +160,105 @@ def test_evaluations_say_the_same_with_it(
     expected = same_index_from_keys(with_keys, done[0], tmp_path / "expected", PLAN)
     given = {**arguments, "index": "index", "probe": 4}
     assert log_likelihood(model_folder, store, **given) == log_likelihood(model_folder, expected, **given)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory, lm: CausalHFLM) -> Path:
+    """What one process makes, in one segment."""
+    folder = tmp_path_factory.mktemp("stores") / "alone"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(key_stream, "ADD_CHUNK", 300)
+        patch.setattr(training, "LEAST_SAMPLE", 500)
+        dump_datastore(lm, pieces(), folder, **WINDOWS, keys="none", index=IndexPlan(**PLAN))
+    return folder
+
+
+def assert_same(folder: Path, expected: Path) -> None:
+    assert {path.name for path in folder.iterdir()} == OWN_FILES | {"index.faiss", "index.json"}
+    for file in ("values.npy", "document_starts.npy", "index.faiss"):
+        assert (folder / file).read_bytes() == (expected / file).read_bytes(), file
+    ours, theirs = (json.loads((of / "index.json").read_text()) for of in (folder, expected))
+    assert comparable(ours) == comparable(theirs)
+    Datastore.open(folder, verify="always")
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "calls"),
+    [
+        (dump, "write_values", 0),
+        (KeyReader, "of_batch", 5),
+        (index_dump, "train_index", 0),
+        (IndexBuild, "begin", 0),
+        (KeyReader, "of_chunk", 0),
+        (KeyReader, "of_chunk", 30),
+        (NearestOfRuns, "take", 2),
+        (index_dump, "write_segment", 3),
+        (index_build, "join_segments", 0),
+        (index_dump, "compare_with_exact", 0),
+        (IndexBuild, "put_in_place", 0),
+        (index_build, "write_sealed_json", 0),
+        (Manifest, "write", 0),
+        (IndexDump, "remove", 0),
+    ],
+)
+def test_an_interrupted_one_goes_on_to_the_same_bytes(
+    tmp_path: Path, lm: CausalHFLM, alone: Path, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, calls: int
+) -> None:
+    called: list[str] = []
+    original = getattr(owner, name)
+
+    def counted(*arguments: Any, **more: Any) -> Any:
+        called.append(name)
+        if len(called) > calls:
+            raise KeyboardInterrupt
+        return original(*arguments, **more)
+
+    def make(resume: bool) -> Datastore:
+        given: dict[str, Any] = {"keys": "none", "index": IndexPlan(**PLAN), "resume": resume, **WINDOWS}
+        return dump_datastore(lm, pieces(), tmp_path / "store", **given)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(owner, name, counted)
+        make(resume=False)
+    if (tmp_path / "store" / "manifest.json").exists():  # never without its index
+        assert (tmp_path / "store" / "index.json").exists()
+    with pytest.raises(UserError, match="add --resume|already holds a finished"):
+        make(resume=False)
+    read: list[int] = []
+    of_batch = KeyReader.of_batch
+    monkeypatch.setattr(KeyReader, "of_batch", lambda self, batch: read.append(len(batch)) or of_batch(self, batch))
+    make(resume=True)
+    if name in ("join_segments", "compare_with_exact", "put_in_place", "write", "remove"):
+        assert not read  # the LM has done its part
+    assert_same(tmp_path / "store", alone)
+
+
+@pytest.mark.parametrize("shares", [2, 5])
+def test_several_processes_make_the_same(
+    tmp_path: Path, lm: CausalHFLM, alone: Path, monkeypatch: pytest.MonkeyPatch, shares: int
+) -> None:
+    folder = tmp_path / "store"
+    read: list[int] = []
+    of_batch = KeyReader.of_batch
+
+    def begun() -> Dump:
+        return Dump(lm, folder, **WINDOWS, keys="none", index=IndexPlan(**PLAN))
+
+    def count_read(self: KeyReader, batch: list[Window]) -> np.ndarray:
+        if self.read_before is None or self.read_before.of_batch(batch) is None:
+            read.append(entries_in(batch))
+        return of_batch(self, batch)
+
+    monkeypatch.setattr(KeyReader, "of_batch", count_read)
+    begun().prepare(pieces(), resume=False, shares=shares)
+    for share in reversed(range(shares)):
+        begun().read_sample(share, shares)
+    train_index_of(folder)
+    for share in reversed(range(shares)):
+        begun().write_share(share, shares)
+        begun().write_share(share, shares)  # once more, as Ray does where a task died when it was done
+    count = len(np.load(folder / "values.npy"))
+    assert entries_done(folder) == count
+    assert sum(read) <= count + 4 * WINDOWS["batch_size"] * WINDOWS["max_length"] * shares
+    finish_dump(folder)
+    assert_same(folder, alone)
