@@ -52,7 +52,7 @@ from knn_lm_eval.system.files import check_free_space
 
 SEGMENT_ENTRIES = 2**20
 SEGMENTS_EACH = 4  # for each of several processes, so that they end at about the same time
-WORK = "unfinished"  # the folder, in the dump's, of what goes when it is finished
+WORK = "dump.part"  # the folder, in the dump's, of what goes when it is finished
 
 
 class IndexDump:
