@@ -8,15 +8,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from helpers.tiny_model import EVAL_TEXT, TRAIN_TEXT
 from lm_eval.api.instance import Instance
 
+from knn_lm_eval.errors import UserError
 from knn_lm_eval.lm.loading import CausalHFLM
-from knn_lm_eval.make import index_dump
-from knn_lm_eval.make.dump import dump_datastore
+from knn_lm_eval.make import dump, index_dump
+from knn_lm_eval.make.dump import Dump, dump_datastore, finish_dump, train_index_of
+from knn_lm_eval.make.dump_progress import entries_done
 from knn_lm_eval.make.index_dump import IndexDump
 from knn_lm_eval.make.index_plan import IndexPlan
+from knn_lm_eval.make.key_reading import KeyReader, entries_in
 from knn_lm_eval.make.text import cut_into_documents
 from knn_lm_eval.make.windows import Window
 from knn_lm_eval.model.knn_hf import KNNHF
