@@ -6,6 +6,7 @@ are kept, so that memory holds a matrix of the hidden states' width, however lar
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from knn_lm_eval.errors import UserError
 from knn_lm_eval.lm.language_model import LanguageModel
 from knn_lm_eval.make.window_keys import keys_of_windows
 from knn_lm_eval.make.windows import Window, WindowSettings, batches, cut_windows
+from knn_lm_eval.store.datastore import Datastore
 from knn_lm_eval.store.manifest import PROJECTION, ProjectionRecord
 from knn_lm_eval.system.files import replace_file
 
@@ -49,6 +51,22 @@ def write_projection(folder: Path, sample: Iterable[np.ndarray], width: int, dim
         np.save(file, directions)
     replace_file(unfinished, folder / PROJECTION)
     return {"from": width, "kind": "pca", "variance_kept": round(kept, 4)}
+
+
+def shared_projection(of: Datastore) -> np.ndarray:
+    """The projection of a store, to be another's as well; raises UserError where it has none."""
+    if of.projection is None:
+        raise UserError(f"The keys of the datastore {of.path} are no projection, which another could share.")
+    return of.projection
+
+
+def copy_projection(of: Datastore, folder: Path) -> ProjectionRecord:
+    """Write a store's projection into another's folder; returns what the manifest says of it."""
+    assert of.manifest.projection is not None
+    unfinished = folder / f"{PROJECTION}.part"
+    shutil.copyfile(of.path / PROJECTION, unfinished)
+    replace_file(unfinished, folder / PROJECTION)
+    return of.manifest.projection
 
 
 def principal_directions(sample: Iterable[np.ndarray], width: int, dimension: int) -> tuple[np.ndarray, float]:

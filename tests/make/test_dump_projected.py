@@ -219,3 +219,15 @@ def test_two_processes_and_the_verb(tmp_path: Path, model_folder: Path) -> None:
         stores.append(Datastore.open(output))
     assert_same_files(stores[1].path, stores[0])
     assert stores[0].projection is not None
+
+
+def test_another_stores_projection_is_shared(
+    lm: CausalHFLM, narrow: Datastore, whole: Datastore, tmp_path: Path
+) -> None:
+    shared = dump(lm, tmp_path / "shared", keys="all", projection_of=narrow.path, max_tokens=300)
+    assert (shared.path / PROJECTION).read_bytes() == (narrow.path / PROJECTION).read_bytes()
+    assert shared.manifest.projection == narrow.manifest.projection
+    expected = whole.keys[:200].astype(np.float64) @ narrow.projection
+    np.testing.assert_allclose(shared.keys[:200], expected, atol=2e-2)
+    with pytest.raises(UserError, match="are no projection"):
+        dump(lm, tmp_path / "none", keys="all", projection_of=whole.path)
