@@ -20,6 +20,7 @@ from knn_lm_eval.make.windows import Window, WindowSettings, batches, cut_window
 from knn_lm_eval.store.datastore import Datastore
 from knn_lm_eval.store.manifest import PROJECTION, ProjectionRecord
 from knn_lm_eval.system.files import replace_file
+from knn_lm_eval.system.sampling import draw_entries
 
 SEED = 0
 LEAST_SAMPLE = 2**15  # keys
@@ -120,7 +121,7 @@ def draw_windows(document_starts: np.ndarray, count: int, settings: WindowSettin
     Goes through the text's windows twice, and keeps those that are drawn.
     """
     there = sum(1 for _ in cut_windows(document_starts, count, settings))
-    number = min(there, -(-entries * there // count))
-    drawn = set(np.random.default_rng(SEED).choice(there, number, replace=False, shuffle=False).tolist())
+    number = -(-entries * there // count)
+    drawn = set(draw_entries(there, number, SEED).tolist())
     windows = enumerate(cut_windows(document_starts, count, settings))
     return [window for place, window in windows if place in drawn]

@@ -25,6 +25,7 @@ from knn_lm_eval.system.files import (
     finished_folder,
     write_npy_header,
 )
+from knn_lm_eval.system.sampling import draw_entries
 from knn_lm_eval.version import __version__
 
 KEY_DTYPE = np.float16
@@ -83,11 +84,9 @@ def project_datastore(datastore: Datastore, output: str | Path, keys: int | Data
 
 
 def _shared_with(datastore: Datastore, of: Datastore) -> np.ndarray:
-    projection, same_model = (
-        shared_projection(of),
-        repr(of.manifest.fingerprint) == repr(datastore.manifest.fingerprint),
-    )
-    if not same_model or of.manifest.width != datastore.dimension:
+    """The projection of another store; raises UserError where it has none, or is of another model."""
+    projection, models = shared_projection(of), [repr(store.manifest.fingerprint) for store in (of, datastore)]
+    if models[0] != models[1] or of.manifest.width != datastore.dimension:
         raise UserError(f"The datastores {of.path} and {datastore.path} were made by different models.")
     return projection
 
@@ -100,10 +99,8 @@ def _place_projection(folder: Path, whole: np.ndarray, keys: int | Datastore) ->
 
 def _sample(whole: np.ndarray) -> Iterator[np.ndarray]:
     """Random keys, some at a time: float32 ``[n, width]``."""
-    count, size = len(whole), min(len(whole), sample_size(whole.shape[1]))
-    # Where a small part is drawn this takes memory for that part alone.
-    entries = np.sort(np.random.default_rng(SEED).choice(count, size, replace=False, shuffle=False))
-    for start in range(0, size, SEARCH_CHUNK):
+    entries = draw_entries(len(whole), sample_size(whole.shape[1]), SEED)
+    for start in range(0, len(entries), SEARCH_CHUNK):
         yield keys_of(whole, entries[start : start + SEARCH_CHUNK])
 
 
