@@ -17,11 +17,17 @@ import numpy as np
 from tqdm import tqdm
 
 from knn_lm_eval.errors import UserError
-from knn_lm_eval.lm.fingerprint import check_fingerprint, take_fingerprint
+from knn_lm_eval.lm.fingerprint import check_fingerprint, check_store_model, take_fingerprint
 from knn_lm_eval.lm.language_model import LanguageModel
 from knn_lm_eval.lm.loading import CausalHFLM
 from knn_lm_eval.lm.projection import Projection
-from knn_lm_eval.make.directions import sample_of_text, sample_size, write_projection
+from knn_lm_eval.make.directions import (
+    copy_projection,
+    sample_of_text,
+    sample_size,
+    shared_projection,
+    write_projection,
+)
 from knn_lm_eval.make.dump_progress import (
     FAILED,
     START_ANEW,
@@ -72,6 +78,7 @@ def dump_datastore(
     max_tokens: int | None = None,
     keys: int | Literal["all", "none"] = "all",
     index: IndexPlan | None = None,
+    projection_of: str | Path | None = None,
     resume: bool = False,
     source: dict[str, Any] | None = None,
     model_args: dict[str, Any] | None = None,
@@ -91,6 +98,7 @@ def dump_datastore(
     keys : the numbers that a key keeps, of a projection to so many directions (``knn_lm_eval.make.directions``);
         ``all`` keeps the LM's hidden states as they are, ``none`` keeps none: they go into an index.
     index : that index; None is the default one.
+    projection_of : a datastore of the same model whose projection is taken, instead of one of the text's own.
     resume : go on with an unfinished dump in ``output``.
     source, model_args : kept in the manifest.
     processes : those that share this dump and all call this function; None is this one alone.
@@ -114,6 +122,7 @@ def dump_datastore(
             max_tokens=max_tokens,
             keys=keys,
             index=index,
+            projection_of=projection_of,
             source=source,
             model_args=model_args,
         )
@@ -163,6 +172,7 @@ class Dump:
         max_tokens: int | None = None,
         keys: int | Literal["all", "none"] = "all",
         index: IndexPlan | None = None,
+        projection_of: str | Path | None = None,
         source: dict[str, Any] | None = None,
         model_args: dict[str, Any] | None = None,
     ) -> None:
@@ -185,7 +195,12 @@ class Dump:
                 "vocabulary": self.model.vocabulary_size,
             },
         }
-        if keys != "all":
+        self.shared = None if projection_of is None else Datastore.open(projection_of)
+        if self.shared is not None:
+            keys = len(shared_projection(self.shared).T)
+            settings["projection_sha256"] = self.shared.manifest.files[PROJECTION]["sha256"]
+            check_store_model(self.shared.manifest, self.model, lm.tokenizer, self.name)
+        elif keys != "all":
             settings["keys"] = keys
         if index is not None and keys != "none":
             raise UserError("An index is made where keys=none; with keys, build one with build_index.")
@@ -268,6 +283,8 @@ class Dump:
 
     def _write_projection(self) -> ProjectionRecord:
         """Have the LM read a sample of the text, and find the directions to keep; the same ones each time."""
+        if self.shared is not None:
+            return copy_projection(self.shared, self.output)
         values, starts = self._text()
         keys = sample_size(self.width)
         prefix = self.lm.prefix_token_id

@@ -87,7 +87,7 @@ class IndexBuild:
         self.seconds: dict[str, float] = {}
         name, digits = glob.escape(files.name), "[0-9]" * 6
         unfinished = [f"{name}{part}.faiss.part" for part in ("", ".[0-9][0-9][0-9]")]
-        unfinished += [f"{name}.faiss.part.{end}" for end in (digits, "joined")]
+        unfinished += [f"{name}.faiss.{middle}.part" for middle in (digits, "joined")]
         self.states = SavedStates(
             self.index.with_name(self.index.name + ".json"),
             settings,
@@ -110,7 +110,7 @@ class IndexBuild:
         if self.parts is not None:
             finals = [self.files.part(number) for number in range(self.parts)]
             return {final.with_name(final.name + ".part"): final for final in finals}
-        joined = self.index.with_name(self.index.name + ".joined")
+        joined = self.files.index.with_name(self.files.index.name + ".joined.part")
         return {self.index if self.in_memory else joined: self.files.index}
 
     def segments(self) -> list[Segment]:
@@ -121,7 +121,7 @@ class IndexBuild:
             starts = range(start, stop, self.segment or max(1, stop - start))
             for begin in starts:
                 number = len(found)
-                of_segment = self.index.with_name(f"{self.index.name}.{number:06d}")
+                of_segment = self.files.index.with_name(f"{self.files.index.name}.{number:06d}.part")
                 end = min(begin + starts.step, stop)
                 found.append(Segment(number, part, begin, end, finished if len(starts) == 1 else of_segment))
         return found
