@@ -269,3 +269,57 @@ def test_several_processes_make_the_same(
     assert sum(read) <= count + 4 * WINDOWS["batch_size"] * WINDOWS["max_length"] * shares
     finish_dump(folder)
     assert_same(folder, alone)
+
+
+def test_what_the_disk_has_no_room_for_is_said_before_the_lm_reads(
+    tmp_path: Path, lm: CausalHFLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=20_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(KeyReader, "of_batch", None)
+    sentence = r"the index of [\d,]+ tokens while it is made \(.* GiB\), keys of a sample \(.*\) and keys on their way"
+    with pytest.raises(UserError, match=sentence):
+        dump_datastore(lm, pieces(), tmp_path, **WINDOWS, keys="none", index=IndexPlan(**PLAN))
+
+
+@pytest.mark.parametrize(
+    ("plan", "sentence"),
+    [
+        ({"factory": "IVF8,Nonsense"}, "faiss knows no index 'IVF8,Nonsense'"),
+        ({"factory": "Flat"}, "Flat cannot be joined"),
+        ({"factory": "IVF8,PQ5"}, "faiss cannot make an index 'IVF8,PQ5' for keys of 32 numbers"),
+        ({"factory": "IVF100000,SQ8"}, "more lists than the store has entries"),
+        ({"parts": 10**6}, "parts=1000000 must be between 1 and"),
+        ({"sim_func": "cosine"}, "sim_func='cosine' is unknown"),
+        ({"name": "keys"}, "'keys' cannot name an index"),
+    ],
+)
+def test_a_mistake_in_the_index_is_said_before_the_lm_reads(
+    tmp_path: Path, lm: CausalHFLM, monkeypatch: pytest.MonkeyPatch, plan: dict[str, Any], sentence: str
+) -> None:
+    monkeypatch.setattr(KeyReader, "of_batch", None)
+    with pytest.raises(UserError, match=sentence):
+        dump_datastore(lm, pieces(), tmp_path, **WINDOWS, keys="none", index=IndexPlan(**plan))
+    assert not (tmp_path / "manifest.json").exists()
+
+
+def test_other_settings_do_not_resume(tmp_path: Path, lm: CausalHFLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch, pytest.raises(TypeError):
+        patch.setattr(KeyReader, "of_batch", None)
+        dump_datastore(lm, pieces(), tmp_path, **WINDOWS, keys="none", index=IndexPlan(**PLAN))
+    for keys, index in (("none", IndexPlan(**PLAN | {"factory": "IVF4,SQ8"})), ("all", None)):
+        with pytest.raises(UserError, match="was begun with .*give the same settings, or delete the folder"):
+            dump_datastore(lm, pieces(), tmp_path, **WINDOWS, keys=keys, index=index, resume=True)
+
+
+def test_an_index_is_for_dumps_without_keys(tmp_path: Path, lm: CausalHFLM) -> None:
+    with pytest.raises(UserError, match="An index is made where keys=none"):
+        dump_datastore(lm, pieces(), tmp_path, **WINDOWS, index=IndexPlan())
+
+
+def test_a_text_of_one_token_and_one_of_few(tmp_path: Path, lm: CausalHFLM) -> None:
+    for number, text in enumerate(["a", "Some words."]):
+        store = dump_datastore(
+            lm, [(True, text)], tmp_path / str(number), **WINDOWS, keys="none", index=IndexPlan(factory="IVF1,SQ8")
+        )
+        assert len(store) == len(lm.tok_encode(text)) and "index.faiss" in store.manifest.derived
