@@ -125,7 +125,9 @@ class Datastore:
     def require_keys(self, purpose: str) -> np.ndarray:
         """The keys; raises UserError where the store has none, which ``purpose`` needs."""
         if self.keys is None:
-            raise UserError(f"The datastore {self.path} has no keys, which {purpose} needs; import it with its keys.")
+            is_imported = "imported" in self.manifest.source
+            remedy = "import it with its keys" if is_imported else "dump it again, without --keys none"
+            raise UserError(f"The datastore {self.path} has no keys, which {purpose} needs; {remedy}.")
         return self.keys
 
     def require_text_order(self, purpose: str) -> None:
