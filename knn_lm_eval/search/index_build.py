@@ -220,12 +220,21 @@ class IndexBuild:
     def install(self, metadata: dict[str, Any]) -> dict[str, Any]:
         """Give finished files their final names, in the place of an index of that name; returns the metadata.
 
-        The metadata goes last: whoever finds both finds a finished index. Wherever this ends, it can be done again.
+        Wherever this ends, it can be done again.
+        """
+        files = self.files
+        forget_derived(files.folder, [files.metadata.name, *self._replaced()])
+        record_derived(files.folder, self.put_in_place(metadata))
+        self.states.remove()  # with it the trained index
+        return metadata
+
+    def put_in_place(self, metadata: dict[str, Any]) -> list[str]:
+        """As ``install``, of a store whose manifest does not know of an index of that name; returns the files' names.
+
+        The metadata goes last: whoever finds both finds a finished index.
         """
         files, written = self.files, self.finished_files()
-        finals = [final.name for final in written.values()]
-        old = {path.name for path in (files.index, *files.folder.glob(f"{files.name}.[0-9][0-9][0-9].faiss"))}
-        forget_derived(files.folder, [files.metadata.name, *old])
+        finals, replaced = [final.name for final in written.values()], self._replaced()
         files.metadata.unlink(missing_ok=True)
         for folder in files.laid_out():  # from the index that is replaced
             shutil.rmtree(folder, ignore_errors=True)
@@ -233,11 +242,14 @@ class IndexBuild:
             if finished.exists():
                 replace_file(finished, final)
         write_sealed_json(files.metadata, metadata)
-        for name in old - set(finals):
+        for name in replaced - set(finals):
             (files.folder / name).unlink(missing_ok=True)
-        record_derived(files.folder, [files.metadata.name, *finals])
-        self.states.remove()  # with it the trained index
-        return metadata
+        return [files.metadata.name, *finals]
+
+    def _replaced(self) -> set[str]:
+        """The files that an index of that name has, or had."""
+        files = self.files
+        return {path.name for path in (files.index, *files.folder.glob(f"{files.name}.[0-9][0-9][0-9].faiss"))}
 
     def _runs(self) -> list[tuple[int, int]]:
         """The first entry of each part, and the first behind it."""

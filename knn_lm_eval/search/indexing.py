@@ -101,7 +101,7 @@ def build_index(
     _check_budget(budget, quality_queries, lm_microseconds)
     files = IndexFiles(datastore.path, name)
     files.check_new()
-    _check_parts(len(datastore), parts, ray)
+    check_parts(len(datastore), parts, ray)
     settings: dict[str, Any] = {
         "factory": factory,
         "sim_func": sim_func,
@@ -192,7 +192,7 @@ def _check_place(files: IndexFiles, overwrite: bool, build: IndexBuild) -> None:
         raise UserError(f"The index {files.index} exists already; choose another --name or give --overwrite{resume}.")
 
 
-def _check_parts(count: int, parts: int | None, ray: str | None) -> None:
+def check_parts(count: int, parts: int | None, ray: str | None) -> None:
     """Raise UserError where ``count`` entries do not make so many parts."""
     if ray is not None and parts is None:
         raise UserError("Ray builds an index part by part: say in how many, with --parts.")

@@ -18,6 +18,7 @@ from knn_lm_eval.make import merging
 from knn_lm_eval.make.clustering import cluster_kmeans
 from knn_lm_eval.make.confidence import lm_log_probs
 from knn_lm_eval.make.dump import Dump
+from knn_lm_eval.make.key_reading import KeyReader
 from knn_lm_eval.make.pruning import prune_greedy_merge
 from knn_lm_eval.make.text import cut_into_documents
 from knn_lm_eval.search import indexing
@@ -65,7 +66,7 @@ def read(path: Path) -> dict[str, Any]:
 def test_of_a_dump(lm: CausalHFLM, tmp_path: Path, stop) -> None:
     dump = Dump(lm, tmp_path, batch_size=1, max_length=16, stride=12)
     dump.prepare(cut_into_documents(TRAIN_TEXT.splitlines(keepends=True), "line"), resume=False)
-    stop(Dump, "_keys_of", 3, lambda: dump.write_share(1, 2))
+    stop(KeyReader, "of_chunk", 3, lambda: dump.write_share(1, 2))
     names = {"progress.json", "progress.1.json", "keys.npy.part", "values.npy", "document_starts.npy"}
     assert {path.name for path in tmp_path.iterdir()} == names
     progress = read(tmp_path / "progress.json")

@@ -44,10 +44,15 @@ class Command:
 DUMP = "--model_args pretrained=MODEL,dtype=float32 --text HERE/train.txt --max_tokens 400 --output HERE/new"
 INDEX = "--datastore HERE/store --factory IVF4,SQ8 --name other --quality_queries 0"
 SEGMENTS = {"store.key_stream.ADD_CHUNK": 64, "search.index_memory.MOST_IN_SEGMENT": 128}
+DUMPED_SEGMENTS = {"store.key_stream.ADD_CHUNK": 64, "make.index_dump.SEGMENT_ENTRIES": 128}
 CLUSTERS = "--datastore HERE/store --method kmeans --num_clusters 9 --iterations 3"
 MODEL = "--model_args pretrained=MODEL,max_length=64,datastore=HERE/store --metadata data_dir=HERE/data"
 COMMANDS = {
     "dump": Command("dump_datastore", DUMP, ["--resume"]),
+    "dump into an index": Command(
+        "dump_datastore", DUMP + " --keys none --factory IVF4,SQ8", ["--resume"], constants=DUMPED_SEGMENTS
+    ),
+    "dump of fewer numbers": Command("dump_datastore", DUMP + " --keys 8", ["--resume"]),
     "index": Command("build_index", INDEX, ["--resume"]),
     "index in parts": Command("build_index", INDEX + " --parts 3", ["--resume"]),
     "index in segments": Command("build_index", INDEX, ["--resume"], constants=SEGMENTS),
@@ -66,6 +71,7 @@ COMMANDS = {
     "import copy": Command("import_datastore", "HERE/theirs --output HERE/new --copy"),
     "fetch": Command("fetch_datastore", "ADDRESS --output HERE/new"),
     "grow": Command("grow_datastore", "HERE/store --entries 6000 --output HERE/new"),
+    "project": Command("project_datastore", "--datastore HERE/store --keys 8 --output HERE/new"),
     "tune": Command(
         "tune",
         MODEL + " --tasks law_valid --limit 2 --k 4,8 --knn_temp 1,4 --lmbda 0.2,0.5 --output HERE/new/tuned.json",
