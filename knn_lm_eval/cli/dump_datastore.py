@@ -20,6 +20,7 @@ from knn_lm_eval.cli.main import WITH_RESUME, verb
 from knn_lm_eval.errors import UserError
 
 if TYPE_CHECKING:
+    from knn_lm_eval.make.index_plan import IndexPlan
     from knn_lm_eval.store.datastore import Datastore
 
 
@@ -60,6 +61,27 @@ def parse_arguments() -> argparse.Namespace:
         help="tokens that each window adds (default: max_length, no overlapping windows)",
     )
     parser.add_argument("--max_tokens", type=int, help="stop after so many tokens")
+    narrower = parser.add_mutually_exclusive_group()
+    narrower.add_argument(
+        "--keys",
+        type=_keys_kept,
+        default="all",
+        metavar="all|NUMBER|none",
+        help="what is kept of each key: all of its numbers (default), so many, of a projection to the directions in "
+        "which the keys vary most, or none: the keys go straight into an index",
+    )
+    narrower.add_argument(
+        "--projection_of",
+        type=Path,
+        metavar="DATASTORE",
+        help="keep of each key what this datastore of the same model keeps, by its projection",
+    )
+    parser.add_argument("--factory", help="with --keys none, the index's faiss factory string (default: auto)")
+    parser.add_argument("--index", help="with --keys none, the index's name (default: index)")
+    parser.add_argument(
+        "--sim_func", choices=["l2", "dot"], help="with --keys none, what near means in the index (default: l2)"
+    )
+    parser.add_argument("--parts", type=int, help="with --keys none, make the index in so many files (default: one)")
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted dump")
     parser.add_argument(
         "--ray",
@@ -70,6 +92,14 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def _keys_kept(text: str) -> int | str:
+    if text in ("all", "none"):
+        return text
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither all nor none nor a number of at least 1")
+    return int(text)
+
+
 def check(arguments: argparse.Namespace) -> None:
     """Raise UserError for mistakes that show without loading anything."""
     if arguments.text and not arguments.text.is_file():
@@ -78,6 +108,24 @@ def check(arguments: argparse.Namespace) -> None:
     if arguments.workers is not None and arguments.ray is None:
         raise UserError("--workers is for --ray; without it, torchrun or accelerate starts several processes.")
     check_at_least_one(arguments, "workers")
+    check_at_least_one(arguments, "parts")
+    if (index := read_index_plan(arguments)) is not None:
+        index.check()
+
+
+def read_index_plan(arguments: argparse.Namespace) -> IndexPlan | None:
+    """The index to make; None where keys are kept, with which options for it are a mistake."""
+    given = {"factory": arguments.factory, "name": arguments.index, "sim_func": arguments.sim_func}
+    given = {name: value for name, value in (given | {"parts": arguments.parts}).items() if value is not None}
+    if arguments.keys != "none":
+        if given:
+            option = "index" if "name" in given else next(iter(given))
+            raise UserError(f"--{option} is for --keys none; where keys are kept, build_index makes the index.")
+        return None
+
+    from knn_lm_eval.make.index_plan import IndexPlan
+
+    return IndexPlan(**given)
 
 
 @verb(parse_arguments, kept=WITH_RESUME)
@@ -98,7 +146,7 @@ def main(arguments: argparse.Namespace) -> None:
 
         model_args, device, settings = read_lm(arguments)
         plan = DumpPlan(model_args, source.absolute(), arguments.output.resolve(), device, settings)
-        report(dump_on_ray(arguments.ray, plan, arguments.workers, arguments.resume))
+        report(dump_on_ray(arguments.ray, plan, arguments.workers, arguments.resume), settings["index"])
         return
     processes = Processes.of_this_launch()
     model_args, device, settings = processes.each_does(lambda: read_lm(arguments))
@@ -114,7 +162,7 @@ def main(arguments: argparse.Namespace) -> None:
         **settings,
     )
     if processes.rank == 0:
-        report(store)
+        report(store, settings["index"])
 
 
 def read_lm(arguments: argparse.Namespace) -> tuple[dict[str, Any], str | None, dict[str, Any]]:
@@ -131,6 +179,9 @@ def read_lm(arguments: argparse.Namespace) -> tuple[dict[str, Any], str | None, 
         "stride": arguments.stride,
         "batch_size": whole_number(model_args, "batch_size", BATCH_SIZE),
         "max_tokens": arguments.max_tokens,
+        "keys": arguments.keys,
+        "index": read_index_plan(arguments),
+        "projection_of": arguments.projection_of and arguments.projection_of.resolve(),
     }
     device = model_args.pop("device", None)
     # What an option says is of this dump alone; what --model_args says is recorded, and holds in evaluations, too.
@@ -140,9 +191,21 @@ def read_lm(arguments: argparse.Namespace) -> tuple[dict[str, Any], str | None, 
     return model_args, device, settings
 
 
-def report(store: Datastore) -> None:
-    print(
+def report(store: Datastore, index: IndexPlan | None) -> None:
+    made = (
         f"{store.path}: {len(store):,} entries of {store.dimension} numbers from {len(store.document_starts):,} "
-        f"documents. Next: lm_eval --model knn-hf --model_args datastore={store.path}; a large one is searched faster "
-        f"after build_index --datastore {store.path}"
+        f"documents"
     )
+    if index is None:
+        print(
+            f"{made}. Next: lm_eval --model knn-hf --model_args datastore={store.path}; a large one is searched faster "
+            f"after build_index --datastore {store.path}"
+        )
+        return
+
+    from knn_lm_eval.cli.build_index import print_index
+    from knn_lm_eval.store.index_files import DEFAULT_INDEX, find_parts
+
+    print_index(find_parts(store, index.name)[0])
+    which = "" if index.name == DEFAULT_INDEX else f",index={index.name}"
+    print(f"{made}, without keys. Next: lm_eval --model knn-hf --model_args datastore={store.path}{which}")

@@ -12,7 +12,7 @@ from typing import Any
 from tqdm import tqdm
 
 from knn_lm_eval.lm.loading import CausalHFLM
-from knn_lm_eval.make.dump import Dump, finish_dump, one_dump_in
+from knn_lm_eval.make.dump import Dump, finish_dump, one_dump_in, train_index_of
 from knn_lm_eval.make.dump_progress import entries_done, entries_in_all
 from knn_lm_eval.make.text import TextSource
 from knn_lm_eval.store.datastore import Datastore
@@ -68,17 +68,27 @@ def dump_on_ray(address: str, plan: DumpPlan, workers: int | None = None, resume
     needs = {"num_cpus": 1, "num_gpus": 1 if gpus else 0}
     with one_dump_in(plan.output):
         # Tokenizing is not begun again by itself: what a first try left would be in the way.
-        _wait_for(ray, [ray.remote(max_retries=0, **needs)(_prepare).remote(plan, resume)], "Tokenizing", plan.output)
-        write_share = ray.remote(max_retries=RETRIES, **needs)(_write_share)
-        _wait_for(
-            ray, [write_share.remote(plan, share, workers) for share in range(workers)], "Dumping keys", plan.output
-        )
+        prepare = ray.remote(max_retries=0, **needs)(_prepare)
+        _wait_for(ray, [prepare.remote(plan, resume, workers)], "Tokenizing", plan.output)
+        for_shares = ray.remote(max_retries=RETRIES, **needs)
+        if plan.settings.get("keys") == "none":
+            read_sample = for_shares(_read_sample)
+            tasks = [read_sample.remote(plan, share, workers) for share in range(workers)]
+            _wait_for(ray, tasks, "Reading a sample", plan.output)
+            train_index_of(plan.output)
+        write_share = for_shares(_write_share)
+        tasks = [write_share.remote(plan, share, workers) for share in range(workers)]
+        _wait_for(ray, tasks, "Dumping keys", plan.output)
         finish_dump(plan.output)
     return Datastore.open(plan.output)
 
 
-def _prepare(plan: DumpPlan, resume: bool) -> None:
-    plan.begin().prepare(plan.source.pieces(), resume)
+def _prepare(plan: DumpPlan, resume: bool, shares: int) -> None:
+    plan.begin().prepare(plan.source.pieces(), resume, shares)
+
+
+def _read_sample(plan: DumpPlan, share: int, shares: int) -> None:
+    plan.begin().read_sample(share, shares)
 
 
 def _write_share(plan: DumpPlan, share: int, shares: int) -> None:

@@ -66,6 +66,7 @@ def describe_store(retriever: Retriever) -> dict[str, Any]:
             "path": str(store.path.resolve()),
             "entries": len(store),
             "dimension": store.dimension,
+            **({} if store.projection is None else {"projected_from": store.manifest.width}),
             "keys_sha256": store.keys_checksum,
             "model": store.manifest.model["pretrained"],
             "source": store.manifest.source,

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -21,6 +22,7 @@ from knn_lm_eval.errors import UserError
 from knn_lm_eval.lm.loading import CausalHFLM
 from knn_lm_eval.make.dump import Dump, dump_datastore, finish_dump
 from knn_lm_eval.make.dump_progress import entries_done, not_done, share_of
+from knn_lm_eval.make.key_reading import KeyReader
 from knn_lm_eval.make.text import TextSource
 from knn_lm_eval.make.windows import Window
 from knn_lm_eval.store.datastore import Datastore
@@ -92,20 +94,20 @@ def test_a_share_goes_on_where_it_ended(
     dump = Dump(lm, tmp_path, **WINDOWS)
     dump.prepare(TextSource(text_file).pieces(), resume=False)
     read: list[int] = []
-    keys_of = Dump._keys_of
+    of_chunk = KeyReader.of_chunk
 
-    def ends_after_five_chunks(self: Dump, chunk: list[Window], *rest: object) -> np.ndarray:
+    def ends_after_five_chunks(self: KeyReader, chunk: list[Window], *rest: Any) -> np.ndarray:
         if len(read) == 5:
             raise KeyboardInterrupt
         read.append(chunk[0].start)
-        return keys_of(self, chunk, *rest)
+        return of_chunk(self, chunk, *rest)
 
-    monkeypatch.setattr(Dump, "_keys_of", ends_after_five_chunks)
+    monkeypatch.setattr(KeyReader, "of_chunk", ends_after_five_chunks)
     with pytest.raises(KeyboardInterrupt):
         dump.write_share(1, 3)
     assert len(alone) // 4 < read[0] < len(alone) // 2 < len(alone) and entries_done(tmp_path) > 0
     monkeypatch.setattr(
-        Dump, "_keys_of", lambda self, chunk, *rest: read.append(chunk[0].start) or keys_of(self, chunk, *rest)
+        KeyReader, "of_chunk", lambda self, chunk, *rest: read.append(chunk[0].start) or of_chunk(self, chunk, *rest)
     )
     for share in (2, 1, 0):
         dump.write_share(share, 3)

@@ -18,6 +18,7 @@ from knn_lm_eval.make import merging
 from knn_lm_eval.make.clustering import cluster_kmeans
 from knn_lm_eval.make.confidence import lm_log_probs
 from knn_lm_eval.make.dump import Dump
+from knn_lm_eval.make.key_reading import KeyReader
 from knn_lm_eval.make.pruning import prune_greedy_merge
 from knn_lm_eval.make.text import cut_into_documents
 from knn_lm_eval.search import indexing
@@ -65,7 +66,7 @@ def read(path: Path) -> dict[str, Any]:
 def test_of_a_dump(lm: CausalHFLM, tmp_path: Path, stop) -> None:
     dump = Dump(lm, tmp_path, batch_size=1, max_length=16, stride=12)
     dump.prepare(cut_into_documents(TRAIN_TEXT.splitlines(keepends=True), "line"), resume=False)
-    stop(Dump, "_keys_of", 3, lambda: dump.write_share(1, 2))
+    stop(KeyReader, "of_chunk", 3, lambda: dump.write_share(1, 2))
     names = {"progress.json", "progress.1.json", "keys.npy.part", "values.npy", "document_starts.npy"}
     assert {path.name for path in tmp_path.iterdir()} == names
     progress = read(tmp_path / "progress.json")
@@ -105,12 +106,12 @@ def test_of_an_index(own_store: Datastore, stop, parts: int | None) -> None:
     if parts is None:
         stop(key_stream, "finite_keys", chunks + 2, lambda: build_index(own_store, **work))
     else:
-        stop(indexing, "_build_part", 2, lambda: build_index(own_store, **work))
+        stop(indexing, "_write_segment", 2, lambda: build_index(own_store, **work))
     names = {"other.faiss.part", "other.faiss.part.json"}
     names |= {"other.000.faiss.part", "other.001.faiss.part"} if parts else set()
     assert {path.name for path in own_store.path.glob("other*")} == names
     state = read(own_store.path / "other.faiss.part.json")
-    assert list(state) == ["settings", "seconds"] and list(state["seconds"]) == ["train"]
+    assert list(state) == ["settings", "seconds", "segment"] and list(state["seconds"]) == ["train"]
     settings = {"factory": "IVF4,SQ8", "sim_func": "l2", "seed": 1, "train_sample": None}
     settings |= {"keys_sha256": own_store.keys_checksum} | ({"parts": 3} if parts else {})
     assert state["settings"] == settings
@@ -120,7 +121,7 @@ def test_of_an_index(own_store: Datastore, stop, parts: int | None) -> None:
 
 def test_begun_anew_nothing_of_the_unfinished_index_is_left(own_store: Datastore, stop) -> None:
     work = {"factory": "IVF4,SQ8", "name": "other", "quality_queries": 0}
-    stop(indexing, "_build_part", 2, lambda: build_index(own_store, parts=3, **work))
+    stop(indexing, "_write_segment", 2, lambda: build_index(own_store, parts=3, **work))
     (own_store.path / "other.001.faiss.part.tmp").touch()
     (own_store.path / "other.b.faiss.part.tmp").touch()  # of an index called other.b
     build_index(own_store, **work)
