@@ -117,7 +117,9 @@ class Datastore:
         if REMOVED in manifest.files:
             numbers = open_array(path / REMOVED, np.int64, None)
             if numbers.ndim != 1 or (len(numbers) and not 0 <= numbers[0] <= numbers[-1] < len(starts)):
-                raise UserError(f"{path / REMOVED} is damaged: it names documents that the store has not; copy it again.")
+                raise UserError(
+                    f"{path / REMOVED} is damaged: it names documents that the store has not; copy it again."
+                )
             opened_store = replace(opened_store, removed=Removed.of_documents(np.unique(numbers), starts, count))
         return opened_store
 

@@ -209,7 +209,8 @@ class Manifest:
         if content.get("format_version") not in (FORMAT_VERSION, WITH_REMOVED):
             raise UserError(
                 f"The datastore {folder} has format version {shortened(content.get('format_version'))}, this program "
-                f"reads versions {FORMAT_VERSION} and {WITH_REMOVED}; use the program's version that made it, or dump it again."
+                f"reads versions {FORMAT_VERSION} and {WITH_REMOVED}; use the program's version that made it, or "
+                f"dump it again."
             )
         return cls.of_json(check_seal(path, content, "fetch or copy the datastore again"), path)
 

@@ -1,7 +1,7 @@
 """Documents that were removed from a datastore and whose entries are still in its files: a mask that searches honour.
 
-``removed.npy``, int64, has the documents' numbers, ascending. Its entries are few runs, since documents lie one after the
-other, so a mask of all entries is made only where a search asks for one.
+``removed.npy``, int64, has the documents' numbers, ascending. Their entries are few runs, since documents lie one after
+the other, so a mask of all entries is made only where a search asks for one.
 """
 
 from __future__ import annotations
