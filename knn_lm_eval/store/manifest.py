@@ -30,13 +30,13 @@ FORMAT_VERSION = 1
 WITH_REMOVED = 2
 MANIFEST = "manifest.json"
 KEYS, VALUES, DOCUMENT_STARTS, WEIGHTS = "keys.npy", "values.npy", "document_starts.npy", "weights.npy"
-REMOVED = "removed.npy"
+REMOVED, PROJECTION = "removed.npy", "projection.npy"
 # The JSON's names in the order in which a dump and an import write them.
 _HEAD = ("format", "format_version", "count", "dimension", "documents")
 _TAIL = ("fingerprint", "files", "created", "versions")
 ORDER_OF_DUMPS = (
     *_HEAD,
-    *("key_dtype", "value_dtype", "key_type", "windows", "max_tokens", "source", "model", "key_module"),
+    *("key_dtype", "value_dtype", "projection", "key_type", "windows", "max_tokens", "source", "model", "key_module"),
     *_TAIL,
 )
 ORDER_OF_IMPORTS = (
@@ -91,6 +91,16 @@ class _KeysRecord(TypedDict):
     dtype: Literal["float16", "float32"]
 
 
+_From = TypedDict("_From", {"from": Positive})
+
+
+class ProjectionRecord(_From, total=False):
+    """From how many numbers the LM's hidden states were projected to ``dimension``, and how that was chosen."""
+
+    kind: str
+    variance_kept: float
+
+
 class _Required(TypedDict):
     count: Count
     dimension: Positive
@@ -105,6 +115,7 @@ class ManifestJSON(_Required, total=False):
     key_dtype: str | None
     value_dtype: str | None
     keys: _KeysRecord | None
+    projection: ProjectionRecord | None
     key_type: str
     key_module: str | None
     windows: WindowsRecord | None
@@ -151,6 +162,7 @@ class Manifest:
     fingerprint : the LM's; None where it was not there.
     largest_value : of an imported store.
     keys : where the keys are; None where there are none.
+    projection : of what the keys are a projection; None where they are the LM's hidden states.
     text_order : whether the values are the text.
     pruned_from : how a pruned store was made, and of what.
     appended : the documents that were appended to it, in order.
@@ -169,6 +181,7 @@ class Manifest:
     key_dtype: str | None = None
     value_dtype: str | None = None
     keys: KeysFile | None = NPY_KEYS
+    projection: ProjectionRecord | None = None
     key_type: str = "last_ffn_input"
     key_module: str | None = None
     windows: WindowsRecord | None = None
@@ -222,7 +235,8 @@ class Manifest:
         known = {name: content[name] for name in _field_names() if name in content}
         raw = content.get("keys", NPY_KEYS._asdict())
         known["keys"] = None if raw is None else KeysFile(raw["file"], raw["dtype"])
-        for name in (VALUES, DOCUMENT_STARTS, *([raw["file"]] if raw else [])):
+        projected = [PROJECTION] if known.get("projection") else []
+        for name in (VALUES, DOCUMENT_STARTS, *([raw["file"]] if raw else []), *projected):
             if name not in content["files"]:
                 raise UserError(f"{file} is damaged: files does not list {shortened(name)}; {remedy}.")
         return cls(
@@ -235,7 +249,8 @@ class Manifest:
         """What the file holds."""
         content = {name: getattr(self, name) for name in _field_names()}
         added = [name for name in content if name not in self.order and not _is_default(name, content[name])]
-        dropped = [name for name in ("keys", "derived", "appended") if _is_default(name, content[name])]
+        may_go = ("keys", "projection", "appended", "derived")
+        dropped = [name for name in may_go if _is_default(name, content[name])]
         version = WITH_REMOVED if REMOVED in self.files else FORMAT_VERSION
         content |= {"format": FORMAT, "format_version": version, **self.unknown}
         content["keys"] = self.keys and self.keys._asdict()
@@ -244,6 +259,11 @@ class Manifest:
     def write(self, folder: Path) -> None:
         """Make the folder a datastore."""
         write_sealed_json(folder / MANIFEST, self.to_json())
+
+    @property
+    def width(self) -> int:
+        """The width of the LM's hidden states that the keys are, or are a projection of."""
+        return self.dimension if self.projection is None else self.projection["from"]
 
     @property
     def keys_checksum(self) -> str:
