@@ -5,13 +5,10 @@ A datastore is a folder with
 - ``keys.npy``: float16 ``[count, dimension]``, the hidden state before each token, in text order;
 - ``values.npy``: int32 ``[count]``, the token itself, so the values are the tokenized text;
 - ``document_starts.npy``: int64 ``[documents]``, the entry at which each document begins, ascending;
-<<<<<<< HEAD
 - ``removed.npy``, where documents were removed: int64, their numbers, ascending. Their entries are still in the other
   files, and do not count;
-=======
 - where the keys are a projection of the hidden states, ``projection.npy``: float32 ``[width, dimension]``, what each
   hidden state was multiplied by; ``projection`` in the manifest says the width, as ``from``;
->>>>>>> main
 - ``manifest.json``: what made it (model, windows, source), sizes and checksums of the files above.
 
 Entry i's successor in its document is entry i + 1. The manifest is written last: a folder without one is not
@@ -39,13 +36,9 @@ from typing import Any
 import numpy as np
 
 from knn_lm_eval.errors import UserError
-<<<<<<< HEAD
 from knn_lm_eval.store.change import JOURNAL
-from knn_lm_eval.store.manifest import DOCUMENT_STARTS, REMOVED, VALUES, WEIGHTS, FileRecord, Manifest
+from knn_lm_eval.store.manifest import DOCUMENT_STARTS, PROJECTION, REMOVED, VALUES, WEIGHTS, FileRecord, Manifest
 from knn_lm_eval.store.removed import Removed
-=======
-from knn_lm_eval.store.manifest import DOCUMENT_STARTS, PROJECTION, VALUES, WEIGHTS, FileRecord, Manifest
->>>>>>> main
 from knn_lm_eval.store.verification import Expected, Limits, Verification
 from knn_lm_eval.system.arrays import map_npy
 
@@ -63,12 +56,9 @@ class Datastore:
     values : int32 ``[count]``.
     document_starts : int64 ``[documents]``.
     weights : int32 ``[count]``, how many entries each stands for; None for one each.
-<<<<<<< HEAD
     removed : the entries that do not count, of documents that were removed; None where all count.
-=======
     projection : float32 ``[width, dimension]``, what the LM's hidden states were multiplied by to become the keys;
         None where they are the keys.
->>>>>>> main
     verification : how its files, and what is opened beside it (indexes, clusters), are verified, and what was.
     """
 
@@ -78,11 +68,8 @@ class Datastore:
     values: np.ndarray
     document_starts: np.ndarray
     weights: np.ndarray | None = None
-<<<<<<< HEAD
     removed: Removed | None = None
-=======
     projection: np.ndarray | None = None
->>>>>>> main
     verification: Verification = field(default_factory=Verification, compare=False)
 
     @classmethod
@@ -195,11 +182,8 @@ def own_files(path: Path, manifest: Manifest) -> list[Expected]:
         VALUES: Limits(0, manifest.model.get("vocabulary")),
         DOCUMENT_STARTS: Limits(0, manifest.count, ascending=True),
         WEIGHTS: Limits(1),
-<<<<<<< HEAD
         REMOVED: Limits(0, manifest.documents, ascending=True),
-=======
         PROJECTION: Limits(),
->>>>>>> main
     }
     raw_dtype = None
     if manifest.keys is not None:
