@@ -80,6 +80,7 @@ def cluster_kmeans(
         disk is full.
     """
     keys = datastore.require_keys("clustering")
+    datastore.require_all("clustering")
     datastore.require_text_order("clustering, which is for RetoMaton,")
     count = len(datastore)
     num_clusters = max(1, count // ENTRIES_PER_CLUSTER) if num_clusters is None else num_clusters
@@ -150,6 +151,7 @@ def cluster_greedy_merge(
         full.
     """
     datastore.require_keys("clustering")
+    datastore.require_all("clustering")
     datastore.require_text_order("clustering, which is for RetoMaton,")
     searched = NeighbourSearch.open(datastore, k, index, probe)
     unfinished = UnfinishedClusters(datastore, name, {"method": "greedy_merge", **searched.settings}, overwrite, resume)

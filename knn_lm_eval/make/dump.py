@@ -9,6 +9,7 @@ often it was interrupted and however many processes shared it. How far it is is 
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -79,6 +80,7 @@ def dump_datastore(
     batch_size: int = 4,
     max_tokens: int | None = None,
     keys: int | Literal["all"] = "all",
+    projected_as: Datastore | None = None,
     resume: bool = False,
     source: dict[str, Any] | None = None,
     model_args: dict[str, Any] | None = None,
@@ -97,6 +99,7 @@ def dump_datastore(
     max_tokens : stop after so many entries.
     keys : the numbers that a key keeps, of a projection to so many directions (``knn_lm_eval.make.directions``);
         ``all`` keeps the LM's hidden states as they are.
+    projected_as : a store whose projection, if it has one, the keys go through as well.
     resume : go on with an unfinished dump in ``output``.
     source, model_args : kept in the manifest.
     processes : those that share this dump and all call this function; None is this one alone.
@@ -119,6 +122,7 @@ def dump_datastore(
             batch_size=batch_size,
             max_tokens=max_tokens,
             keys=keys,
+            projected_as=projected_as,
             source=source,
             model_args=model_args,
         )
@@ -162,6 +166,7 @@ class Dump:
         batch_size: int = 4,
         max_tokens: int | None = None,
         keys: int | Literal["all"] = "all",
+        projected_as: Datastore | None = None,
         source: dict[str, Any] | None = None,
         model_args: dict[str, Any] | None = None,
     ) -> None:
@@ -184,6 +189,9 @@ class Dump:
                 "vocabulary": self.model.vocabulary_size,
             },
         }
+        self._projected_as = projected_as
+        if projected_as is not None and projected_as.projection is not None:
+            keys = projected_as.dimension
         if keys != "all":
             settings["keys"] = keys
         self.states = dump_states(output, settings)
@@ -250,7 +258,13 @@ class Dump:
         return runs if partial.exists() and partial.stat().st_size >= count * self._row_bytes else []
 
     def _write_projection(self) -> ProjectionRecord:
-        """Have the LM read a sample of the text, and find the directions to keep; the same ones each time."""
+        """Have the LM read a sample of the text, and find the directions to keep; the same ones each time.
+
+        Where another store's are to be kept, these.
+        """
+        if self._projected_as is not None and self._projected_as.manifest.projection is not None:
+            shutil.copyfile(self._projected_as.path / PROJECTION, self.output / PROJECTION)
+            return self._projected_as.manifest.projection
         values, starts = self._text()
         keys = sample_size(self.width)
         prefix = self.lm.prefix_token_id

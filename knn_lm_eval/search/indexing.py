@@ -36,7 +36,7 @@ from knn_lm_eval.search.probe_choice import fastest_enough
 from knn_lm_eval.search.quality import measure_quality
 from knn_lm_eval.search.unfinished_index import UnfinishedIndex, write_index
 from knn_lm_eval.store.datastore import Datastore
-from knn_lm_eval.store.index_files import DEFAULT_INDEX, IndexFiles
+from knn_lm_eval.store.index_files import DEFAULT_INDEX, MOST_PARTS, IndexFiles
 from knn_lm_eval.store.key_stream import key_chunks, keys_of
 from knn_lm_eval.store.manifest import forget_derived, record_derived
 from knn_lm_eval.system.files import disk_errors_in, replace_file
@@ -49,7 +49,6 @@ logger = logging.getLogger(__name__)
 
 CHECKPOINT_SECONDS = 300
 VECTORS_PER_LIST = 64  # training sample; faiss asks for 39 to 256 per inverted list
-MOST_PARTS = 1000  # their numbers have three digits
 
 
 def build_index(
@@ -105,6 +104,7 @@ def build_index(
         Where faiss does not know the factory string, the index exists, the disk is full, or a Ray task fails.
     """
     datastore.require_keys("building an index")
+    datastore.require_all("an index")
     factory = _checked_factory(datastore, factory, sim_func, budget, hardware, gpu_memory)
     _check_budget(budget, quality_queries, lm_microseconds)
     files = IndexFiles(datastore.path, name)

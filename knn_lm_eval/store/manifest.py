@@ -293,7 +293,7 @@ def record_derived(folder: Path, names: Iterable[str]) -> None:
     names : the files' paths in it, with forward slashes.
     """
     records = {name: file_record(folder / name) for name in names}
-    with _changing(folder) as manifest:
+    with held_manifest(folder) as manifest:
         replace(manifest, derived=manifest.derived | records).write(folder)
 
 
@@ -302,13 +302,13 @@ def forget_derived(folder: Path, names: Iterable[str]) -> None:
     gone = set(names)
     if gone.isdisjoint(Manifest.read(folder).derived):
         return
-    with _changing(folder) as manifest:
+    with held_manifest(folder) as manifest:
         derived = {name: record for name, record in manifest.derived.items() if name not in gone}
         replace(manifest, derived=derived).write(folder)
 
 
 @contextmanager
-def _changing(folder: Path) -> Iterator[Manifest]:
+def held_manifest(folder: Path) -> Iterator[Manifest]:
     """The manifest as it is, to be changed by one process at a time."""
     with locked(folder / f".{MANIFEST}.lock", str(folder / MANIFEST)):
         yield Manifest.read(folder)
