@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from knn_lm_eval.cli.arguments import read_model_args
+from knn_lm_eval.cli.arguments import check_text, read_model_args
 from knn_lm_eval.cli.main import verb
 from knn_lm_eval.errors import UserError
 
@@ -42,8 +42,7 @@ def parse_arguments() -> argparse.Namespace:
 
 @verb(parse_arguments, kept="the datastore is as it was; start again.")
 def main(arguments: argparse.Namespace) -> None:
-    if arguments.text is not None and not arguments.text.is_file():
-        raise UserError(f"There is no text file {arguments.text}.")
+    check_text(arguments)
 
     from knn_lm_eval.make.removing import remove_documents
     from knn_lm_eval.store.datastore import Datastore
@@ -95,5 +94,6 @@ def report(store: Datastore) -> None:
     documents, entries = (0, 0) if removed is None else (len(removed.documents), len(removed))
     print(
         f"{store.path}: {documents:,} documents are removed, with {entries:,} of {len(store):,} entries: no search "
-        f"finds them. Their text is still in the files; knn-lm-eval compact_datastore --datastore {store.path} takes it out."
+        f"finds them. Their text is still in the files: knn-lm-eval compact_datastore --datastore {store.path} takes "
+        f"it out."
     )

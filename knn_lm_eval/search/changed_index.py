@@ -111,7 +111,9 @@ def compact_index(store: Datastore, name: str, kept: np.ndarray, keys_sha256: st
     keys_sha256, folder : as for ``extend_index``.
     """
     metadata, parts = find_parts(store, name)
-    files, runs, paths, new, stop = IndexFiles(store.path, name), [], [], dict[str, Path](), 0
+    files, new, stop = IndexFiles(store.path, name), dict[str, Path](), 0
+    runs: list[dict[str, int]] = []
+    paths: list[Path] = []
     for part in parts:
         of_part = kept[part.start : part.stop]
         if not (there := int(np.count_nonzero(of_part))):

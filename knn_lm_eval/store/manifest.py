@@ -78,6 +78,7 @@ class AppendedRecord(TypedDict):
     first: Count
     stop: Count
     source: dict[str, Any]
+    max_tokens: Count | None
     created: str
 
 
