@@ -47,13 +47,20 @@ def parse_arguments() -> argparse.Namespace:
         help="tokens that each window adds (default: max_length, no overlapping windows)",
     )
     parser.add_argument("--max_tokens", type=int, help="stop after so many tokens")
-    parser.add_argument(
+    narrower = parser.add_mutually_exclusive_group()
+    narrower.add_argument(
         "--keys",
         type=_keys_kept,
         default="all",
         metavar="all|NUMBER",
         help="what is kept of each key: all of its numbers (default), or so many, of a projection to the directions in "
         "which the keys vary most",
+    )
+    narrower.add_argument(
+        "--projection_of",
+        type=Path,
+        metavar="DATASTORE",
+        help="keep of each key what this datastore of the same model keeps, by its projection",
     )
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted dump")
     parser.add_argument(
@@ -133,6 +140,7 @@ def read_lm(arguments: argparse.Namespace) -> tuple[dict[str, Any], str | None, 
         "batch_size": whole_number(model_args, "batch_size", BATCH_SIZE),
         "max_tokens": arguments.max_tokens,
         "keys": arguments.keys,
+        "projection_of": arguments.projection_of and arguments.projection_of.resolve(),
     }
     device = model_args.pop("device", None)
     # What an option says is of this dump alone; what --model_args says is recorded, and holds in evaluations, too.

@@ -156,7 +156,7 @@ def _dumped(
         stride=windows["stride"],
         batch_size=windows["batch_size"],
         max_tokens=max_tokens,
-        projected_as=store,
+        projection_of=None if store.projection is None else store.path,
         resume=(output / PROGRESS).exists(),
         processes=processes,
     )

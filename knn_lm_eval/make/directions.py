@@ -6,6 +6,7 @@ are kept, so that memory holds a matrix of the hidden states' width, however lar
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -16,8 +17,10 @@ from knn_lm_eval.errors import UserError
 from knn_lm_eval.lm.language_model import LanguageModel
 from knn_lm_eval.make.window_keys import keys_of_windows
 from knn_lm_eval.make.windows import Window, WindowSettings, batches, cut_windows
+from knn_lm_eval.store.datastore import Datastore
 from knn_lm_eval.store.manifest import PROJECTION, ProjectionRecord
 from knn_lm_eval.system.files import replace_file
+from knn_lm_eval.system.sampling import draw_entries
 
 SEED = 0
 LEAST_SAMPLE = 2**15  # keys
@@ -49,6 +52,22 @@ def write_projection(folder: Path, sample: Iterable[np.ndarray], width: int, dim
         np.save(file, directions)
     replace_file(unfinished, folder / PROJECTION)
     return {"from": width, "kind": "pca", "variance_kept": round(kept, 4)}
+
+
+def shared_projection(of: Datastore) -> np.ndarray:
+    """The projection of a store, to be another's as well; raises UserError where it has none."""
+    if of.projection is None:
+        raise UserError(f"The keys of the datastore {of.path} are no projection, which another could share.")
+    return of.projection
+
+
+def copy_projection(of: Datastore, folder: Path) -> ProjectionRecord:
+    """Write a store's projection into another's folder; returns what the manifest says of it."""
+    assert of.manifest.projection is not None
+    unfinished = folder / f"{PROJECTION}.part"
+    shutil.copyfile(of.path / PROJECTION, unfinished)
+    replace_file(unfinished, folder / PROJECTION)
+    return of.manifest.projection
 
 
 def principal_directions(sample: Iterable[np.ndarray], width: int, dimension: int) -> tuple[np.ndarray, float]:
@@ -102,7 +121,7 @@ def draw_windows(document_starts: np.ndarray, count: int, settings: WindowSettin
     Goes through the text's windows twice, and keeps those that are drawn.
     """
     there = sum(1 for _ in cut_windows(document_starts, count, settings))
-    number = min(there, -(-entries * there // count))
-    drawn = set(np.random.default_rng(SEED).choice(there, number, replace=False, shuffle=False).tolist())
+    number = -(-entries * there // count)
+    drawn = set(draw_entries(there, number, SEED).tolist())
     windows = enumerate(cut_windows(document_starts, count, settings))
     return [window for place, window in windows if place in drawn]

@@ -9,7 +9,6 @@ often it was interrupted and however many processes shared it. How far it is is 
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -21,11 +20,17 @@ import transformers
 from tqdm import tqdm
 
 from knn_lm_eval.errors import UserError
-from knn_lm_eval.lm.fingerprint import check_fingerprint, take_fingerprint
+from knn_lm_eval.lm.fingerprint import check_fingerprint, check_store_model, take_fingerprint
 from knn_lm_eval.lm.language_model import LanguageModel
 from knn_lm_eval.lm.loading import CausalHFLM
 from knn_lm_eval.lm.projection import Projection
-from knn_lm_eval.make.directions import sample_of_text, sample_size, write_projection
+from knn_lm_eval.make.directions import (
+    copy_projection,
+    sample_of_text,
+    sample_size,
+    shared_projection,
+    write_projection,
+)
 from knn_lm_eval.make.dump_progress import (
     START_ANEW,
     Run,
@@ -80,7 +85,7 @@ def dump_datastore(
     batch_size: int = 4,
     max_tokens: int | None = None,
     keys: int | Literal["all"] = "all",
-    projected_as: Datastore | None = None,
+    projection_of: str | Path | None = None,
     resume: bool = False,
     source: dict[str, Any] | None = None,
     model_args: dict[str, Any] | None = None,
@@ -99,7 +104,7 @@ def dump_datastore(
     max_tokens : stop after so many entries.
     keys : the numbers that a key keeps, of a projection to so many directions (``knn_lm_eval.make.directions``);
         ``all`` keeps the LM's hidden states as they are.
-    projected_as : a store whose projection, if it has one, the keys go through as well.
+    projection_of : a datastore of the same model whose projection is taken, instead of one of the text's own.
     resume : go on with an unfinished dump in ``output``.
     source, model_args : kept in the manifest.
     processes : those that share this dump and all call this function; None is this one alone.
@@ -122,7 +127,7 @@ def dump_datastore(
             batch_size=batch_size,
             max_tokens=max_tokens,
             keys=keys,
-            projected_as=projected_as,
+            projection_of=projection_of,
             source=source,
             model_args=model_args,
         )
@@ -166,7 +171,7 @@ class Dump:
         batch_size: int = 4,
         max_tokens: int | None = None,
         keys: int | Literal["all"] = "all",
-        projected_as: Datastore | None = None,
+        projection_of: str | Path | None = None,
         source: dict[str, Any] | None = None,
         model_args: dict[str, Any] | None = None,
     ) -> None:
@@ -189,10 +194,12 @@ class Dump:
                 "vocabulary": self.model.vocabulary_size,
             },
         }
-        self._projected_as = projected_as
-        if projected_as is not None and projected_as.projection is not None:
-            keys = projected_as.dimension
-        if keys != "all":
+        self.shared = None if projection_of is None else Datastore.open(projection_of)
+        if self.shared is not None:
+            keys = len(shared_projection(self.shared).T)
+            settings["projection_sha256"] = self.shared.manifest.files[PROJECTION]["sha256"]
+            check_store_model(self.shared.manifest, self.model, lm.tokenizer, self.name)
+        elif keys != "all":
             settings["keys"] = keys
         self.states = dump_states(output, settings)
         self.fingerprint = take_fingerprint(self.model, lm.tokenizer)
@@ -258,13 +265,9 @@ class Dump:
         return runs if partial.exists() and partial.stat().st_size >= count * self._row_bytes else []
 
     def _write_projection(self) -> ProjectionRecord:
-        """Have the LM read a sample of the text, and find the directions to keep; the same ones each time.
-
-        Where another store's are to be kept, these.
-        """
-        if self._projected_as is not None and self._projected_as.manifest.projection is not None:
-            shutil.copyfile(self._projected_as.path / PROJECTION, self.output / PROJECTION)
-            return self._projected_as.manifest.projection
+        """Have the LM read a sample of the text, and find the directions to keep; the same ones each time."""
+        if self.shared is not None:
+            return copy_projection(self.shared, self.output)
         values, starts = self._text()
         keys = sample_size(self.width)
         prefix = self.lm.prefix_token_id

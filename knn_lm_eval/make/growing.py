@@ -8,7 +8,6 @@ such contexts differ, and changes nothing about what follows them.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from knn_lm_eval.errors import UserError
+from knn_lm_eval.make.directions import copy_projection
 from knn_lm_eval.store.datastore import Datastore
 from knn_lm_eval.store.manifest import DOCUMENT_STARTS, KEYS, NPY_KEYS, PROJECTION, VALUES, file_record
 from knn_lm_eval.system.files import check_free_space, check_new_folder, disk_errors_in, finished_folder
@@ -60,7 +60,7 @@ def grow_datastore(
         starts = _write_entries(sources, folder, entries, noise, seed)
         names = [KEYS, VALUES, DOCUMENT_STARTS]
         if sources[0].projection is not None:
-            shutil.copyfile(sources[0].path / PROJECTION, folder / PROJECTION)
+            copy_projection(sources[0], folder)
             names.append(PROJECTION)
         manifest = replace(
             sources[0].manifest,

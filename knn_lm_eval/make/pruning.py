@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -23,6 +22,7 @@ from knn_lm_eval.compiling import compiled
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.lm.loading import CausalHFLM
 from knn_lm_eval.make.confidence import lm_log_probs
+from knn_lm_eval.make.directions import copy_projection
 from knn_lm_eval.make.merging import NeighbourSearch, find_absorbers
 from knn_lm_eval.store.datastore import Datastore
 from knn_lm_eval.store.index_files import DEFAULT_INDEX
@@ -240,7 +240,7 @@ def _write(
         np.save(folder / DOCUMENT_STARTS, np.zeros(1, dtype=np.int64))
         said, names = datastore.manifest, [*arrays, DOCUMENT_STARTS]
         if said.projection is not None:
-            shutil.copyfile(datastore.path / PROJECTION, folder / PROJECTION)
+            copy_projection(datastore, folder)
             names.append(PROJECTION)
         manifest = replace(
             said,

@@ -67,6 +67,7 @@ def describe_store(retriever: Retriever) -> dict[str, Any]:
             "entries": store.kept,
             **({} if store.removed is None else {"removed_documents": len(store.removed.documents)}),
             "dimension": store.dimension,
+            **({} if store.projection is None else {"projected_from": store.manifest.width}),
             "keys_sha256": store.keys_checksum,
             "model": store.manifest.model["pretrained"],
             "source": store.manifest.source,

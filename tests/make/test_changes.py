@@ -135,7 +135,9 @@ def test_documents_from_the_middle(folder: Path, lm: CausalHFLM) -> None:
     assert (compacted.values == values[kept]).all() and (compacted.keys == keys[kept]).all()
     lengths = np.delete(np.diff(starts), gone)
     assert (np.diff(compacted.document_starts, append=len(compacted)) == lengths).all()
-    assert Manifest.read(folder).appended[0]["first"] == len(OLD) - 4 and Manifest.read(folder).appended[0]["stop"] == 12
+    assert (
+        Manifest.read(folder).appended[0]["first"] == len(OLD) - 4 and Manifest.read(folder).appended[0]["stop"] == 12
+    )
     for name in FACTORIES:
         open_index(compacted, name)
     members = Clusters.open(compacted, "kmeans")

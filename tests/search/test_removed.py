@@ -92,7 +92,18 @@ def test_exact_search_is_that_of_the_others_alone(
 
 # Flat, IVF of all sorts, graphs, re-ranking, transforms, fast scans.
 FACTORIES = [
-    *("Flat", "IVF8,Flat", "IVF8,SQ8", "IVF8,PQ4x4", "IVF8_HNSW,PQ4x4", "OPQ4,IVF8,PQ4x4", "PQ4x4", "SQ8", "HNSW16", "NSG16"),
+    *(
+        "Flat",
+        "IVF8,Flat",
+        "IVF8,SQ8",
+        "IVF8,PQ4x4",
+        "IVF8_HNSW,PQ4x4",
+        "OPQ4,IVF8,PQ4x4",
+        "PQ4x4",
+        "SQ8",
+        "HNSW16",
+        "NSG16",
+    ),
     *("IVF8,RaBitQ", "IVF8,RaBitQ4", "RR16,IVF8,RaBitQ", "IVF8,PQ4x4fs", "PQ8x4fs", "IVF8,RaBitQfs", "IVF8,RaBitQfs2"),
     *("IVF8,PQ4x4fs,RFlat", "IVF8,PQ4x4,RFlat", "PCA8,IVF8,SQ4", "IDMap,Flat", "LSH", "IVF8,SQfp16"),
 ]

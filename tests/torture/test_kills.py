@@ -33,6 +33,7 @@ class Command:
     arguments: str
     go_on: list[str] = field(default_factory=list)
     step: int = 1  # of the changes, every so many where each is asked for: an evaluation takes seconds
+    constants: dict[str, int] = field(default_factory=dict)  # of modules, so that little data comes in several pieces
 
     def work(self, here: Path, model: Path, *more: str) -> Callable[[], object]:
         address = (here / "address").read_text()
@@ -42,6 +43,7 @@ class Command:
 
 DUMP = "--model_args pretrained=MODEL,dtype=float32 --text HERE/train.txt --max_tokens 400 --output HERE/new"
 INDEX = "--datastore HERE/store --factory IVF4,SQ8 --name other --quality_queries 0"
+SEGMENTS = {"store.key_stream.ADD_CHUNK": 64, "search.index_memory.MOST_IN_SEGMENT": 128}
 CLUSTERS = "--datastore HERE/store --method kmeans --num_clusters 9 --iterations 3"
 MODEL = "--model_args pretrained=MODEL,max_length=64,datastore=HERE/store --metadata data_dir=HERE/data"
 COMMANDS = {
@@ -49,6 +51,8 @@ COMMANDS = {
     "dump of fewer numbers": Command("dump_datastore", DUMP + " --keys 8", ["--resume"]),
     "index": Command("build_index", INDEX, ["--resume"]),
     "index in parts": Command("build_index", INDEX + " --parts 3", ["--resume"]),
+    "index in segments": Command("build_index", INDEX, ["--resume"], constants=SEGMENTS),
+    "index in parts of segments": Command("build_index", INDEX + " --parts 2", ["--resume"], constants=SEGMENTS),
     "index again": Command("build_index", INDEX.replace("other", "index") + " --overwrite", ["--resume"]),
     "clusters": Command("cluster_datastore", f"{CLUSTERS} --name other", ["--resume"]),
     "clusters again": Command("cluster_datastore", f"{CLUSTERS} --overwrite", ["--resume"]),
@@ -87,9 +91,16 @@ def finished(ended: Ended) -> None:
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_killed(
-    name: str, anew: Callable[[], Path], content: Callable[[Path], dict[str, Any]], model_folder: Path, tmp_path: Path
+    name: str,
+    anew: Callable[[], Path],
+    content: Callable[[Path], dict[str, Any]],
+    model_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     command, here = COMMANDS[name], anew()
+    for constant, value in command.constants.items():
+        monkeypatch.setattr(f"knn_lm_eval.{constant}", value)  # the children are forks
     own = {path.name: path.read_bytes() for path in (here / "store").glob("*.npy")}
     finished(Child(command.work(here, model_folder), here).ended())
     expected, kills, at = content(here), 0, STEP * command.step or 4
