@@ -13,13 +13,14 @@ from typing import Any
 
 import faiss
 import numpy as np
+from tqdm import tqdm
 
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.search.faiss_index import add_vectors, below_transform, bytes_held
+from knn_lm_eval.search.index_build import write_index
 from knn_lm_eval.search.index_reading import read_index
 from knn_lm_eval.search.list_files import ListFile
 from knn_lm_eval.search.segments import join_segments
-from knn_lm_eval.search.unfinished_index import write_index
 from knn_lm_eval.store.datastore import Datastore
 from knn_lm_eval.store.index_files import MOST_PARTS, IndexFiles, IndexPart, find_parts
 from knn_lm_eval.store.key_stream import key_chunks
@@ -74,8 +75,7 @@ def extend_index(store: Datastore, name: str, keys: np.ndarray, keys_sha256: str
         new = folder / files.index.name
         if ListFile.open(parts[0].path) is None:
             whole = faiss.read_index(str(parts[0].path))
-            for chunk in key_chunks(keys):
-                add_vectors(whole, chunk)
+            _add(whole, keys)
             write_index(whole, new)
         else:
             segment = folder / f"{new.name}.segment"
@@ -172,14 +172,20 @@ def _emptied(part: IndexPart) -> faiss.Index:
 
 def _write_segment(index: faiss.Index, keys: np.ndarray, path: Path, first_id: int | None) -> None:
     """Write an index of some keys, numbered from ``first_id``; None numbers them from 0, as all indexes can."""
-    added = 0
-    for chunk in key_chunks(keys):
-        if first_id is None:
-            add_vectors(index, chunk)
-        else:
-            index.add_with_ids(chunk, np.arange(first_id + added, first_id + added + len(chunk)))
-        added += len(chunk)
+    if first_id is None:
+        _add(index, keys)
+    else:
+        for chunk in key_chunks(keys):
+            index.add_with_ids(chunk, first_id + index.ntotal + np.arange(len(chunk)))
     write_index(index, path)
+
+
+def _add(index: faiss.Index, keys: np.ndarray) -> None:
+    """Add keys behind those that it has."""
+    with tqdm(total=len(keys), desc="Adding keys", unit=" keys", unit_scale=True) as bar:
+        for chunk in key_chunks(keys):
+            add_vectors(index, chunk)
+            bar.update(len(chunk))
 
 
 def _write_kept(part: IndexPart, kept: np.ndarray, path: Path) -> None:

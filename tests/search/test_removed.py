@@ -105,9 +105,9 @@ FACTORIES = [
         "NSG16",
     ),
     *("IVF8,RaBitQ", "IVF8,RaBitQ4", "RR16,IVF8,RaBitQ", "IVF8,PQ4x4fs", "PQ8x4fs", "IVF8,RaBitQfs", "IVF8,RaBitQfs2"),
-    *("IVF8,PQ4x4fs,RFlat", "IVF8,PQ4x4,RFlat", "PCA8,IVF8,SQ4", "IDMap,Flat", "LSH", "IVF8,SQfp16"),
+    *("HNSW16", "NSG16", "IVF8,PQ4x4fs,RFlat", "IVF8,PQ4x4,RFlat", "PCA8,IVF8,SQ4", "IDMap,Flat", "IVF8,SQfp16"),
 ]
-CANNOT = {"PQ4x4", "PQ8x4fs", "LSH", "NSG16"}
+CANNOT = {"PQ4x4", "PQ8x4fs", "NSG16"}
 
 
 @pytest.mark.parametrize("sim_func", ["l2", "dot"])
