@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from knn_lm_eval.cli.main import verb
+from knn_lm_eval.cli.main import SAME_COMMAND, verb
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -14,7 +14,7 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-@verb(parse_arguments, kept="the datastore is whole; the same command does what is left.")
+@verb(parse_arguments, kept=SAME_COMMAND)
 def main(arguments: argparse.Namespace) -> None:
     from knn_lm_eval.make.compacting import compact_datastore
     from knn_lm_eval.store.datastore import Datastore

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from knn_lm_eval.cli.arguments import check_text, read_model_args
-from knn_lm_eval.cli.main import verb
+from knn_lm_eval.cli.main import SAME_COMMAND, verb
 from knn_lm_eval.errors import UserError
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-@verb(parse_arguments, kept="the datastore is as it was; start again.")
+@verb(parse_arguments, kept=SAME_COMMAND)
 def main(arguments: argparse.Namespace) -> None:
     check_text(arguments)
 

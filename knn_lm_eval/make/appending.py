@@ -79,26 +79,31 @@ def append_documents(
         disk is full, or another process is changing the store.
     """
     folder, processes = Path(folder), processes or Processes()
-    store = processes.each_does(lambda: Datastore.open(folder))
-    processes.each_does(lambda: _check(store, lm))
-    settings = {
-        "keys_sha256": store.keys_checksum,
-        "count": len(store),
-        "source": source or {},
-        "max_tokens": max_tokens,
-    }
-    waiting = folder / WAITING
-    states = SavedStates(
-        waiting / PROGRESS, settings, what=f"What is being appended to {folder}", instead="leave out --resume"
-    )
+    if not folder.is_dir():
+        Datastore.open(folder)  # says so
     with ExitStack() as held:
         processes.first_does(lambda: held.enter_context(one_change_of(folder)))
-        if processes.each_does(lambda: resume and not states.file.exists() and _is_last(store, settings)):
+        store = processes.each_does(lambda: Datastore.open(folder))
+        processes.each_does(lambda: _check(store, lm))
+        waiting, states = folder / WAITING, _states(store, source or {}, max_tokens)
+        if processes.each_does(lambda: resume and not states.file.exists() and _is_last(store, states.settings)):
             return store
         processes.first_does(lambda: _begin(states, resume))
         new = _dumped(store, lm, pieces, waiting / "dump", max_tokens, processes)
         processes.first_does(lambda: _append(store, new, Changed(store, waiting), source or {}))
     return Datastore.open(folder)
+
+
+def _states(store: Datastore, source: dict[str, Any], max_tokens: int | None) -> SavedStates:
+    """What is begun of an append."""
+    settings = {
+        "keys_sha256": store.keys_checksum,
+        "count": len(store),
+        "source": source,
+        "max_tokens": max_tokens,
+    }
+    file, what = store.path / WAITING / PROGRESS, f"What is being appended to {store.path}"
+    return SavedStates(file, settings, what=what, instead="leave out --resume")
 
 
 def _check(store: Datastore, lm: CausalHFLM) -> None:

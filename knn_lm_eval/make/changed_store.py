@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from knn_lm_eval.errors import UserError
 from knn_lm_eval.search.changed_index import MEASURED_WITH, ChangedIndex
 from knn_lm_eval.store.change import Change, TailRecord
 from knn_lm_eval.store.datastore import Datastore
@@ -93,12 +94,20 @@ class Changed:
         self.place(PARAMS, self.new / PARAMS)
 
     def make(self, **fields: Any) -> None:
-        """Make the change; the manifest's ``fields`` will be those."""
+        """Make the change; the manifest's ``fields`` will be those.
+
+        Raises UserError where another process has made an index, say, of what was.
+        """
         names = index_names(self.store)
         laid_out = [folder.name for name in names for folder in IndexFiles(self.store.path, name).laid_out()]
         gone = list(dict.fromkeys([*self.gone, *laid_out, LOG_PROBS]))
         gone = [name for name in gone if os.path.lexists(self.store.path / name)]
         with held_manifest(self.store.path) as manifest:
+            if manifest != self.store.manifest:
+                raise UserError(
+                    f"Something was made of the datastore {self.store.path} while it was about to be changed; run the "
+                    f"same command again (with --resume, where it has that)."
+                )
             kept = {name: record for name, record in manifest.derived.items() if name not in gone}
             changed: Manifest = replace(manifest, derived=_as_before(manifest.derived, kept | self.derived), **fields)
             waiting = self._in_store(self.folder)

@@ -33,7 +33,7 @@ from knn_lm_eval.store.clusters import (
 from knn_lm_eval.store.datastore import Datastore
 from knn_lm_eval.store.index_files import DEFAULT_INDEX
 from knn_lm_eval.store.key_stream import number_entries
-from knn_lm_eval.store.manifest import forget_derived, now, record_derived
+from knn_lm_eval.store.manifest import check_unchanged, forget_derived, now, record_derived
 from knn_lm_eval.store.names import check_new_name
 from knn_lm_eval.system.checkpoints import PROGRESS, SavedStates
 from knn_lm_eval.system.files import (
@@ -239,6 +239,7 @@ class UnfinishedClusters:
                 write_npy_header(file, array.dtype, array.shape)
                 file.write(array.data)
         names = [f"clusters/{self._name}/{name}" for name in (METADATA, *(path.name for path in written.values()))]
+        check_unchanged(self._datastore.path, self._datastore.keys_checksum, f"the clusters {self._name} were made")
         forget_derived(self._datastore.path, names)
         (self.folder / METADATA).unlink(missing_ok=True)
         for temporary, path in written.items():

@@ -34,7 +34,7 @@ from knn_lm_eval.search.list_files import ID_BYTES
 from knn_lm_eval.search.segments import join_segments
 from knn_lm_eval.store.index_files import IndexFiles, IndexJSON
 from knn_lm_eval.store.key_stream import key_chunks
-from knn_lm_eval.store.manifest import forget_derived, record_derived
+from knn_lm_eval.store.manifest import check_unchanged, forget_derived, record_derived
 from knn_lm_eval.system.checkpoints import SavedStates
 from knn_lm_eval.system.files import check_free_space, replace_file
 from knn_lm_eval.system.json_schema import Positive
@@ -223,6 +223,7 @@ class IndexBuild:
         The metadata goes last: whoever finds both finds a finished index. Wherever this ends, it can be done again.
         """
         files, written = self.files, self.finished_files()
+        check_unchanged(files.folder, metadata["keys_sha256"], f"the index {files.name} was built")
         finals = [final.name for final in written.values()]
         old = {path.name for path in (files.index, *files.folder.glob(f"{files.name}.[0-9][0-9][0-9].faiss"))}
         forget_derived(files.folder, [files.metadata.name, *old])

@@ -308,6 +308,12 @@ def forget_derived(folder: Path, names: Iterable[str]) -> None:
         replace(manifest, derived=derived).write(folder)
 
 
+def check_unchanged(folder: Path, keys_sha256: str, made: str) -> None:
+    """Raise UserError where the store has other keys by now than those that something was ``made`` of."""
+    if Manifest.read(folder).keys_checksum != keys_sha256:
+        raise UserError(f"The datastore {folder} was changed while {made} of it; do it again.")
+
+
 @contextmanager
 def held_manifest(folder: Path) -> Iterator[Manifest]:
     """The manifest as it is, to be changed by one process at a time."""
