@@ -16,7 +16,7 @@ from knn_lm_eval.system.memory import allowed_bytes, resident_bytes, size_text
 MOST_IN_SEGMENT = 2**22  # entries
 GROWN = 2  # how much more room lists take while they grow
 CHUNK_ROWS = 4  # float32 keys for each that is added: itself, checked and transformed
-PAIR_BYTES = 160  # for each query and neighbour that are measured, at most
+PAIR_BYTES = 80  # for each query and neighbour that are measured
 
 
 @dataclass(frozen=True)
