@@ -8,7 +8,7 @@ are taken over by ``knn_lm_eval.make.members``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,7 +19,8 @@ from knn_lm_eval.compiling import compiled
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.make.merging import NeighbourSearch, find_absorbers, number_clusters
 from knn_lm_eval.search.faiss_index import faiss_gpus
-from knn_lm_eval.search.kmeans import SAMPLE_PER_CLUSTER, train_kmeans
+from knn_lm_eval.search.kmeans import LEAST_PER_CLUSTER, SAMPLE_PER_CLUSTER, train_kmeans
+from knn_lm_eval.search.two_levels import PROBE, train_two_levels
 from knn_lm_eval.store.clusters import (
     ARRAYS,
     FORMAT,
@@ -32,8 +33,8 @@ from knn_lm_eval.store.clusters import (
 )
 from knn_lm_eval.store.datastore import Datastore
 from knn_lm_eval.store.index_files import DEFAULT_INDEX
-from knn_lm_eval.store.key_stream import number_entries
-from knn_lm_eval.store.manifest import forget_derived, now, record_derived
+from knn_lm_eval.store.key_stream import ADD_CHUNK, number_entries
+from knn_lm_eval.store.manifest import check_unchanged, forget_derived, now, record_derived
 from knn_lm_eval.store.names import check_new_name
 from knn_lm_eval.system.checkpoints import PROGRESS, SavedStates
 from knn_lm_eval.system.files import (
@@ -46,6 +47,7 @@ from knn_lm_eval.system.locks import locked
 from knn_lm_eval.system.seals import write_sealed_json
 
 ENTRIES_PER_CLUSTER = 100  # on average, by default; Alon et al. 2022, figures 8 and 9
+MOST_COMPARED = 2**14  # clusters of which each is compared with each key; beyond, two levels
 
 
 def cluster_kmeans(
@@ -61,13 +63,17 @@ def cluster_kmeans(
     """Cluster the entries by k-means of their keys (Alon et al. 2022); an entry belongs to the nearest
     centroid (exact squared L2).
 
-    Takes all GPUs that faiss sees. The time goes with ``num_clusters * (iterations * sample + count)``.
+    Takes all GPUs that faiss sees. The time goes with ``num_clusters * (iterations * sample + count)``. Beyond
+    ``MOST_COMPARED`` clusters, it goes with the square root of ``num_clusters``: they are trained in two levels, and a
+    key is compared with those nearby only (``knn_lm_eval.search.two_levels``), so that a few keys in a hundred get
+    another centroid than the nearest one, which is hardly farther.
 
     Parameters
     ----------
     name : the clustering's name.
     num_clusters : None takes 1/100 of the entries. Clusters may turn out empty.
-    sample : random keys to train on, all in memory as float32; None takes 64 per cluster, or all keys.
+    sample : random keys to train on, all in memory as float32; None takes 64 per cluster, or all keys. In two levels,
+        in memory in the store's own dtype; None takes 39 per cluster.
     iterations : of k-means on the sample.
     seed : of the sample and the first centroids.
     resume : go on with an interrupted clustering of that name.
@@ -80,12 +86,15 @@ def cluster_kmeans(
         disk is full.
     """
     keys = datastore.require_keys("clustering")
+    datastore.require_all("clustering")
     datastore.require_text_order("clustering, which is for RetoMaton,")
     count = len(datastore)
     num_clusters = max(1, count // ENTRIES_PER_CLUSTER) if num_clusters is None else num_clusters
     if not 1 <= num_clusters <= count:
         raise UserError(f"num_clusters={num_clusters} must be between 1 and the store's {count:,} entries.")
-    sample = min(SAMPLE_PER_CLUSTER * num_clusters if sample is None else sample, count)
+    two_levels = num_clusters > MOST_COMPARED
+    per_cluster = LEAST_PER_CLUSTER if two_levels else SAMPLE_PER_CLUSTER
+    sample = min(per_cluster * num_clusters if sample is None else sample, count)
     if sample < num_clusters:
         raise UserError(f"sample={sample} is too small: k-means needs at least one key per cluster ({num_clusters:,}).")
     if iterations < 1:
@@ -98,22 +107,28 @@ def cluster_kmeans(
         "sample": sample,
         "iterations": iterations,
         "seed": seed,
+        **({"levels": 2, "probe": PROBE} if two_levels else {}),
     }
     unfinished = UnfinishedClusters(datastore, name, settings, overwrite, resume)
     with unfinished.begun():
-        centroids = train_kmeans(keys, num_clusters, sample, iterations, seed, unfinished.states)
-        index: faiss.Index = faiss.IndexFlatL2(datastore.dimension)
-        if faiss_gpus():
-            index = faiss.index_cpu_to_all_gpus(index)
-        index.add(centroids)
+        training = (keys, num_clusters, sample, iterations, seed, unfinished.states)
+        nearest = train_two_levels(*training).nearest if two_levels else _nearest_of_all(train_kmeans(*training))
 
         def assign(clusters: np.ndarray, begin: int, chunk: np.ndarray) -> None:
-            clusters[begin : begin + len(chunk)] = index.search(chunk, 1)[1][:, 0]
+            clusters[begin : begin + len(chunk)] = nearest(chunk)
 
-        cluster_of_entry = number_entries(
-            keys, unfinished.states, cluster_dtype(num_clusters), assign, "Assigning keys to clusters"
-        )
+        dtype, size = cluster_dtype(num_clusters), ADD_CHUNK if two_levels else None
+        cluster_of_entry = number_entries(keys, unfinished.states, dtype, assign, "Assigning keys to clusters", size)
         return unfinished.finish(cluster_of_entry, num_clusters)
+
+
+def _nearest_of_all(centroids: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    """The search for the nearest centroid of each key, which compares it with all."""
+    index: faiss.Index = faiss.IndexFlatL2(centroids.shape[1])
+    if faiss_gpus():
+        index = faiss.index_cpu_to_all_gpus(index)
+    index.add(centroids)
+    return lambda chunk: index.search(chunk, 1)[1][:, 0]
 
 
 def cluster_greedy_merge(
@@ -150,6 +165,7 @@ def cluster_greedy_merge(
         full.
     """
     datastore.require_keys("clustering")
+    datastore.require_all("clustering")
     datastore.require_text_order("clustering, which is for RetoMaton,")
     searched = NeighbourSearch.open(datastore, k, index, probe)
     unfinished = UnfinishedClusters(datastore, name, {"method": "greedy_merge", **searched.settings}, overwrite, resume)
@@ -237,6 +253,7 @@ class UnfinishedClusters:
                 write_npy_header(file, array.dtype, array.shape)
                 file.write(array.data)
         names = [f"clusters/{self._name}/{name}" for name in (METADATA, *(path.name for path in written.values()))]
+        check_unchanged(self._datastore.path, self._datastore.keys_checksum, f"the clusters {self._name} were made")
         forget_derived(self._datastore.path, names)
         (self.folder / METADATA).unlink(missing_ok=True)
         for temporary, path in written.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from typing import Any
 
 import faiss
 import numpy as np
@@ -17,6 +18,7 @@ from knn_lm_eval.system.sampling import draw_entries
 
 SAMPLE_PER_CLUSTER = 64  # keys to train on, by default; faiss asks for 39 to 256 per centroid
 FIRST_LEVEL_SAMPLE = 1024  # of two, keys to train on per cluster
+LEAST_PER_CLUSTER = 39
 MEMORY_SHARE = 0.8  # of the machine's, that k-means may take
 
 
@@ -101,17 +103,31 @@ def two_level_kmeans(vectors: np.ndarray, count: int, seed: int, spherical: bool
     coarse.train(vectors)
     cluster = coarse.assign(vectors)[1]  # [n]
     sizes = np.bincount(cluster, minlength=coarse.k)  # [coarse clusters]
-    # Each gets the floor of its share, at least one if it has members; what that leaves or owes, the largest bear.
-    shares = np.maximum(sizes * count // len(vectors), sizes > 0)  # [coarse clusters]
+    shares = shares_of_cells(sizes, count)
+    order, ends = np.argsort(cluster, kind="stable"), np.cumsum(sizes)
+    centroids = []
+    for number in tqdm(np.flatnonzero(shares), desc="K-means within clusters", unit=" clusters"):
+        members = vectors[order[ends[number] - sizes[number] : ends[number]]]
+        centroids.append(centroids_within(members, int(shares[number]), seed, spherical=spherical))
+    return np.concatenate(centroids)
+
+
+def shares_of_cells(sizes: np.ndarray, count: int) -> np.ndarray:
+    """How many of ``count`` centroids each coarse cluster gets, int64, by its size; ``sizes.sum()`` is no smaller.
+
+    Each gets the floor of its share, at least one if it has members; what that leaves or owes, the largest bear.
+    """
+    shares = np.maximum(sizes * count // sizes.sum(), sizes > 0)  # [coarse clusters]
     while (left := count - shares.sum()) != 0:
         room = sizes - shares if left > 0 else shares - 1
         largest = np.argsort(-sizes, kind="stable")
         largest = largest[room[largest] > 0][: abs(left)]
         shares[largest] += np.sign(left)
-    order, ends = np.argsort(cluster, kind="stable"), np.cumsum(sizes)
-    centroids = []
-    for number in tqdm(np.flatnonzero(shares), desc="K-means within clusters", unit=" clusters"):
-        fine = faiss.Kmeans(vectors.shape[1], int(shares[number]), **settings)
-        fine.train(vectors[order[ends[number] - sizes[number] : ends[number]]])
-        centroids.append(np.asarray(fine.centroids))
-    return np.concatenate(centroids)
+    return shares
+
+
+def centroids_within(members: np.ndarray, count: int, seed: int, **settings: Any) -> np.ndarray:
+    """``count`` centroids of one coarse cluster's members, float32; ``settings`` are those of faiss's k-means."""
+    fine = faiss.Kmeans(members.shape[1], count, seed=seed, min_points_per_centroid=1, **settings)
+    fine.train(members)
+    return np.asarray(fine.centroids)

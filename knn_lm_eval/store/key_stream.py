@@ -56,6 +56,7 @@ def number_entries(
     dtype: type[Any],
     step: Callable[[np.ndarray, int, np.ndarray], None],
     description: str,
+    size: int | None = None,
 ) -> np.ndarray:
     """Give each entry a number that follows from its key and from the numbers before it; saves its state now and then.
 
@@ -64,9 +65,10 @@ def number_entries(
     keys : a store's, ``[count, dimension]``.
     states : where the state ``entries`` is saved, and is gone on with.
     dtype : of the numbers.
-    step : called with all numbers, a first entry and the keys from there on, float32 ``[SEARCH_CHUNK or fewer,
-        dimension]``; fills in numbers.
+    step : called with all numbers, a first entry and the keys from there on, float32 ``[size or fewer, dimension]``;
+        fills in numbers.
     description : for the progress bar.
+    size : entries at a time; None takes ``SEARCH_CHUNK``.
 
     Returns
     -------
@@ -77,7 +79,7 @@ def number_entries(
     if numbers is None:
         numbers = np.full(len(keys), -1, dtype=dtype)
     with tqdm(total=len(keys), initial=done, desc=description, unit=" keys", unit_scale=True) as bar:
-        for chunk in key_chunks(keys, done, size=SEARCH_CHUNK):
+        for chunk in key_chunks(keys, done, size=size or SEARCH_CHUNK):
             step(numbers, done, chunk)
             done += len(chunk)
             bar.update(len(chunk))

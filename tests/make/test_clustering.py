@@ -165,6 +165,18 @@ def test_kmeans_assigns_each_entry_to_its_nearest_centroid(
     np.testing.assert_allclose(chosen, distances.min(axis=1), rtol=1e-5, atol=1e-4)
 
 
+def test_very_many_clusters_are_made_in_two_levels(datastore: Datastore, monkeypatch) -> None:
+    monkeypatch.setattr(clustering, "MOST_COMPARED", 150)
+    assert "levels" not in cluster_kmeans(datastore, "few", num_clusters=150).metadata
+    clusters = cluster_kmeans(datastore, "many", num_clusters=151)
+    assert clusters.metadata["levels"] == 2 and clusters.metadata["sample"] == COUNT == len(clusters.members)
+    assert_consistent(clusters)
+    keys = datastore.keys.astype(np.float64)
+    means = np.stack([keys[clusters.cluster_of_entry == cluster].mean(axis=0) for cluster in range(151)])
+    nearest = cdist(keys, means).argmin(axis=1)
+    assert (clusters.cluster_of_entry == nearest).mean() > 0.8
+
+
 def test_kmeans_is_faiss_kmeans_on_a_random_sample(datastore: Datastore, centroids: list[np.ndarray]) -> None:
     for seed in (1, 2):
         cluster_kmeans(datastore, num_clusters=20, sample=500, iterations=6, seed=seed, overwrite=True)
