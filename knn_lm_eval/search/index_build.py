@@ -34,7 +34,7 @@ from knn_lm_eval.search.list_files import ID_BYTES
 from knn_lm_eval.search.segments import join_segments
 from knn_lm_eval.store.index_files import IndexFiles, IndexJSON
 from knn_lm_eval.store.key_stream import key_chunks
-from knn_lm_eval.store.manifest import forget_derived, record_derived
+from knn_lm_eval.store.manifest import check_unchanged, forget_derived, record_derived
 from knn_lm_eval.system.checkpoints import SavedStates
 from knn_lm_eval.system.files import check_free_space, replace_file
 from knn_lm_eval.system.json_schema import Positive
@@ -223,6 +223,7 @@ class IndexBuild:
         Wherever this ends, it can be done again.
         """
         files = self.files
+        check_unchanged(files.folder, metadata["keys_sha256"], f"the index {files.name} was built")
         forget_derived(files.folder, [files.metadata.name, *self._replaced()])
         record_derived(files.folder, self.put_in_place(metadata))
         self.states.remove()  # with it the trained index
