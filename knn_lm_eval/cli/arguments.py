@@ -109,13 +109,13 @@ def add_verify(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_memory(parser: argparse.ArgumentParser, takes: str) -> None:
-    """``--memory``, in bytes; ``takes`` says what keeps to it."""
+def add_memory(parser: argparse.ArgumentParser, takes: str, default: str = "half of what is available") -> None:
+    """``--memory``, in bytes; ``takes`` says what keeps to it, ``default`` what it may take without the option."""
     parser.add_argument(
         "--memory",
         type=_size,
         metavar="SIZE",
-        help=f"what {takes} may take, such as 8GiB or 512MiB (default: half of what is available)",
+        help=f"what {takes} may take, such as 8GiB or 512MiB (default: {default})",
     )
 
 

@@ -15,12 +15,20 @@ from typing import Any
 import faiss
 import numpy as np
 
-from knn_lm_eval.compiling import compiled
 from knn_lm_eval.errors import UserError
+from knn_lm_eval.make.cluster_summary import summarize
+from knn_lm_eval.make.member_lists import count_members, sort_members
 from knn_lm_eval.make.merging import NeighbourSearch, find_absorbers, number_clusters
 from knn_lm_eval.search.faiss_index import faiss_gpus
-from knn_lm_eval.search.kmeans import LEAST_PER_CLUSTER, SAMPLE_PER_CLUSTER, train_kmeans
-from knn_lm_eval.search.two_levels import PROBE, train_two_levels
+from knn_lm_eval.search.kmeans import (
+    LEAST_PER_CLUSTER,
+    SAMPLE_PER_CLUSTER,
+    check_memory,
+    sample_bytes,
+    sample_within,
+    train_kmeans,
+)
+from knn_lm_eval.search.two_levels import PROBE, sample_bytes_in_two_levels, train_two_levels
 from knn_lm_eval.store.clusters import (
     ARRAYS,
     FORMAT,
@@ -41,12 +49,13 @@ from knn_lm_eval.system.files import (
     check_free_space,
     disk_errors_in,
     replace_file,
-    write_npy_header,
 )
 from knn_lm_eval.system.locks import locked
+from knn_lm_eval.system.memory import allowed_bytes
 from knn_lm_eval.system.seals import write_sealed_json
 
 ENTRIES_PER_CLUSTER = 100  # on average, by default; Alon et al. 2022, figures 8 and 9
+COPY_CHUNK = 2**22
 MOST_COMPARED = 2**14  # clusters of which each is compared with each key; beyond, two levels
 
 
@@ -59,6 +68,7 @@ def cluster_kmeans(
     seed: int = 1,
     resume: bool = False,
     overwrite: bool = False,
+    memory: int | None = None,
 ) -> Clusters:
     """Cluster the entries by k-means of their keys (Alon et al. 2022); an entry belongs to the nearest
     centroid (exact squared L2).
@@ -78,6 +88,8 @@ def cluster_kmeans(
     seed : of the sample and the first centroids.
     resume : go on with an interrupted clustering of that name.
     overwrite : replace a finished clustering of that name.
+    memory : bytes that it may take; where they are fewer than the default sample needs, that is made smaller, down to
+        39 keys per cluster, with a warning. None is 80 % of the machine's memory for the sample as it is.
 
     Raises
     ------
@@ -93,8 +105,13 @@ def cluster_kmeans(
     if not 1 <= num_clusters <= count:
         raise UserError(f"num_clusters={num_clusters} must be between 1 and the store's {count:,} entries.")
     two_levels = num_clusters > MOST_COMPARED
+    bytes_per_key = sample_bytes_in_two_levels(keys) if two_levels else sample_bytes(keys)
     per_cluster = LEAST_PER_CLUSTER if two_levels else SAMPLE_PER_CLUSTER
-    sample = min(per_cluster * num_clusters if sample is None else sample, count)
+    if sample is None:
+        sample = min(per_cluster * num_clusters, count)
+        if memory is not None:
+            sample = sample_within(memory, sample, bytes_per_key, keys, num_clusters)
+    sample = min(sample, count)
     if sample < num_clusters:
         raise UserError(f"sample={sample} is too small: k-means needs at least one key per cluster ({num_clusters:,}).")
     if iterations < 1:
@@ -109,7 +126,8 @@ def cluster_kmeans(
         "seed": seed,
         **({"levels": 2, "probe": PROBE} if two_levels else {}),
     }
-    unfinished = UnfinishedClusters(datastore, name, settings, overwrite, resume)
+    unfinished = UnfinishedClusters(datastore, name, settings, overwrite, resume, memory)
+    check_memory(memory, sample, bytes_per_key, keys, num_clusters)
     with unfinished.begun():
         training = (keys, num_clusters, sample, iterations, seed, unfinished.states)
         nearest = train_two_levels(*training).nearest if two_levels else _nearest_of_all(train_kmeans(*training))
@@ -139,6 +157,7 @@ def cluster_greedy_merge(
     probe: int | None = None,
     resume: bool = False,
     overwrite: bool = False,
+    memory: int | None = None,
 ) -> Clusters:
     """Cluster the entries by greedy merging (He et al. 2021): near neighbours of the same value.
 
@@ -157,6 +176,7 @@ def cluster_greedy_merge(
     probe : inverted lists visited per search; None takes what the index was found to need.
     resume : go on with an interrupted clustering of that name.
     overwrite : replace a finished clustering of that name.
+    memory : bytes that it may take, the index included; None is half of what is available, beside the index.
 
     Raises
     ------
@@ -167,40 +187,15 @@ def cluster_greedy_merge(
     datastore.require_keys("clustering")
     datastore.require_all("clustering")
     datastore.require_text_order("clustering, which is for RetoMaton,")
-    searched = NeighbourSearch.open(datastore, k, index, probe)
-    unfinished = UnfinishedClusters(datastore, name, {"method": "greedy_merge", **searched.settings}, overwrite, resume)
+    searched = NeighbourSearch.open(datastore, k, index, probe, memory)
+    settings = {"method": "greedy_merge", **searched.settings}
+    unfinished = UnfinishedClusters(datastore, name, settings, overwrite, resume, memory)
     with unfinished.begun():
         absorber = find_absorbers(searched, unfinished.states)
-        cluster_of_entry = np.empty(len(datastore), dtype=entry_dtype(len(datastore)))
+        cluster_of_entry = np.lib.format.open_memmap(
+            unfinished.folder / "clusters.npy.part", "w+", entry_dtype(len(datastore)), (len(datastore),)
+        )
         return unfinished.finish(cluster_of_entry, number_clusters(absorber, cluster_of_entry))
-
-
-def summarize(clusters: Clusters, values: np.ndarray) -> dict[str, float]:
-    """Describe a clustering.
-
-    Parameters
-    ----------
-    values : int32 ``[count]``, the store's.
-
-    Returns
-    -------
-    ``mean``, ``median`` and ``max`` size of the clusters that are not empty, how many are ``empty``, the
-    share of those not empty that have one entry (``singletons``), and ``purity``: the share of clustered
-    entries whose value is the most common one of their cluster.
-    """
-    sizes = np.diff(clusters.member_starts)
-    filled = sizes[sizes > 0]
-    if not len(filled):
-        return {"empty": len(sizes)}
-    common = _most_common_values(np.asarray(values), np.asarray(clusters.member_starts), np.asarray(clusters.members))
-    return {
-        "mean": round(float(filled.mean()), 2),
-        "median": float(np.median(filled)),
-        "max": int(filled.max()),
-        "empty": len(sizes) - len(filled),
-        "singletons": round(float((filled == 1).mean()), 4),
-        "purity": round(common / int(filled.sum()), 4),
-    }
 
 
 class UnfinishedClusters:
@@ -213,13 +208,22 @@ class UnfinishedClusters:
     """
 
     def __init__(
-        self, datastore: Datastore, name: str, settings: dict[str, Any], overwrite: bool, resume: bool = False
+        self,
+        datastore: Datastore,
+        name: str,
+        settings: dict[str, Any],
+        overwrite: bool,
+        resume: bool = False,
+        memory: int | None = None,
     ) -> None:
-        """Raises UserError where the name is no name, or is taken."""
+        """``memory`` is as for ``cluster_kmeans``. Raises UserError where the name is no name, or is taken."""
         self.folder = clusters_folder(datastore, check_new_name(name, "clusters"))
         self._datastore, self._name, self._overwrite, self._resume = datastore, name, overwrite, resume
+        self.memory = memory
         self._settings = {**settings, "keys_sha256": datastore.keys_checksum}
-        self.states = SavedStates(self.folder / PROGRESS, self._settings, others=["*.npy.tmp", "*.json.tmp"])
+        self.states = SavedStates(
+            self.folder / PROGRESS, self._settings, others=["*.npy.tmp", "*.json.tmp", "*.npy.part"]
+        )
         self._check_place()
 
     def _check_place(self) -> None:
@@ -238,20 +242,15 @@ class UnfinishedClusters:
             with locked(self.folder / ".lock", f"the clusters {self.folder}"):
                 self._check_place()
                 self.states.begin_or_resume(self._resume)
-                # Cluster and place in the members' list of each entry, and a saved state of it and its successor.
-                check_free_space(self.folder, 4 * 4 * len(self._datastore), "the clusters' arrays")
+                # Cluster and place in the members' list of each entry, what is made first, and where a list begins.
+                number = np.dtype(entry_dtype(len(self._datastore))).itemsize
+                check_free_space(self.folder, 4 * number * len(self._datastore), "the clusters' arrays")
                 yield
 
     def finish(self, cluster_of_entry: np.ndarray, num_clusters: int, **made_from: Any) -> Clusters:
         """Write the arrays and, last, ``clusters.json``, which says ``made_from`` beside the settings."""
-        cluster_of_entry = cluster_of_entry.astype(cluster_dtype(num_clusters), copy=False)
-        member_starts, members = members_by_cluster(cluster_of_entry, num_clusters)
-        arrays = dict(zip(ARRAYS, (cluster_of_entry, member_starts, members), strict=True))
+        arrays = self._write_arrays(cluster_of_entry, num_clusters)
         written = {self.folder / f"{name}.npy.tmp": self.folder / f"{name}.npy" for name in arrays}
-        for temporary, array in zip(written, arrays.values(), strict=True):
-            with open(temporary, "wb") as file:
-                write_npy_header(file, array.dtype, array.shape)
-                file.write(array.data)
         names = [f"clusters/{self._name}/{name}" for name in (METADATA, *(path.name for path in written.values()))]
         check_unchanged(self._datastore.path, self._datastore.keys_checksum, f"the clusters {self._name} were made")
         forget_derived(self._datastore.path, names)
@@ -265,7 +264,7 @@ class UnfinishedClusters:
             **made_from,
             "count": len(cluster_of_entry),
             "num_clusters": num_clusters,
-            "entries_in_clusters": len(members),
+            "entries_in_clusters": len(arrays["members"]),
             "summary": summarize(Clusters(self.folder, {}, **arrays), self._datastore.values),
             "files": {f"{name}.npy": (self.folder / f"{name}.npy").stat().st_size for name in ARRAYS},
             "created": now(),
@@ -276,53 +275,20 @@ class UnfinishedClusters:
         self.states.remove()
         return Clusters.open(self._datastore, self._name)
 
+    def _write_arrays(self, cluster_of_entry: np.ndarray, num_clusters: int) -> dict[str, np.ndarray]:
+        """The arrays by their names, each memory-mapped from its file, which has a temporary name yet."""
+        count, memory = len(cluster_of_entry), allowed_bytes(self.memory)
 
-def members_by_cluster(cluster_of_entry: np.ndarray, num_clusters: int) -> tuple[np.ndarray, np.ndarray]:
-    """The inverse of ``cluster_of_entry``, by a counting sort.
+        def new_array(name: str, dtype: type[Any], length: int) -> np.memmap[Any, Any]:
+            return np.lib.format.open_memmap(self.folder / f"{name}.npy.tmp", "w+", dtype, (length,))
 
-    Parameters
-    ----------
-    cluster_of_entry : int32 or int64 ``[count]``, -1 for an entry in no cluster.
-
-    Returns
-    -------
-    member_starts : int64 ``[num_clusters + 1]``.
-    members : int32 or int64 (see ``entry_dtype``) ``[entries in clusters]``, ascending within each cluster.
-    """
-    member_starts = np.zeros(num_clusters + 1, dtype=np.int64)
-    _count(cluster_of_entry, member_starts[1:])
-    np.cumsum(member_starts, out=member_starts)
-    members = np.empty(member_starts[-1], dtype=entry_dtype(len(cluster_of_entry)))
-    _sort(cluster_of_entry, member_starts[:-1].copy(), members)
-    return member_starts, members
-
-
-@compiled
-def _count(cluster_of_entry: np.ndarray, counts: np.ndarray) -> None:
-    for cluster in cluster_of_entry:
-        if cluster >= 0:
-            counts[cluster] += 1
-
-
-@compiled
-def _sort(cluster_of_entry: np.ndarray, free: np.ndarray, members: np.ndarray) -> None:
-    """Put each entry in its cluster's first free place."""
-    for entry in range(len(cluster_of_entry)):
-        cluster = cluster_of_entry[entry]
-        if cluster >= 0:
-            members[free[cluster]] = entry
-            free[cluster] += 1
-
-
-@compiled
-def _most_common_values(values: np.ndarray, member_starts: np.ndarray, members: np.ndarray) -> int:
-    """How many entries have the most common value of their cluster."""
-    total = 0
-    for cluster in range(len(member_starts) - 1):
-        ordered = np.sort(values[members[member_starts[cluster] : member_starts[cluster + 1]]])
-        longest = run = 0
-        for place in range(len(ordered)):
-            run = run + 1 if place > 0 and ordered[place] == ordered[place - 1] else 1
-            longest = max(longest, run)
-        total += longest
-    return total
+        clusters = new_array(ARRAYS[0], cluster_dtype(num_clusters), count)
+        for begin in range(0, count, COPY_CHUNK):
+            clusters[begin : begin + COPY_CHUNK] = cluster_of_entry[begin : begin + COPY_CHUNK]
+        member_starts = new_array(ARRAYS[1], np.int64, num_clusters + 1)
+        count_members(clusters, member_starts, memory // 2)
+        members = new_array(ARRAYS[2], entry_dtype(count), int(member_starts[-1]))
+        sort_members(clusters, member_starts, members, memory // 2)
+        for array in (clusters, member_starts, members):
+            array.flush()
+        return dict(zip(ARRAYS, (clusters, member_starts, members), strict=True))

@@ -114,6 +114,11 @@ def train_two_levels(
     return result
 
 
+def sample_bytes_in_two_levels(keys: np.ndarray) -> int:
+    """Bytes for each key of the sample: itself in its own dtype, its coarse cluster, and its place in their order."""
+    return int(keys.dtype.itemsize * keys.shape[1] + 4 + 2 * 8)
+
+
 def spread_sample(keys: np.ndarray, sample: int, seed: int) -> np.ndarray:
     """A random sample, ``[sample, dimension]`` in the keys' dtype, of which each part of the store holds its share."""
     rng = np.random.default_rng(seed)
