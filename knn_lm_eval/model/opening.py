@@ -229,9 +229,10 @@ def _open_on_gpus(settings: RetrievalSettings, store: Datastore, index: str | No
     metadata = None if index is None else find_parts(store, index)[0]
     at_hand, sim_func = None, settings.knn_sim_func
     if metadata is not None:
-        at_hand = IndexAtHand(
-            metadata["bytes"], obstacle_on_gpus(metadata["factory"], store.dimension, metadata["sim_func"])
-        )
+        obstacle = obstacle_on_gpus(metadata["factory"], store.dimension, metadata["sim_func"])
+        if store.removed is not None:
+            obstacle = "documents were removed, and faiss cannot leave entries out on GPUs"
+        at_hand = IndexAtHand(metadata["bytes"], obstacle)
         sim_func = sim_func or metadata["sim_func"]
     wants_exact = store.keys is not None and (index is None or settings.index is None)
     key_bytes = store.keys.nbytes if wants_exact and store.keys is not None else None

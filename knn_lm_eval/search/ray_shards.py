@@ -158,8 +158,8 @@ class ExactShard(Shard):
 
     def _nearest(self, queries: np.ndarray, k: int, probe: int | None) -> tuple[np.ndarray, np.ndarray, int]:
         distances, entries = np.full((len(queries), k), np.inf, np.float32), np.full((len(queries), k), -1)
-        there = min(k, self._kept)
-        distances[:, :there], entries[:, :there] = self._exact.search(queries, there)
+        if there := min(k, self._kept):
+            distances[:, :there], entries[:, :there] = self._exact.search(queries, there)
         return distances, entries, len(queries) * self._kept
 
     @cached_property
