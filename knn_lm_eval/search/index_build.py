@@ -30,6 +30,7 @@ from knn_lm_eval.search.faiss_index import (
     join_parts,
     read_index,
 )
+from knn_lm_eval.search.index_reading import reason_of
 from knn_lm_eval.search.list_files import ID_BYTES
 from knn_lm_eval.search.segments import join_segments
 from knn_lm_eval.store.index_files import IndexFiles, IndexJSON
@@ -301,8 +302,14 @@ def add_keys(index: faiss.Index, keys: np.ndarray) -> Iterator[int]:
 
 
 def read_trained(path: Path) -> faiss.Index:
-    """Read an index file to add to it: into memory, and without the tables of searches."""
-    return faiss.read_index(str(path), faiss.IO_FLAG_SKIP_PRECOMPUTE_TABLE)
+    """Read an unfinished index file to add to it: into memory, and without the tables of searches.
+
+    Raises UserError where it is damaged.
+    """
+    try:
+        return faiss.read_index(str(path), faiss.IO_FLAG_SKIP_PRECOMPUTE_TABLE)
+    except RuntimeError as error:
+        raise UserError(f"{path} is damaged ({reason_of(error)}); build the index anew, without --resume.") from error
 
 
 def write_index(index: faiss.Index, path: Path) -> None:
