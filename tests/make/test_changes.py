@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers.stores import let_age
+from helpers.stores import change_json, let_age
 from helpers.tiny_model import EVAL_TEXT, TRAIN_TEXT
 from lm_eval.api.instance import Instance
 
@@ -377,6 +377,26 @@ def test_shards_leave_them_out(folder: Path) -> None:
     exact = [ExactShard(folder, run, "exact", 1, "l2").search(queries, 12, None)[1] for run in runs]
     assert (exact[0].entries == -1).all()
     assert (merge_exact(exact).entries == ExactRetriever(store, 12).find(queries)[1]).all()
+
+
+def test_a_store_without_keys(folder: Path, lm: CausalHFLM) -> None:
+    manifest = Manifest.read(folder)
+    shutil.rmtree(folder / "clusters")
+    for path in (*folder.glob("*.faiss"), *folder.glob("*.json"), folder / "keys.npy"):
+        if path.name not in ("pq.faiss", "pq.json", "manifest.json"):
+            path.unlink()
+    change_json(folder / "pq.json", keys_sha256=manifest.files["values.npy"]["sha256"])
+    files = {name: record for name, record in manifest.files.items() if name != "keys.npy"}
+    change_json(folder / "manifest.json", keys=None, files=files, derived={})
+    use = {"index": "pq", "probe": 2}
+    before = score(folder, lm, **use)
+    remove_documents(folder, [3])
+    masked = score(folder, lm, **use)
+    assert masked[2] < before[2] - 5  # that document's
+    store = compact_datastore(folder)
+    assert store.keys is None and score(folder, lm, **use) == masked
+    with pytest.raises(UserError, match="has no keys, which appending needs"):
+        append(folder, lm)
 
 
 def test_links_are_not_added_to(folder: Path, lm: CausalHFLM) -> None:
