@@ -41,7 +41,8 @@ from knn_lm_eval.store.key_stream import key_chunks, keys_of
 from knn_lm_eval.store.manifest import forget_derived, record_derived
 from knn_lm_eval.system.files import disk_errors_in, replace_file
 from knn_lm_eval.system.locks import locked
-from knn_lm_eval.system.ray_cluster import run_tasks
+from knn_lm_eval.system.ray_cluster import Head
+from knn_lm_eval.system.ray_jobs import Needs, run_jobs
 from knn_lm_eval.system.sampling import draw_entries
 from knn_lm_eval.system.seals import write_sealed_json
 
@@ -301,9 +302,10 @@ def _add_in_parts(
             for number, job in jobs.items():
                 records[number] = _build_part(*job, bar)
         else:
-            for number, record in run_tasks(ray, _build_part, jobs):
-                records[number] = record
-                bar.update(record["stop"] - record["start"])
+            for done in run_jobs(Head(ray), _build_part, jobs, Needs(whole_node=True)):
+                if done is not None:
+                    number, records[done[0]] = done
+                    bar.update(records[number]["stop"] - records[number]["start"])
     unfinished.seconds["add"] = time.perf_counter() - began
     return [records[number] for number in range(parts)]
 
