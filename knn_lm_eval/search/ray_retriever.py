@@ -113,10 +113,12 @@ class ShardedRetriever(Retriever):
     def _shards_counted(self) -> Iterator[None]:
         shards, statistics = self.shards, self.statistics
         before = shards.restarts, shards.bytes_sent, shards.bytes_received
-        yield
-        statistics.restarts += shards.restarts - before[0]
-        statistics.bytes_sent += shards.bytes_sent - before[1]
-        statistics.bytes_received += shards.bytes_received - before[2]
+        try:
+            yield
+        finally:
+            statistics.restarts += shards.restarts - before[0]
+            statistics.bytes_sent += shards.bytes_sent - before[1]
+            statistics.bytes_received += shards.bytes_received - before[2]
 
 
 class RayRetriever(ShardedRetriever, IndexRetriever):
