@@ -25,7 +25,7 @@ DOUBT_SECONDS = 3.0  # of silence, after which another replica is asked as well
 SILENT_SECONDS = 20.0  # after which a seat counts as lost, whatever the head says of its node
 START_SECONDS = 240.0  # that an actor may take to start
 OPEN_SECONDS = 0.05  # between two looks while all open
-AVOID_SECONDS = 60.0  # for which no seat is started on a node where one was silent
+AVOID_SECONDS = 60.0  # for which a node where one was lost gets no other
 
 
 class Seat:
@@ -120,7 +120,9 @@ class Seats:
             )
         self._losses: Counter[int] = Counter()  # by shard, of seats that had opened it, during one question
         self._failures: Counter[int] = Counter()  # by shard, of seats in a row that had not
-        self._avoided: dict[str, float] = {}  # nodes by id, until when
+        # Nodes by id, until when: where one died others go if there is another, where one was silent in no case.
+        self._avoided: dict[str, float] = {}
+        self._closed: dict[str, float] = {}
         self._last_nodes = [""] * len(arguments)
         self._all_were_opened = False
         self._turn, self.restarts, self._looked = 0, 0, time.monotonic()
@@ -211,8 +213,8 @@ class Seats:
                 raise UserError(f"{self._name(number)}: {error.cause}") from error
             words = str(error.cause)
         (self._losses if seat.opened else self._failures)[number] += 1
-        if isinstance(error, (TimeoutError, self._ray.exceptions.RayTaskError)):
-            self._avoided[seat.node.id] = time.monotonic() + AVOID_SECONDS
+        refused = isinstance(error, (TimeoutError, self._ray.exceptions.RayTaskError))
+        (self._closed if refused else self._avoided)[seat.node.id] = time.monotonic() + AVOID_SECONDS
         seat.is_lost = True
         kill_actor(self._ray, seat.actor)
         self.of_shards[number].remove(seat)
@@ -223,8 +225,9 @@ class Seats:
                 f"{self._name(number)} is lost, after {RESTARTS} restarts at most ({words}{also}); see to the node, "
                 f"and run again."
             ) from error
+        lost = self._name_of(number), seat.node.name
         goes_on = "; a replica goes on" if self.of_shards[number] else ""
-        logger.warning("%s is lost there (%s)%s.", self._name(number), words, goes_on)
+        logger.warning("The shard with %s on the node %s is lost (%s)%s.", *lost, words, goes_on)
 
     def _fill(self) -> None:
         """Start seats where shards have fewer than they should and there is a node for another."""
@@ -235,14 +238,13 @@ class Seats:
 
     def _place(self, number: int) -> Node | None:
         """The node for one more seat of a shard, with the fewest seats; None where there is none."""
-        holding = {seat.node.id for seat in self.of_shards[number]}
-        nodes = [
-            node
-            for node in self._head.workers
-            if node.id not in holding and self._avoided.get(node.id, 0.0) < time.monotonic()
-        ]
+        now = time.monotonic()
+        barred = {seat.node.id for seat in self.of_shards[number]} | {
+            id for id, end in self._closed.items() if end > now
+        }
+        nodes = [node for node in self._head.workers if node.id not in barred]
         taken = Counter(seat.node.id for seats in self.of_shards for seat in seats)
-        return min(nodes, key=lambda node: taken[node.id], default=None)
+        return min(nodes, key=lambda node: (self._avoided.get(node.id, 0.0) > now, taken[node.id]), default=None)
 
     def _start(self, number: int, node: Node) -> Seat:
         self._last_nodes[number] = node.name
