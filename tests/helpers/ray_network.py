@@ -26,6 +26,7 @@ from helpers.network import Network
 from knn_lm_eval.system.ray_cluster import ENVIRONMENT
 
 PORT, OBJECT_STORE = 6379, 100 * 2**20
+START_SECONDS = 120.0
 READY, DO = "Ray runtime started", "DO "
 BATCHES, AFTER = 5, 4  # measured; after something was done
 
@@ -42,7 +43,8 @@ class RayNetwork(Network):
     def __init__(self, nodes: int, **settings: str) -> None:
         super().__init__(nodes)
         # A token that lies about on this machine would be asked for by some and not sent by others.
-        self._environment = os.environ | ENVIRONMENT | {"RAY_AUTH_MODE": "disabled"} | settings
+        own = {"RAY_AUTH_MODE": "disabled", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        self._environment = os.environ | ENVIRONMENT | own | settings
 
     def __enter__(self) -> RayNetwork:
         super().__enter__()
@@ -52,8 +54,7 @@ class RayNetwork(Network):
             for node in self.nodes[1:]:
                 self._start_ray(node, f"--address={self.ray_address}", "--num-cpus=1")
             for node in self.nodes:
-                while READY not in self._log(node).read_text():
-                    time.sleep(0.1)
+                self._wait_for(node)
         except BaseException:
             self.__exit__()
             raise
@@ -80,7 +81,14 @@ class RayNetwork(Network):
         program = ["-c", "from ray.scripts.scripts import main; main()", "start", "--block", "--disable-usage-stats"]
         log = self._log(node).open("w")
         self.python(node, *program, f"--object-store-memory={OBJECT_STORE}", *place, *how, stdout=log, stderr=log)
-        while node == 1 and READY not in self._log(node).read_text():
+        if node == 1:
+            self._wait_for(node)
+
+    def _wait_for(self, node: int) -> None:
+        began = time.monotonic()
+        while READY not in (said := self._log(node).read_text()):
+            if time.monotonic() - began > START_SECONDS:
+                raise TimeoutError(f"Ray has not started on node {node}: {said}")
             time.sleep(0.1)
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -225,6 +226,37 @@ def test_a_shard_that_does_not_start_again_in_time_ends_the_run(
     monkeypatch.setattr(ray_seats, "START_SECONDS", 60.0)
     np.testing.assert_array_equal(retriever.find(QUERIES)[0], expected[0])
     assert retriever.statistics.restarts == 1
+
+
+def test_with_replicas_a_run_goes_on_where_one_dies(
+    address: str, in_parts: Datastore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    retriever = RayRetriever(in_parts, k=5, index="rabitq", address=address, replicas=2)
+    seats = retriever.shards.seats.of_shards
+    assert [len({seat.node.id for seat in of_shard}) for of_shard in seats] == [2, 2]
+    expected = LocalRetriever(in_parts, k=5, index="rabitq").find(QUERIES)
+    monkeypatch.setattr(ray_seats, "SILENT_SECONDS", 4.0)
+    stopped = ray.get(seats[0][1].actor.is_there.remote()).pid  # the first question to this shard goes there
+    os.kill(stopped, signal.SIGSTOP)
+    try:
+        for _ in range(3):
+            for mine, theirs in zip(retriever.find(QUERIES), expected, strict=True):
+                np.testing.assert_array_equal(mine, theirs)
+        assert retriever.statistics.restarts == 0  # nobody waited for that
+        assert seats[0][1].silence > ray_seats.DOUBT_SECONDS
+    finally:
+        os.kill(stopped, signal.SIGKILL)
+    deadline = time.monotonic() + 60
+    while retriever.statistics.restarts == 0 and time.monotonic() < deadline:
+        retriever.find(QUERIES)
+    assert retriever.statistics.restarts == 1
+
+
+def test_more_replicas_than_nodes_are_refused(address: str, in_parts: Datastore) -> None:
+    with pytest.raises(UserError, match=r"replicas=3 takes as many nodes with a CPU, and the Ray cluster .* has 2"):
+        RayRetriever(in_parts, k=5, index="rabitq", address=address, replicas=3)
+    with pytest.raises(UserError, match="replicas=2 is for Ray"):
+        KNNHF("none", datastore=in_parts.path, k=5, replicas=2)
 
 
 def test_a_node_that_does_not_see_the_folder_says_so(in_parts: Datastore, tmp_path: Path) -> None:
