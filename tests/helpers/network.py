@@ -64,6 +64,7 @@ class Network:
             _ip("-n", name, "address", "add", f"{self.address(node)}/24", "dev", tap)
             _ip("-n", name, "link", "set", tap, "txqueuelen", str(QUEUED_FRAMES), "up")
             _ip("-n", name, "link", "set", "lo", "up")
+            _ip("-n", name, "route", "add", "default", "dev", tap)  # programs ask for their address by it
         return self
 
     def __exit__(self, *error: object) -> None:
