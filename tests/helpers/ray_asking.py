@@ -1,6 +1,6 @@
 """A process on a node of a ``RayNetwork`` that asks for neighbours while links are cut; prints what happened as JSON.
 
-python tests/helpers/ray_asking.py ADDRESS STORE worker|head
+python tests/helpers/ray_asking.py ADDRESS STORE
 """
 
 from __future__ import annotations
@@ -25,17 +25,14 @@ QUERIES = np.random.default_rng(3).standard_normal((64, 16)).astype(np.float32) 
 
 
 def main() -> None:
-    address, store, cut = sys.argv[1:]
-    ray_seats.SILENT_SECONDS, ray_cluster.HEAD_SECONDS = 8.0, 8.0
+    address, store = sys.argv[1:]
+    ray_seats.SILENT_SECONDS = 8.0
     datastore = Datastore.open(Path(store), verify="never")
     ray = ray_cluster.connect(address)
     while sum(bool(node["Resources"].get("CPU")) for node in ray.nodes()) < 2:
         time.sleep(0.1)
     try:
-        if cut == "head":
-            cut_the_head(datastore, address)
-        else:
-            cut_the_workers(datastore, address)
+        cut_the_workers(datastore, address)
     except UserError as error:
         print(json.dumps({"error": str(error)}), flush=True)
         sys.exit(1)
@@ -56,15 +53,6 @@ def cut_the_workers(datastore: Datastore, address: str) -> None:
         tell(retriever)
     have_done("cut 3")
     tell(once)
-
-
-def cut_the_head(datastore: Datastore, address: str) -> None:
-    retriever = RayRetriever(datastore, 5, 4, address=address)
-    retriever.find(QUERIES)
-    have_done("cut 1")
-    while True:
-        retriever.find(QUERIES)
-        time.sleep(0.5)
 
 
 def timed(work: Callable[[], Any]) -> tuple[float, Any]:
