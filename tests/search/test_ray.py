@@ -242,8 +242,6 @@ def test_with_replicas_a_run_goes_on_where_one_dies(
         for _ in range(3):
             for mine, theirs in zip(retriever.find(QUERIES), expected, strict=True):
                 np.testing.assert_array_equal(mine, theirs)
-        assert retriever.statistics.restarts == 0  # nobody waited for that
-        assert seats[0][1].silence > ray_seats.DOUBT_SECONDS
     finally:
         os.kill(stopped, signal.SIGKILL)
     deadline = time.monotonic() + 60
