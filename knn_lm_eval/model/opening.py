@@ -212,9 +212,11 @@ def _open_retriever(settings: RetrievalSettings, store: Datastore) -> Retriever:
         from knn_lm_eval.search.ray_retriever import RayExactRetriever, RayRetriever
 
         if index is None:
-            return RayExactRetriever(store, settings.k, settings.knn_sim_func, settings.address)
+            return RayExactRetriever(store, settings.k, settings.knn_sim_func, settings.address, settings.replicas)
         searching = settings.k, settings.probe, settings.knn_sim_func, settings.recompute_dists
-        return RayRetriever(store, *searching, index, settings.address)
+        return RayRetriever(store, *searching, index, settings.address, settings.replicas)
+    if settings.replicas > 1:
+        raise UserError(f"replicas={settings.replicas} is for Ray: give retriever=ray as well, or leave it out.")
     if settings.knn_gpu:
         return _open_on_gpus(settings, store, index)
     if index is None:
@@ -261,7 +263,7 @@ def _record(settings: RetrievalSettings, retriever: Retriever, key_type: str) ->
         "index": retriever.name,
     }
     if settings.retriever != "local":
-        record |= {name: getattr(settings, name) for name in ("retriever", "address")}
+        record |= {name: getattr(settings, name) for name in ("retriever", "address", "replicas")}
     if settings.retomaton:
         record |= {name: getattr(settings, name) for name in ("retomaton", "no_pointer", "clusters", "duplicates")}
     return record
