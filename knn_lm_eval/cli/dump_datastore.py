@@ -9,10 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from knn_lm_eval.cli.arguments import (
     BATCH_SIZE,
+    TEXT_ARGUMENTS,
     add_key_arguments,
     add_model_arguments,
     add_output,
+    add_text_arguments,
     check_at_least_one,
+    check_text,
     read_model_args,
     whole_number,
 )
@@ -31,23 +34,7 @@ def parse_arguments() -> argparse.Namespace:
         "as for lm_eval --model hf: pretrained=NAME,dtype=float16,peft=...",
         max_length="the model's limit, at most 1024",
     )
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--text", type=Path, help="a UTF-8 text file")
-    source.add_argument(
-        "--dataset",
-        help="a `datasets` data set: hub id, local folder, or a .jsonl, .parquet, .csv or .txt file",
-    )
-    parser.add_argument("--config", help="the data set's configuration (its `name`)")
-    parser.add_argument("--split", default="train", help="the data set's split (default: train)")
-    parser.add_argument("--text_column", default="text", help="the data set's column (default: text)")
-    parser.add_argument("--streaming", action="store_true", help="stream the data set instead of downloading it")
-    parser.add_argument(
-        "--documents",
-        choices=["line", "blank-line", "file", "wikitext"],
-        default="line",
-        help="what a document is: each line or row (default), separated by blank lines, the whole file (one token "
-        "stream), or a WikiText article",
-    )
+    add_text_arguments(parser)
     add_output(parser, "the folder to write")
     add_key_arguments(
         parser,
@@ -102,8 +89,7 @@ def _keys_kept(text: str) -> int | str:
 
 def check(arguments: argparse.Namespace) -> None:
     """Raise UserError for mistakes that show without loading anything."""
-    if arguments.text and not arguments.text.is_file():
-        raise UserError(f"There is no text file {arguments.text}.")
+    check_text(arguments)
     check_at_least_one(arguments, "max_tokens")
     if arguments.workers is not None and arguments.ray is None:
         raise UserError("--workers is for --ray; without it, torchrun or accelerate starts several processes.")
@@ -139,8 +125,7 @@ def main(arguments: argparse.Namespace) -> None:
     from knn_lm_eval.make.text import TextSource
     from knn_lm_eval.system.processes import Processes
 
-    names = ("text", "dataset", "config", "split", "text_column", "streaming", "documents")
-    source = TextSource(**{name: getattr(arguments, name) for name in names})
+    source = TextSource(**{name: getattr(arguments, name) for name in TEXT_ARGUMENTS})
     if arguments.ray is not None:
         from knn_lm_eval.make.ray_dump import DumpPlan, dump_on_ray
 

@@ -42,7 +42,7 @@ from knn_lm_eval.store.clusters import (
 from knn_lm_eval.store.datastore import Datastore
 from knn_lm_eval.store.index_files import DEFAULT_INDEX
 from knn_lm_eval.store.key_stream import ADD_CHUNK, number_entries
-from knn_lm_eval.store.manifest import forget_derived, now, record_derived
+from knn_lm_eval.store.manifest import check_unchanged, forget_derived, now, record_derived
 from knn_lm_eval.store.names import check_new_name
 from knn_lm_eval.system.checkpoints import PROGRESS, SavedStates
 from knn_lm_eval.system.files import (
@@ -98,6 +98,7 @@ def cluster_kmeans(
         disk is full.
     """
     keys = datastore.require_keys("clustering")
+    datastore.require_all("clustering")
     datastore.require_text_order("clustering, which is for RetoMaton,")
     count = len(datastore)
     num_clusters = max(1, count // ENTRIES_PER_CLUSTER) if num_clusters is None else num_clusters
@@ -184,6 +185,7 @@ def cluster_greedy_merge(
         full.
     """
     datastore.require_keys("clustering")
+    datastore.require_all("clustering")
     datastore.require_text_order("clustering, which is for RetoMaton,")
     searched = NeighbourSearch.open(datastore, k, index, probe, memory)
     settings = {"method": "greedy_merge", **searched.settings}
@@ -250,6 +252,7 @@ class UnfinishedClusters:
         arrays = self._write_arrays(cluster_of_entry, num_clusters)
         written = {self.folder / f"{name}.npy.tmp": self.folder / f"{name}.npy" for name in arrays}
         names = [f"clusters/{self._name}/{name}" for name in (METADATA, *(path.name for path in written.values()))]
+        check_unchanged(self._datastore.path, self._datastore.keys_checksum, f"the clusters {self._name} were made")
         forget_derived(self._datastore.path, names)
         (self.folder / METADATA).unlink(missing_ok=True)
         for temporary, path in written.items():

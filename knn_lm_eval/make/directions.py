@@ -14,8 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from knn_lm_eval.errors import UserError
-from knn_lm_eval.lm.language_model import LanguageModel
-from knn_lm_eval.make.window_keys import keys_of_windows
+from knn_lm_eval.make.key_reading import KeyReader, entries_in
 from knn_lm_eval.make.windows import Window, WindowSettings, batches, cut_windows
 from knn_lm_eval.store.datastore import Datastore
 from knn_lm_eval.store.manifest import PROJECTION, ProjectionRecord
@@ -97,22 +96,20 @@ def principal_directions(sample: Iterable[np.ndarray], width: int, dimension: in
 
 
 def sample_of_text(
-    model: LanguageModel,
-    prefix_token_id: int,
-    values: np.ndarray,
-    document_starts: np.ndarray,
-    settings: WindowSettings,
-    keys: int,
-    show_progress: bool = False,
+    reader: KeyReader, document_starts: np.ndarray, keys: int, show_progress: bool = False
 ) -> Iterator[np.ndarray]:
-    """About so many keys of a text, those of windows drawn at random: float32 ``[n, width]``, a window's at a time."""
-    windows = draw_windows(document_starts, len(values), settings, keys)
-    drawn = sum(window.stop - window.start for window in windows)
+    """About so many keys of a text, those of windows drawn at random: float16 ``[n, width]``, a batch's at a time.
+
+    Parameters
+    ----------
+    reader : of the text's whole keys.
+    """
+    windows = draw_windows(document_starts, len(reader.values), reader.windows, keys)
+    drawn = entries_in(windows)
     with tqdm(total=drawn, unit=" tokens", unit_scale=True, desc="Sampling keys", disable=not show_progress) as bar:
-        for batch in batches(windows, settings):
-            for of_window in keys_of_windows(model, prefix_token_id, values, batch):
-                yield of_window.float().cpu().numpy()
-                bar.update(len(of_window))
+        for batch in batches(windows, reader.windows):
+            yield reader.of_batch(batch)
+            bar.update(entries_in(batch))
 
 
 def draw_windows(document_starts: np.ndarray, count: int, settings: WindowSettings, entries: int) -> list[Window]:

@@ -286,9 +286,8 @@ class Dump:
         if self.shared is not None:
             return copy_projection(self.shared, self.output)
         values, starts = self._text()
-        keys = sample_size(self.width)
-        prefix = self.lm.prefix_token_id
-        sample = sample_of_text(self.model, prefix, values, starts, self.windows, keys, show_progress=True)
+        reader = KeyReader(self.model, self.lm.prefix_token_id, self.windows, self.width, values)
+        sample = sample_of_text(reader, starts, sample_size(self.width), show_progress=True)
         return write_projection(self.output, sample, self.width, self.dimension)
 
     def _text(self) -> tuple[np.ndarray, np.ndarray]:

@@ -53,6 +53,7 @@ def grow_datastore(
     for source in sources:
         source.require_text_order("growing")
         source.require_keys("growing")
+        source.require_all("growing")
     output = check_new_folder(output)
     with disk_errors_in(output), finished_folder(output) as folder:
         check_free_space(folder, entries * (2 * sources[0].dimension + 4), f"{entries:,} entries")
@@ -69,6 +70,7 @@ def grow_datastore(
             keys=NPY_KEYS,  # an imported source has a raw array
             source={"grown_from": [str(source.path) for source in sources], "noise": noise, "seed": seed},
             files={name: file_record(folder / name) for name in names},
+            appended=[],
             derived={},
         )
         manifest.write(folder)

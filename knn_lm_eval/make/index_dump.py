@@ -11,6 +11,7 @@ index is measured in the end: later they are gone.
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +25,7 @@ from knn_lm_eval.make.dump_progress import (
     FAILED,
     START_ANEW,
     Run,
+    count_entries,
     dump_states,
     entries_done,
     joined,
@@ -51,6 +53,7 @@ from knn_lm_eval.system.checkpoints import SavedStates
 from knn_lm_eval.system.files import check_free_space
 
 SEGMENT_ENTRIES = 2**20
+LOOK_EVERY_SECONDS = 5.0  # at how many entries are done, in a file for each segment
 SEGMENTS_EACH = 4  # for each of several processes, so that they end at about the same time
 WORK = "dump.part"  # the folder, in the dump's, of what goes when it is finished
 
@@ -129,7 +132,7 @@ class IndexDump:
             left = self.build.unfinished()
         else:
             left = self.segments
-        there = joined([*notes.get("sampled", []), *runs_noted(self.work.glob("sampled.*.json"))])
+        there = joined([*notes.get("sampled", []), *self._sampled_now()])
         runs = self._in_place(runs_written(self.output), left)
         work = {
             "runs_done": runs,
@@ -176,6 +179,15 @@ class IndexDump:
             f"the index of {count:,} tokens while it is made ({sizes['index']} GiB), keys of a sample "
             f"({sizes['sample']}) and keys on their way ({sizes['keys']}), with the neighbours of held-out entries,",
         )
+
+    def _sampled_now(self) -> list[Run]:
+        """The sample's rows that were read since ``prepare``."""
+        return runs_noted(self.work.glob("sampled.*.json"))
+
+    def sample_read(self) -> tuple[int, int]:
+        """How many of the sample's keys are there, and how many there will be."""
+        runs = joined([*self.states.notes()["sampled"], *self._sampled_now()])
+        return count_entries(runs), len(self.sample.drawn)
 
     def read_sample(self, reader: KeyReader, share: int, shares: int) -> None:
         """Read one of ``shares`` parts of the sample that was not read when ``prepare`` ended."""
@@ -238,7 +250,7 @@ class IndexDump:
         numbers = notes["segments_left"]
         begin, end = (len(numbers) * number // shares for number in (share, share + 1))
         mine = [self.segments[number] for number in numbers[begin:end]]
-        gathering = {one.number: self._gathering(one) for one in mine}
+        gathering, looked = {one.number: self._gathering(one) for one in mine}, 0.0
         for one, of_segment in self._with_chunks(mine):
             if one.file.exists():
                 continue
@@ -252,8 +264,8 @@ class IndexDump:
                     keys = reader.of_chunk(chunk, begin, end, bar.update)
                     for spool in filter(None, (after, here)):
                         spool.take(begin, keys)
-                    if not bar.disable:  # with what the others have done
-                        bar.n = entries_done(self.output)
+                    if not bar.disable and time.monotonic() - looked > LOOK_EVERY_SECONDS:
+                        bar.n, looked = entries_done(self.output), time.monotonic()  # with what the others have done
                         bar.refresh()
             self._write_segment(one, here.file)
 

@@ -49,9 +49,7 @@ class IndexPlan:
                 faiss.index_factory(64, self.factory, METRICS[self.sim_func])
             except RuntimeError as error:  # others depend on the width of the keys
                 if "could not parse" in str(error):
-                    raise UserError(
-                        f"faiss does not know an index {self.factory!r}; choose another --factory."
-                    ) from error
+                    raise UserError(f"faiss knows no index {self.factory!r}; choose another --factory.") from error
 
     def chosen_factory(self, count: int, dimension: int) -> str:
         """The factory string for so many keys; raises UserError where it, or the parts, are not for them."""

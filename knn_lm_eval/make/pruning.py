@@ -196,6 +196,7 @@ def prune_greedy_merge(
     """
     folder = Path(os.path.abspath(output))
     datastore.require_keys("pruning")
+    datastore.require_all("pruning")
     searched = NeighbourSearch.open(datastore, neighbours, index, probe, memory)
     method = {"method": "greedy_merge", "neighbours": neighbours} | {
         name: value for name, value in searched.settings.items() if name != "k"
@@ -264,6 +265,7 @@ def _sum_weights(absorber: np.ndarray, counts: np.ndarray, weights: np.ndarray) 
 
 def _check(datastore: Datastore, output: str | Path) -> Path:
     datastore.require_keys("pruning")
+    datastore.require_all("pruning")
     return check_new_folder(output)
 
 
@@ -303,6 +305,7 @@ def _write(
             files={name: file_record(folder / name) for name in names},
             created=now(),
             versions={"knn_lm_eval": __version__},
+            appended=[],
             derived={},
         )
         manifest.write(folder)

@@ -5,6 +5,7 @@ All nodes must see the datastore's folder, the text and the model under the same
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from tqdm import tqdm
 from knn_lm_eval.lm.loading import CausalHFLM
 from knn_lm_eval.make.dump import Dump, finish_dump, one_dump_in, train_index_of
 from knn_lm_eval.make.dump_progress import entries_done, entries_in_all
+from knn_lm_eval.make.index_dump import IndexDump
 from knn_lm_eval.make.text import TextSource
 from knn_lm_eval.store.datastore import Datastore
 from knn_lm_eval.system.ray_cluster import connect, finished_tasks
@@ -74,7 +76,8 @@ def dump_on_ray(address: str, plan: DumpPlan, workers: int | None = None, resume
         if plan.settings.get("keys") == "none":
             read_sample = for_shares(_read_sample)
             tasks = [read_sample.remote(plan, share, workers) for share in range(workers)]
-            _wait_for(ray, tasks, "Reading a sample", plan.output)
+            index_dump = IndexDump(plan.output)
+            _wait_for(ray, tasks, "Reading a sample", plan.output, index_dump.sample_read)
             train_index_of(plan.output)
         write_share = for_shares(_write_share)
         tasks = [write_share.remote(plan, share, workers) for share in range(workers)]
@@ -95,10 +98,16 @@ def _write_share(plan: DumpPlan, share: int, shares: int) -> None:
     plan.begin().write_share(share, shares)
 
 
-def _wait_for(ray: Any, tasks: list[Any], doing: str, output: Path) -> None:
+def _wait_for(
+    ray: Any, tasks: list[Any], doing: str, output: Path, progress: Callable[[], tuple[int, int]] | None = None
+) -> None:
+    """Wait for tasks; ``progress`` tells how many tokens are done, and of how many (None: of the whole text)."""
     then = "what is written is kept: go on with --resume"
     with tqdm(unit=" tokens", unit_scale=True, desc=doing) as bar:
         for _ in finished_tasks(ray, tasks, LOOK_EVERY_SECONDS, then):
-            if (total := entries_in_all(output)) is not None:
+            if progress is not None:
+                bar.n, bar.total = progress()
+                bar.refresh()
+            elif (total := entries_in_all(output)) is not None:
                 bar.total, bar.n = total, entries_done(output)
                 bar.refresh()

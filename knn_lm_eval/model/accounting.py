@@ -64,7 +64,8 @@ def describe_store(retriever: Retriever) -> dict[str, Any]:
     return {
         "datastore": {
             "path": str(store.path.resolve()),
-            "entries": len(store),
+            "entries": store.kept,
+            **({} if store.removed is None else {"removed_documents": len(store.removed.documents)}),
             "dimension": store.dimension,
             **({} if store.projection is None else {"projected_from": store.manifest.width}),
             "keys_sha256": store.keys_checksum,

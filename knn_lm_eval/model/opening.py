@@ -170,10 +170,11 @@ def open_automaton(
     retriever, distances = retriever.with_distances()
     csr = None if clusters is None else (clusters.cluster_of_entry, clusters.member_starts, clusters.members)
     arrays = retriever.values, store.document_starts, csr
+    kept = None if store.removed is None else store.removed.kept_bits
     if isinstance(distances, CodeDistances):
         by_codes, prepare = distances.of_transformed, distances.transformed
-        return Automaton(*arrays, retriever.find, by_codes, settings, now, prepare), retriever
-    return Automaton(*arrays, retriever.find, distances, settings, now), retriever
+        return Automaton(*arrays, retriever.find, by_codes, settings, now, prepare, kept), retriever
+    return Automaton(*arrays, retriever.find, distances, settings, now, kept=kept), retriever
 
 
 def _warn_of_untuned_defaults(given: RetrievalSettings, in_force: SettingsInForce, tuned: Params | None) -> None:

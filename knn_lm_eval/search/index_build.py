@@ -30,11 +30,12 @@ from knn_lm_eval.search.faiss_index import (
     join_parts,
     read_index,
 )
+from knn_lm_eval.search.index_reading import reason_of
 from knn_lm_eval.search.list_files import ID_BYTES
 from knn_lm_eval.search.segments import join_segments
 from knn_lm_eval.store.index_files import IndexFiles, IndexJSON
 from knn_lm_eval.store.key_stream import key_chunks
-from knn_lm_eval.store.manifest import forget_derived, record_derived
+from knn_lm_eval.store.manifest import check_unchanged, forget_derived, record_derived
 from knn_lm_eval.system.checkpoints import SavedStates
 from knn_lm_eval.system.files import check_free_space, replace_file
 from knn_lm_eval.system.json_schema import Positive
@@ -223,6 +224,7 @@ class IndexBuild:
         Wherever this ends, it can be done again.
         """
         files = self.files
+        check_unchanged(files.folder, metadata["keys_sha256"], f"the index {files.name} was built")
         forget_derived(files.folder, [files.metadata.name, *self._replaced()])
         record_derived(files.folder, self.put_in_place(metadata))
         self.states.remove()  # with it the trained index
@@ -300,8 +302,14 @@ def add_keys(index: faiss.Index, keys: np.ndarray) -> Iterator[int]:
 
 
 def read_trained(path: Path) -> faiss.Index:
-    """Read an index file to add to it: into memory, and without the tables of searches."""
-    return faiss.read_index(str(path), faiss.IO_FLAG_SKIP_PRECOMPUTE_TABLE)
+    """Read an unfinished index file to add to it: into memory, and without the tables of searches.
+
+    Raises UserError where it is damaged.
+    """
+    try:
+        return faiss.read_index(str(path), faiss.IO_FLAG_SKIP_PRECOMPUTE_TABLE)
+    except RuntimeError as error:
+        raise UserError(f"{path} is damaged ({reason_of(error)}); build the index anew, without --resume.") from error
 
 
 def write_index(index: faiss.Index, path: Path) -> None:

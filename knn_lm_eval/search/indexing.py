@@ -27,7 +27,7 @@ from knn_lm_eval.search.quality import measure_quality
 from knn_lm_eval.search.segments import can_be_joined
 from knn_lm_eval.search.training import sample_size, train_index
 from knn_lm_eval.store.datastore import Datastore
-from knn_lm_eval.store.index_files import DEFAULT_INDEX, IndexFiles
+from knn_lm_eval.store.index_files import DEFAULT_INDEX, MOST_PARTS, IndexFiles
 from knn_lm_eval.store.key_stream import keys_of
 from knn_lm_eval.system.files import disk_errors_in
 from knn_lm_eval.system.locks import locked
@@ -37,7 +37,6 @@ from knn_lm_eval.system.sampling import draw_entries
 logger = logging.getLogger(__name__)
 
 CHECKPOINT_SECONDS = 300
-MOST_PARTS = 1000  # their numbers have three digits
 
 
 def build_index(
@@ -97,6 +96,7 @@ def build_index(
         Ray task fails.
     """
     datastore.require_keys("building an index")
+    datastore.require_all("an index")
     factory = _checked_factory(datastore, factory, sim_func, budget, hardware, gpu_memory)
     _check_budget(budget, quality_queries, lm_microseconds)
     files = IndexFiles(datastore.path, name)

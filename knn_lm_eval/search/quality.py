@@ -86,6 +86,7 @@ class HeldOutQueries:
     @classmethod
     def draw(cls, datastore: Datastore, count: int, k: int, knn_temp: float, seed: int) -> HeldOutQueries:
         """At random; ``k`` of the other entries, or all."""
+        datastore.require_all("measuring an index")
         entries = draw_entries(len(datastore), count, seed)  # [n]
         keys = finite_keys(datastore.require_keys("measuring an index")[entries])  # [n, dimension]
         return cls(datastore, entries, keys, min(k, len(datastore) - 1), knn_temp)

@@ -29,6 +29,7 @@ from knn_lm_eval.search.sign_codes import SignSearch
 from knn_lm_eval.store.datastore import Datastore
 from knn_lm_eval.store.index_files import IndexPart, find_parts
 from knn_lm_eval.store.manifest import KEYS
+from knn_lm_eval.store.removed import Removed
 from knn_lm_eval.system.ray_cluster import connect
 
 RESTARTS = 3  # of each shard
@@ -103,8 +104,8 @@ class Shard:
     def _nearest(self, queries: np.ndarray, k: int, probe: int | None) -> tuple[np.ndarray, np.ndarray, int]:
         """Distances and entries ``[n, k]``, counted from the part's first, and how many were compared."""
         if self._signs is not None and probe is not None:
-            return self._signs.search(queries, k, probe)
-        distances, entries = search(self._index, queries, k, probe)
+            return self._signs.search(queries, k, probe, self._removed)
+        distances, entries = search(self._index, queries, k, probe, self._removed)
         return distances, entries, vectors_compared(self._index, len(queries))
 
     @cached_property
@@ -130,6 +131,12 @@ class Shard:
         return SignSearch.open(self._datastore, self._index, self.index_name, number)
 
     @cached_property
+    def _removed(self) -> Removed | None:
+        """The entries that do not count, as the part numbers them."""
+        removed = self._datastore.removed
+        return None if removed is None else removed.of_part(self.part.first_id)
+
+    @cached_property
     def _codes(self) -> CodeDistances:
         return CodeDistances.read(self._datastore, self._index, self.index_name)
 
@@ -151,14 +158,24 @@ class ExactShard(Shard):
 
     def _nearest(self, queries: np.ndarray, k: int, probe: int | None) -> tuple[np.ndarray, np.ndarray, int]:
         distances, entries = np.full((len(queries), k), np.inf, np.float32), np.full((len(queries), k), -1)
-        there = min(k, self.part.stop - self.part.start)
+        there = min(k, self._kept)
         distances[:, :there], entries[:, :there] = self._exact.search(queries, there)
-        return distances, entries, len(queries) * (self.part.stop - self.part.start)
+        return distances, entries, len(queries) * self._kept
 
     @cached_property
     def _exact(self) -> ExactSearch:
         keys = self._datastore.require_keys("exact search")
-        return ExactSearch(keys[self.part.start : self.part.stop], self.sim_func)
+        return ExactSearch(keys[self.part.start : self.part.stop], self.sim_func, removed=self._removed)
+
+    @cached_property
+    def _removed(self) -> Removed | None:
+        removed = self._datastore.removed
+        return None if removed is None else removed.of_part(self.part.start, self.part.stop)
+
+    @property
+    def _kept(self) -> int:
+        """How many entries are compared."""
+        return self.part.stop - self.part.start if self._removed is None else self._removed.kept
 
 
 def count_nodes(address: str) -> int:

@@ -76,10 +76,10 @@ class SearchSettings:
 
     def check(self, datastore: Datastore) -> None:
         """Raise UserError where one does not fit the store."""
-        if not 1 <= self.k <= len(datastore):
+        if not 1 <= self.k <= datastore.kept:
             raise UserError(
-                f"k={self.k} does not fit the datastore {datastore.path}, which has {len(datastore)} entries; "
-                f"choose 1 <= k <= {len(datastore)}."
+                f"k={self.k} does not fit the datastore {datastore.path}, which has {datastore.kept} entries; "
+                f"choose 1 <= k <= {datastore.kept}."
             )
         if self.probe is not None and self.probe < 1:
             raise UserError(f"probe={self.probe} must be at least 1.")

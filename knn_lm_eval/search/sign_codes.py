@@ -33,6 +33,7 @@ from knn_lm_eval.search.laid_out import LaidOut
 from knn_lm_eval.search.rabitq_lists import has_signs, signs_of_list
 from knn_lm_eval.search.sign_kernels import BLOCK, NOWHERE, lay_out, nearest_lists, products, scan
 from knn_lm_eval.store.datastore import Datastore
+from knn_lm_eval.store.removed import Removed
 from knn_lm_eval.store.verification import Limits
 from knn_lm_eval.system.arrays import map_npy
 from knn_lm_eval.system.files import check_free_space
@@ -108,19 +109,25 @@ class SignCodes:
         dot = index.metric_type == faiss.METRIC_INNER_PRODUCT
         return cls(index, first_id, dot, table, bias, centroids, moved, norms, **arrays)
 
-    def search(self, queries: np.ndarray, k: int, probe: int) -> tuple[np.ndarray, np.ndarray, int]:
-        """Distances float32 and entries int64 ``[n, k]``, and how many were compared; see ``faiss_index.search``."""
+    def search(
+        self, queries: np.ndarray, k: int, probe: int, kept: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray, int]:
+        """Distances float32 and entries int64 ``[n, k]``, and how many were compared; see ``faiss_index.search``.
+
+        ``kept`` has a bit for each of its entries, set for those that count; None where all do.
+        """
         distances = np.empty((len(queries), k), dtype=np.float32)
         entries = np.empty((len(queries), k), dtype=np.int64)
         probe = min(probe, len(self.centroids))
         size = min(QUERIES_AT_ONCE, max(PER_THREAD, -(-len(queries) // max(1, faiss.omp_get_max_threads()))))
         runs = [slice(start, start + size) for start in range(0, len(queries), size)]
+        bits = np.empty(0, dtype=np.uint8) if kept is None else kept
 
         def search_run(run: slice) -> int:
             there = self._transformed(np.ascontiguousarray(queries[run], dtype=np.float32))
             lists, found = self._nearest_lists(there, probe), (distances[run], entries[run])
             of_lists = self.centroids, self.centre, self.dot, self.sizes, self.starts
-            return scan(there, lists, *of_lists, self.codes, self.offsets, self.scales, self.entries, k, *found)
+            return scan(there, lists, *of_lists, self.codes, self.offsets, self.scales, self.entries, bits, k, *found)
 
         compared = _in_threads(search_run, runs)
         entries[entries >= 0] += self.first_id
@@ -188,9 +195,12 @@ class SignSearch:
             opened.append(SignCodes.of(one, first_id, {array: map_npy(of_part / f"{array}.npy") for array in ARRAYS}))
         return cls(opened)
 
-    def search(self, queries: np.ndarray, k: int, probe: int) -> tuple[np.ndarray, np.ndarray, int]:
+    def search(
+        self, queries: np.ndarray, k: int, probe: int, removed: Removed | None = None
+    ) -> tuple[np.ndarray, np.ndarray, int]:
         """As ``faiss_index.search``, with how many entries were compared; equally near ones by their numbers."""
-        found = [part.search(queries, k, probe) for part in self.parts]
+        kept = [None if removed is None else removed.of_part(part.first_id).kept_bits for part in self.parts]
+        found = [part.search(queries, k, probe, bits) for part, bits in zip(self.parts, kept, strict=True)]
         if len(found) == 1:
             return found[0]
         distances = np.concatenate([part for part, _, _ in found], axis=1)  # [n, parts * k]

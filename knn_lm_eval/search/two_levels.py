@@ -1,8 +1,9 @@
 """Very many centroids: trained in two levels, and found by looking at those of the nearest few coarse clusters.
 
 To compare each of ``count`` keys with each of ``clusters`` centroids takes days where both are large, and training ten
-times that: 10^8 times 10^6 distances of 64 numbers are 10^16 operations. Here the keys fall into about sqrt(``PROBE * clusters``) coarse clusters, each is
-cut into centroids of its own, and a key is compared with those of the ``PROBE`` coarse clusters that are nearest to it.
+times that: 10^8 times 10^6 distances of 64 numbers are 10^16 operations. Here the keys fall into about
+sqrt(``PROBE * clusters``) coarse clusters, each is cut into centroids of its own, and a key is compared with those of
+the ``PROBE`` coarse clusters that are nearest to it.
 """
 
 from __future__ import annotations

@@ -186,6 +186,7 @@ class IndexComparison:
         cache: Path,
     ) -> None:
         self.store, self.queries, self.lmbda, self.knn_temp, self.cache = store, queries, lmbda, knn_temp, cache
+        store.require_all("a comparison of indexes")
         if max_k > len(store):
             raise UserError(f"k={max_k} does not fit the datastore {store.path}, which has {len(store)} entries.")
         self._exact = None if store.keys is None else self._exact_neighbours(sim_func, max_k)

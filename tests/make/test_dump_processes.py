@@ -22,6 +22,7 @@ from knn_lm_eval.errors import UserError
 from knn_lm_eval.lm.loading import CausalHFLM
 from knn_lm_eval.make.dump import Dump, dump_datastore, finish_dump
 from knn_lm_eval.make.dump_progress import entries_done, not_done, share_of
+from knn_lm_eval.make.index_plan import IndexPlan
 from knn_lm_eval.make.key_reading import KeyReader
 from knn_lm_eval.make.text import TextSource
 from knn_lm_eval.make.windows import Window
@@ -136,6 +137,37 @@ def test_two_processes_write_what_one_writes(
     assert run.returncode == 0, run.stderr
     assert_same_files(output, alone)
     assert run.stdout.count("Next: lm_eval") == 1
+
+
+@pytest.fixture(scope="module")
+def keyless(tmp_path_factory: pytest.TempPathFactory, model_folder: Path, text_file: Path) -> Datastore:
+    """What one process makes without keys: an index in parts."""
+    lm, folder = CausalHFLM(str(model_folder), device="cpu"), tmp_path_factory.mktemp("stores") / "keyless"
+    index = IndexPlan(factory="IVF4,SQ8", parts=3)
+    return dump_datastore(lm, TextSource(text_file).pieces(), folder, **WINDOWS, keys="none", index=index)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("processes", "more"), [(2, []), (1, ["--ray", "local", "--workers", "2"])], ids=["two", "ray"]
+)
+@pytest.mark.xdist_group("ray")
+def test_several_make_the_index_without_keys_that_one_makes(
+    tmp_path: Path, model_folder: Path, text_file: Path, keyless: Datastore, processes: int, more: list[str]
+) -> None:
+    if more:
+        pytest.importorskip("ray")
+    output = tmp_path / "store"
+    words = ["--keys", "none", "--factory", "IVF4,SQ8", "--parts", "3", *more]
+    run = subprocess.run(
+        command(processes, model_folder, text_file, output, *words), env=ENVIRONMENT, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("without keys. Next: lm_eval") == run.stdout.count("against exact search") == 1
+    assert {path.name for path in output.iterdir()} == {path.name for path in keyless.path.iterdir()}
+    for file in ("values.npy", "document_starts.npy", *(f"index.{number:03d}.faiss" for number in range(3))):
+        assert (output / file).read_bytes() == (keyless.path / file).read_bytes(), file
+    Datastore.open(output, verify="always")
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from helpers.tiny_model import TRAIN_TEXT
 
+from knn_lm_eval.errors import UserError
 from knn_lm_eval.lm.loading import CausalHFLM
 from knn_lm_eval.lm.reading import Reader
 from knn_lm_eval.make import merging
@@ -26,6 +27,7 @@ from knn_lm_eval.search.indexing import build_index
 from knn_lm_eval.store import key_stream
 from knn_lm_eval.store.datastore import Datastore
 from knn_lm_eval.system import checkpoints
+from knn_lm_eval.system.files import write_json
 
 
 @pytest.fixture
@@ -120,6 +122,26 @@ def test_of_an_index(own_store: Datastore, stop, parts: int | None) -> None:
     assert state["settings"] == settings
     build_index(own_store, resume=True, **work)
     assert not list(own_store.path.glob("other*part*"))
+
+
+def test_of_an_index_of_an_earlier_version_there_is_nothing_to_go_on_with(own_store: Datastore, stop, caplog) -> None:
+    work = {"factory": "IVF4,SQ8", "name": "other", "quality_queries": 0}
+    stop(indexing, "_write_segment", 0, lambda: build_index(own_store, **work))
+    notes = own_store.path / "other.faiss.part.json"
+    write_json(notes, {name: value for name, value in read(notes).items() if name != "segment"})
+    build_index(own_store, resume=True, **work)
+    assert "other.faiss.part is of an earlier version: it is begun anew" in caplog.text
+    assert {path.name for path in own_store.path.glob("other*")} == {"other.faiss", "other.json"}
+
+
+def test_a_damaged_unfinished_index_is_named(own_store: Datastore, stop) -> None:
+    work = {"factory": "IVF4,SQ8", "name": "other", "quality_queries": 0}
+    stop(indexing, "_write_segment", 0, lambda: build_index(own_store, **work))
+    trained = own_store.path / "other.faiss.part"
+    trained.write_bytes(trained.read_bytes()[:100])
+    with pytest.raises(UserError, match="other.faiss.part is damaged .*; build the index anew, without --resume"):
+        build_index(own_store, resume=True, **work)
+    build_index(own_store, **work)
 
 
 def test_begun_anew_nothing_of_the_unfinished_index_is_left(own_store: Datastore, stop) -> None:
