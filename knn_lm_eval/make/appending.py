@@ -116,6 +116,12 @@ def _check(store: Datastore, lm: CausalHFLM) -> None:
             f"The datastore {store.path} was imported and does not say in which windows the LM read its text, which "
             f"appending needs; dump the text with dump_datastore."
         )
+    shared = [name for name in (KEYS, VALUES, DOCUMENT_STARTS) if (store.path / name).stat().st_nlink > 1]
+    if shared or any((store.path / name).is_symlink() for name in (KEYS, VALUES, DOCUMENT_STARTS)):
+        raise UserError(
+            f"Arrays of the datastore {store.path} are links, and another datastore may have the same files, to which "
+            f"entries would be added; copy it first."
+        )
     if lm.prefix_token_id != manifest.windows["prefix_token_id"]:
         raise UserError(
             f"The datastore's documents begin with token {manifest.windows['prefix_token_id']}, and this model's with "

@@ -15,12 +15,13 @@ import numpy as np
 from tqdm import tqdm
 
 from knn_lm_eval.compiling import compiled
-from knn_lm_eval.make.clustering import members_by_cluster, summarize
+from knn_lm_eval.make.cluster_summary import summarize
+from knn_lm_eval.make.member_lists import write_arrays
 from knn_lm_eval.search.faiss_index import faiss_gpus
 from knn_lm_eval.store.clusters import ARRAYS, METADATA, Clusters
 from knn_lm_eval.store.datastore import Datastore
 from knn_lm_eval.store.key_stream import SEARCH_CHUNK, key_chunks
-from knn_lm_eval.system.files import write_npy_header
+from knn_lm_eval.system.memory import allowed_bytes
 from knn_lm_eval.system.seals import write_sealed_json
 
 logger = logging.getLogger(__name__)
@@ -74,12 +75,8 @@ def compact_clusters(
 def _write(
     clusters: Clusters, cluster_of_entry: np.ndarray, values: np.ndarray, keys_sha256: str, folder: Path
 ) -> list[str]:
-    arrays = dict(zip(ARRAYS, (cluster_of_entry, *members_by_cluster(cluster_of_entry, len(clusters))), strict=True))
     folder.mkdir(parents=True)
-    for name, array in arrays.items():
-        with open(folder / f"{name}.npy", "wb") as file:
-            write_npy_header(file, array.dtype, array.shape)
-            file.write(array.data)
+    arrays = write_arrays(folder, ".npy", cluster_of_entry, len(clusters), allowed_bytes(None))
     changes = {
         "keys_sha256": keys_sha256,
         "count": len(cluster_of_entry),

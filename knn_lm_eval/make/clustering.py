@@ -17,7 +17,7 @@ import numpy as np
 
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.make.cluster_summary import summarize
-from knn_lm_eval.make.member_lists import count_members, sort_members
+from knn_lm_eval.make.member_lists import write_arrays
 from knn_lm_eval.make.merging import NeighbourSearch, find_absorbers, number_clusters
 from knn_lm_eval.search.faiss_index import faiss_gpus
 from knn_lm_eval.search.kmeans import (
@@ -55,7 +55,6 @@ from knn_lm_eval.system.memory import allowed_bytes
 from knn_lm_eval.system.seals import write_sealed_json
 
 ENTRIES_PER_CLUSTER = 100  # on average, by default; Alon et al. 2022, figures 8 and 9
-COPY_CHUNK = 2**22
 MOST_COMPARED = 2**14  # clusters of which each is compared with each key; beyond, two levels
 
 
@@ -249,7 +248,8 @@ class UnfinishedClusters:
 
     def finish(self, cluster_of_entry: np.ndarray, num_clusters: int, **made_from: Any) -> Clusters:
         """Write the arrays and, last, ``clusters.json``, which says ``made_from`` beside the settings."""
-        arrays = self._write_arrays(cluster_of_entry, num_clusters)
+        memory = allowed_bytes(self.memory)
+        arrays = write_arrays(self.folder, ".npy.tmp", cluster_of_entry, num_clusters, memory)
         written = {self.folder / f"{name}.npy.tmp": self.folder / f"{name}.npy" for name in arrays}
         names = [f"clusters/{self._name}/{name}" for name in (METADATA, *(path.name for path in written.values()))]
         check_unchanged(self._datastore.path, self._datastore.keys_checksum, f"the clusters {self._name} were made")
@@ -274,21 +274,3 @@ class UnfinishedClusters:
         record_derived(self._datastore.path, names)
         self.states.remove()
         return Clusters.open(self._datastore, self._name)
-
-    def _write_arrays(self, cluster_of_entry: np.ndarray, num_clusters: int) -> dict[str, np.ndarray]:
-        """The arrays by their names, each memory-mapped from its file, which has a temporary name yet."""
-        count, memory = len(cluster_of_entry), allowed_bytes(self.memory)
-
-        def new_array(name: str, dtype: type[Any], length: int) -> np.memmap[Any, Any]:
-            return np.lib.format.open_memmap(self.folder / f"{name}.npy.tmp", "w+", dtype, (length,))
-
-        clusters = new_array(ARRAYS[0], cluster_dtype(num_clusters), count)
-        for begin in range(0, count, COPY_CHUNK):
-            clusters[begin : begin + COPY_CHUNK] = cluster_of_entry[begin : begin + COPY_CHUNK]
-        member_starts = new_array(ARRAYS[1], np.int64, num_clusters + 1)
-        count_members(clusters, member_starts, memory // 2)
-        members = new_array(ARRAYS[2], entry_dtype(count), int(member_starts[-1]))
-        sort_members(clusters, member_starts, members, memory // 2)
-        for array in (clusters, member_starts, members):
-            array.flush()
-        return dict(zip(ARRAYS, (clusters, member_starts, members), strict=True))

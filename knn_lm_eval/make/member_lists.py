@@ -7,13 +7,47 @@ clusters once, from the front. What is written at random places then lies close 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from knn_lm_eval.compiling import compiled
+from knn_lm_eval.store.clusters import ARRAYS, cluster_dtype, entry_dtype
 
 READ_CHUNK = 2**24  # entries at a time
+
+
+def write_arrays(
+    folder: Path, ending: str, cluster_of_entry: np.ndarray, num_clusters: int, memory: int
+) -> dict[str, np.ndarray]:
+    """Write the arrays of a clustering, each to the file of its name with this ending.
+
+    Parameters
+    ----------
+    cluster_of_entry : int32 or int64 ``[count]``, may be memory-mapped; -1 for an entry in no cluster.
+    memory : bytes that it may take.
+
+    Returns
+    -------
+    The arrays by their names (``ARRAYS``), memory-mapped.
+    """
+    count = len(cluster_of_entry)
+
+    def new_array(name: str, dtype: type[Any], length: int) -> np.memmap[Any, Any]:
+        return np.lib.format.open_memmap(folder / f"{name}{ending}", "w+", dtype, (length,))
+
+    clusters = new_array(ARRAYS[0], cluster_dtype(num_clusters), count)
+    for begin in range(0, count, READ_CHUNK):
+        clusters[begin : begin + READ_CHUNK] = cluster_of_entry[begin : begin + READ_CHUNK]
+    member_starts = new_array(ARRAYS[1], np.int64, num_clusters + 1)
+    count_members(clusters, member_starts, memory // 2)
+    members = new_array(ARRAYS[2], entry_dtype(count), int(member_starts[-1]))
+    sort_members(clusters, member_starts, members, memory // 2)
+    for array in (clusters, member_starts, members):
+        array.flush()
+    return dict(zip(ARRAYS, (clusters, member_starts, members), strict=True))
 
 
 def count_members(cluster_of_entry: np.ndarray, member_starts: np.ndarray, memory: int) -> None:

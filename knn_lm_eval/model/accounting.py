@@ -10,6 +10,7 @@ from knn_lm_eval.store.index_files import EXACT
 from knn_lm_eval.system.memory import resident_bytes
 
 REPORTED_COUNTS = ("tokens_scored", "positions_generated", "searches", "entries_compared")
+COUNTS_OF_SHARDS = ("restarts", "bytes_sent", "bytes_received")  # of retriever=ray
 
 
 class Work(NamedTuple):
@@ -30,6 +31,8 @@ def retrieval_work(retriever: Retriever) -> Work:
         "searches": statistics.searches,
         "entries_compared": statistics.entries_compared,
         "restarts": statistics.restarts,
+        "bytes_sent": statistics.bytes_sent,
+        "bytes_received": statistics.bytes_received,
     }
     return Work(counts, dict(statistics.seconds))
 

@@ -31,7 +31,8 @@ from knn_lm_eval.store.index_files import DEFAULT_INDEX, MOST_PARTS, IndexFiles
 from knn_lm_eval.store.key_stream import keys_of
 from knn_lm_eval.system.files import disk_errors_in
 from knn_lm_eval.system.locks import locked
-from knn_lm_eval.system.ray_cluster import run_tasks
+from knn_lm_eval.system.ray_cluster import Head
+from knn_lm_eval.system.ray_jobs import Needs, run_jobs
 from knn_lm_eval.system.sampling import draw_entries
 
 logger = logging.getLogger(__name__)
@@ -235,8 +236,9 @@ def _write_segments(datastore: Datastore, build: IndexBuild, ray: str | None) ->
             for job in jobs.values():
                 _write_segment(*job, bar.update)
         else:
-            for number, _ in run_tasks(ray, _write_segment, jobs):
-                bar.update(segments[number].stop - segments[number].start)
+            for done in run_jobs(Head(ray), _write_segment, jobs, Needs(whole_node=True)):
+                if done is not None:
+                    bar.update(segments[done[0]].stop - segments[done[0]].start)
 
 
 def _write_segment(

@@ -29,11 +29,14 @@ EntryDistances = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 
 @dataclass
 class RetrievalStatistics:
-    """What a retriever did: queries searched, vectors compared with them, shards that were started again, seconds."""
+    """What a retriever did: queries searched, vectors compared with them, shards that were started again and bytes that
+    went to and came from them, seconds."""
 
     searches: int = 0
     entries_compared: int = 0
     restarts: int = 0
+    bytes_sent: int = 0
+    bytes_received: int = 0
     seconds: dict[str, float] = field(default_factory=lambda: {"search": 0.0, "distances": 0.0, "values": 0.0})
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers.stores import let_age
+from helpers.stores import change_json, let_age
 from helpers.tiny_model import EVAL_TEXT, TRAIN_TEXT
 from lm_eval.api.instance import Instance
 
@@ -27,13 +27,17 @@ from knn_lm_eval.make.pruning import prune_random
 from knn_lm_eval.make.removing import documents_of_text, equal_documents, remove_documents
 from knn_lm_eval.make.text import Piece
 from knn_lm_eval.model.params import Params
+from knn_lm_eval.search.exact_retriever import ExactRetriever
 from knn_lm_eval.search.faiss_index import open_index
+from knn_lm_eval.search.index_retriever import LocalRetriever
 from knn_lm_eval.search.indexing import build_index
+from knn_lm_eval.search.ray_retriever import merge_exact, merge_found
+from knn_lm_eval.search.ray_shards import ExactShard, Shard
 from knn_lm_eval.search.retriever import Retriever
 from knn_lm_eval.store.change import JOURNAL
 from knn_lm_eval.store.clusters import Clusters
 from knn_lm_eval.store.datastore import Datastore
-from knn_lm_eval.store.index_files import IndexFiles
+from knn_lm_eval.store.index_files import IndexFiles, IndexPart, find_parts
 from knn_lm_eval.store.manifest import Manifest
 from knn_lm_eval.store.whole_store import verify_store
 from knn_lm_eval.study.inspection import inspect_text
@@ -315,12 +319,14 @@ def test_an_interrupted_change_is_finished_by_who_opens_it(
     folder: Path, lm: CausalHFLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     done = bytes_of(append(Path(shutil.copytree(folder, folder.with_name("other"))), lm).path)
+
+    def end(*_: object) -> None:
+        raise KeyboardInterrupt
+
     with monkeypatch.context() as patch:
-        patch.setattr("knn_lm_eval.store.change.finish_change", lambda _: None)
-        patch.setattr("knn_lm_eval.make.appending.note_contents", lambda *_: None)
-        with pytest.raises(UserError):
+        patch.setattr("knn_lm_eval.store.change.replace_file", end)  # after the arrays have grown
+        with pytest.raises(KeyboardInterrupt):
             append(folder, lm)
-            raise UserError("the journal is written, and no more")
     assert (folder / JOURNAL).exists()
     if os.geteuid():  # root may write anywhere
         folder.chmod(0o500)
@@ -357,9 +363,49 @@ def test_parts_get_a_part(folder: Path, lm: CausalHFLM) -> None:
     assert not IndexFiles(folder, "parts").part(2).exists()
 
 
-def test_a_retriever_has_fewer_neighbours_at_most(folder: Path) -> None:
-    from knn_lm_eval.search.exact_retriever import ExactRetriever
+def test_shards_leave_them_out(folder: Path) -> None:
+    """As the process that has the whole index, or all keys; without a cluster."""
+    store = remove_documents(folder, [*range(8), 11])  # all of the first run, and more
+    queries = np.array(store.require_keys("the test")[::50], dtype=np.float32)
+    parts = find_parts(store, "parts")[1]
+    found = [Shard(folder, part, "parts", 1).search(queries, 12, 3)[1] for part in parts]
+    expected = LocalRetriever(store, 12, 3, index="parts").find(queries)
+    merged = merge_found(found, False)
+    assert (merged.entries == expected[1]).all() and np.array_equal(merged.distances, expected[0])
+    half = int(store.document_starts[8])
+    runs = [IndexPart(folder / "keys.npy", *run) for run in ((0, half, 0), (half, len(store), half))]
+    exact = [ExactShard(folder, run, "exact", 1, "l2").search(queries, 12, None)[1] for run in runs]
+    assert (exact[0].entries == -1).all()
+    assert (merge_exact(exact).entries == ExactRetriever(store, 12).find(queries)[1]).all()
 
+
+def test_a_store_without_keys(folder: Path, lm: CausalHFLM) -> None:
+    manifest = Manifest.read(folder)
+    shutil.rmtree(folder / "clusters")
+    for path in (*folder.glob("*.faiss"), *folder.glob("*.json"), folder / "keys.npy"):
+        if path.name not in ("pq.faiss", "pq.json", "manifest.json"):
+            path.unlink()
+    change_json(folder / "pq.json", keys_sha256=manifest.files["values.npy"]["sha256"])
+    files = {name: record for name, record in manifest.files.items() if name != "keys.npy"}
+    change_json(folder / "manifest.json", keys=None, files=files, derived={})
+    use = {"index": "pq", "probe": 2}
+    before = score(folder, lm, **use)
+    remove_documents(folder, [3])
+    masked = score(folder, lm, **use)
+    assert masked[2] < before[2] - 5  # that document's
+    store = compact_datastore(folder)
+    assert store.keys is None and score(folder, lm, **use) == masked
+    with pytest.raises(UserError, match="has no keys, which appending needs"):
+        append(folder, lm)
+
+
+def test_links_are_not_added_to(folder: Path, lm: CausalHFLM) -> None:
+    (folder / "other.npy").hardlink_to(folder / "keys.npy")
+    with pytest.raises(UserError, match="are links"):
+        append(folder, lm)
+
+
+def test_a_retriever_has_fewer_neighbours_at_most(folder: Path) -> None:
     store = remove_documents(folder, range(1, len(OLD)))
     retriever: Retriever = ExactRetriever(store, store.kept)
     assert (retriever.find(np.array(store.require_keys("the test")[:3], dtype=np.float32))[1] < store.kept).all()

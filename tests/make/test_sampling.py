@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from knn_lm_eval.lm.language_model import LanguageModel
@@ -24,6 +24,7 @@ def all_batches(starts: np.ndarray, count: int, settings: WindowSettings) -> lis
     return [batch for chunk in chunks(windows, settings) for batch in batches(chunk, settings)]
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.integers(1, 40), min_size=1, max_size=60),
     st.integers(1, 12).flatmap(lambda length: st.tuples(st.just(length), st.integers(1, length), st.integers(1, 3))),
@@ -31,9 +32,9 @@ def all_batches(starts: np.ndarray, count: int, settings: WindowSettings) -> lis
     st.integers(0, 3),
 )
 def test_batches_are_drawn_whole_once_each_and_enough_of_them(lengths, shape, wanted: int, seed: int) -> None:
-    starts, count, settings = np.cumsum([0, *lengths[:-1]]), sum(lengths), WindowSettings(*shape)
-    there = all_batches(starts, count, settings)
-    drawn = draw_batches(starts, count, settings, wanted, seed)
+    starts, count, windows = np.cumsum([0, *lengths[:-1]]), sum(lengths), WindowSettings(*shape)
+    there = all_batches(starts, count, windows)
+    drawn = draw_batches(starts, count, windows, wanted, seed)
     places = [there.index(batch) for batch in drawn.batches]
     assert places == sorted(set(places))
     assert len(drawn) == sum(map(entries_in, drawn.batches)) == len(set(drawn.entries.tolist()))
@@ -41,7 +42,7 @@ def test_batches_are_drawn_whole_once_each_and_enough_of_them(lengths, shape, wa
         assert len(drawn) == count
     many = keys_to_read(count, len(there), wanted)
     assert len(places) == min(len(there), -(-many * len(there) // count))
-    assert drawn == draw_batches(starts, count, settings, wanted, seed)
+    assert drawn == draw_batches(starts, count, windows, wanted, seed)
 
 
 def test_each_batch_is_as_likely_as_another() -> None:

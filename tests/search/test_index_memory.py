@@ -22,14 +22,14 @@ from knn_lm_eval.store import key_stream
 from knn_lm_eval.system.memory import parse_bytes
 from knn_lm_eval.system.sampling import draw_entries
 
-LIMIT = 3 * 2**28
+LIMIT = 3 * 2**27
 CHILD = """
 import json, sys
 from knn_lm_eval.search.indexing import build_index
 from knn_lm_eval.store.datastore import Datastore
 from knn_lm_eval.system.memory import resident_bytes
 
-build_index(Datastore.open(sys.argv[1], verify="never"), sys.argv[2], memory=int(sys.argv[3]), quality_queries=64, k=99)
+build_index(Datastore.open(sys.argv[1], verify="never"), sys.argv[2], memory=int(sys.argv[3]), quality_queries=16, k=99)
 print(json.dumps(resident_bytes()))
 """
 
@@ -37,7 +37,7 @@ print(json.dumps(resident_bytes()))
 @needs_groups
 def test_an_index_larger_than_a_memory_limit(tmp_path: Path) -> None:
     """All of the process is within it, and pages of files as well."""
-    store = grow_datastore([make_store(tmp_path / "s", 20_000, 128)], tmp_path / "store", 1_700_000)
+    store = grow_datastore([make_store(tmp_path / "s", 20_000, 32)], tmp_path / "store", 3_200_000)
     command = [sys.executable, "-c", CHILD, str(store.path), "IVF64,Flat", str(LIMIT)]
     process, most = run_within(LIMIT, command)
     assert process.returncode == 0, process.stderr[-3000:]
