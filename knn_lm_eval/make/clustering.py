@@ -24,11 +24,11 @@ from knn_lm_eval.search.kmeans import (
     LEAST_PER_CLUSTER,
     SAMPLE_PER_CLUSTER,
     check_memory,
-    sample_bytes,
+    memory_of_kmeans,
     sample_within,
     train_kmeans,
 )
-from knn_lm_eval.search.two_levels import PROBE, sample_bytes_in_two_levels, train_two_levels
+from knn_lm_eval.search.two_levels import PROBE, memory_of_two_levels, train_two_levels
 from knn_lm_eval.store.clusters import (
     ARRAYS,
     FORMAT,
@@ -104,12 +104,12 @@ def cluster_kmeans(
     if not 1 <= num_clusters <= count:
         raise UserError(f"num_clusters={num_clusters} must be between 1 and the store's {count:,} entries.")
     two_levels = num_clusters > MOST_COMPARED
-    bytes_per_key = sample_bytes_in_two_levels(keys) if two_levels else sample_bytes(keys)
+    needed = (memory_of_two_levels if two_levels else memory_of_kmeans)(keys, num_clusters)
     per_cluster = LEAST_PER_CLUSTER if two_levels else SAMPLE_PER_CLUSTER
     if sample is None:
         sample = min(per_cluster * num_clusters, count)
         if memory is not None:
-            sample = sample_within(memory, sample, bytes_per_key, keys, num_clusters)
+            sample = sample_within(memory, sample, needed, num_clusters)
     sample = min(sample, count)
     if sample < num_clusters:
         raise UserError(f"sample={sample} is too small: k-means needs at least one key per cluster ({num_clusters:,}).")
@@ -126,7 +126,7 @@ def cluster_kmeans(
         **({"levels": 2, "probe": PROBE} if two_levels else {}),
     }
     unfinished = UnfinishedClusters(datastore, name, settings, overwrite, resume, memory)
-    check_memory(memory, sample, bytes_per_key, keys, num_clusters)
+    check_memory(memory, sample, needed, num_clusters)
     with unfinished.begun():
         training = (keys, num_clusters, sample, iterations, seed, unfinished.states)
         nearest = train_two_levels(*training).nearest if two_levels else _nearest_of_all(train_kmeans(*training))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from typing import Any
+from typing import Any, NamedTuple
 
 import faiss
 import numpy as np
@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.search.faiss_index import faiss_gpus
-from knn_lm_eval.store.key_stream import ADD_CHUNK, keys_of
+from knn_lm_eval.store.key_stream import SEARCH_CHUNK, keys_of
 from knn_lm_eval.system.checkpoints import SavedStates
 from knn_lm_eval.system.memory import size_text
 from knn_lm_eval.system.sampling import draw_entries
@@ -69,44 +69,53 @@ def train_kmeans(
     return centroids
 
 
-def sample_bytes(keys: np.ndarray) -> int:
-    """Bytes that k-means takes for each key that it trains on: as float32, and its cluster and distance."""
-    return int(4 * keys.shape[1] + 12)
+class MemoryNeeded(NamedTuple):
+    """Bytes that k-means takes: for each key that it trains on, for its centroids, and for the keys that it reads."""
+
+    per_key: int
+    centroids: int
+    chunks: int
+
+    @classmethod
+    def of_chunks(cls, keys: np.ndarray, num_clusters: int, per_key: int, chunk: int) -> MemoryNeeded:
+        """Of the centroids, their index and their successors, and of so many keys at a time in three forms."""
+        row = 4 * keys.shape[1]
+        return cls(int(per_key), int(3 * num_clusters * row), int(3 * min(chunk, len(keys)) * row))
 
 
-def sample_within(memory: int, sample: int, bytes_per_key: int, keys: np.ndarray, num_clusters: int) -> int:
+def memory_of_kmeans(keys: np.ndarray, num_clusters: int) -> MemoryNeeded:
+    """Of ``train_kmeans``, where a key of the sample is float32 and has a cluster and a distance."""
+    return MemoryNeeded.of_chunks(keys, num_clusters, 4 * keys.shape[1] + 12, SEARCH_CHUNK)
+
+
+def sample_within(memory: int, sample: int, needed: MemoryNeeded, num_clusters: int) -> int:
     """The sample that fits the memory: ``sample``, or fewer keys down to 39 per cluster, with a warning."""
     least = min(LEAST_PER_CLUSTER * num_clusters, sample)
-    fits = max(least, (memory - _held_bytes(keys, num_clusters)) // bytes_per_key)
-    if fits < sample:
-        logger.warning(
-            "K-means trains on %d keys (%.0f per cluster) instead of %d: %s of memory hold no more.",
-            fits, fits / num_clusters, sample, size_text(memory),
-        )  # fmt: skip
-    return min(fits, sample)
+    fits = max(least, (memory - needed.centroids - needed.chunks) // needed.per_key)
+    if fits >= sample:
+        return sample
+    logger.warning(
+        "K-means trains on %d keys (%.0f per cluster) instead of %d: %s of memory hold no more.",
+        *(fits, fits / num_clusters, sample, size_text(memory)),
+    )
+    return fits
 
 
-def check_memory(memory: int | None, sample: int, bytes_per_key: int, keys: np.ndarray, num_clusters: int) -> None:
+def check_memory(memory: int | None, sample: int, needed: MemoryNeeded, num_clusters: int) -> None:
     """Raise UserError where k-means would take more than the memory; None is ``MEMORY_SHARE`` of the machine's."""
-    held = 12 * num_clusters * keys.shape[1] if memory is None else _held_bytes(keys, num_clusters)
+    held = needed.centroids + (0 if memory is None else needed.chunks)
     of_machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     allowed = int(MEMORY_SHARE * of_machine) if memory is None else memory
-    if (needed := held + sample * bytes_per_key) <= allowed:
+    if (total := held + sample * needed.per_key) <= allowed:
         return
-    fits = (allowed - held) // bytes_per_key
+    fits = (allowed - held) // needed.per_key
     advice = f"--sample {fits} or less" if fits >= num_clusters else "fewer --num_clusters"
     has = f"this machine has {of_machine / 2**30:.1f} GiB" if memory is None else f"--memory is {size_text(memory)}"
-    more = "" if memory is None else f", or give --memory {size_text(needed)} or more"
+    more = "" if memory is None else f", or give --memory {size_text(total)} or more"
     raise UserError(
-        f"k-means of {sample:,} keys into {num_clusters:,} clusters takes {needed / 2**30:.1f} GiB of memory, {has}; "
+        f"k-means of {sample:,} keys into {num_clusters:,} clusters takes {total / 2**30:.1f} GiB of memory, {has}; "
         f"choose {advice}{more}."
     )
-
-
-def _held_bytes(keys: np.ndarray, num_clusters: int) -> int:
-    """What k-means takes beside its sample: the centroids, their index and their successors, and chunks of keys."""
-    row = 4 * keys.shape[1]
-    return int(3 * num_clusters * row + 3 * min(ADD_CHUNK, len(keys)) * row)
 
 
 def two_level_kmeans(vectors: np.ndarray, count: int, seed: int, spherical: bool = False) -> np.ndarray:

@@ -16,7 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from knn_lm_eval.search.faiss_index import faiss_gpus
-from knn_lm_eval.search.kmeans import centroids_within, shares_of_cells
+from knn_lm_eval.search.kmeans import MemoryNeeded, centroids_within, shares_of_cells
 from knn_lm_eval.store.key_stream import ADD_CHUNK, finite_keys
 from knn_lm_eval.system.checkpoints import SavedStates
 
@@ -115,9 +115,10 @@ def train_two_levels(
     return result
 
 
-def sample_bytes_in_two_levels(keys: np.ndarray) -> int:
-    """Bytes for each key of the sample: itself in its own dtype, its coarse cluster, and its place in their order."""
-    return int(keys.dtype.itemsize * keys.shape[1] + 4 + 2 * 8)
+def memory_of_two_levels(keys: np.ndarray, num_clusters: int) -> MemoryNeeded:
+    """Where a key of the sample has its own dtype, its coarse cluster, and its place in their order."""
+    per_key = keys.dtype.itemsize * keys.shape[1] + 4 + 2 * 8
+    return MemoryNeeded.of_chunks(keys, num_clusters, per_key, ADD_CHUNK)
 
 
 def spread_sample(keys: np.ndarray, sample: int, seed: int) -> np.ndarray:

@@ -49,8 +49,8 @@ def key_chunks(
 def keys_of(keys: np.ndarray, entries: np.ndarray) -> np.ndarray:
     """The keys of chosen entries, float32 ``[len(entries), dimension]``; ascending entries are read forwards."""
     chosen = np.empty((len(entries), keys.shape[1]), dtype=np.float32)
-    for begin in range(0, len(entries), ADD_CHUNK):
-        chosen[begin : begin + ADD_CHUNK] = finite_keys(keys[entries[begin : begin + ADD_CHUNK]])
+    for begin in range(0, len(entries), SEARCH_CHUNK):
+        chosen[begin : begin + SEARCH_CHUNK] = finite_keys(keys[entries[begin : begin + SEARCH_CHUNK]])
     return chosen
 
 

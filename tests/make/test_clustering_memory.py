@@ -64,7 +64,7 @@ def test_keys_that_take_more_than_the_memory(large: Datastore, what: str) -> Non
             assert inside.read_bytes() == (outside.path / f"{name}.npy").read_bytes()
     elif what in ("merged", "random"):
         pruned = Datastore.open(f"{large.path}-{what}")
-        assert 0.2 < len(pruned) / len(large) < 0.9
+        assert 0.2 < len(pruned) / len(large) < (0.8 if what == "random" else 1)
         if what == "merged":
             assert np.asarray(pruned.weights).sum() == len(large)
 
