@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from knn_lm_eval.errors import UserError
+from knn_lm_eval.system.memory import parse_bytes
 
 KNN_HF = "as for lm_eval --model knn-hf: pretrained=M,datastore=D"
 # Options of a verb that are arguments of the LM as well.
@@ -78,6 +79,23 @@ def add_verify(parser: argparse.ArgumentParser) -> None:
         help="read the datastore's files for their checksums: where they were not verified before or changed since "
         "(auto), all, or none (default: auto)",
     )
+
+
+def add_memory(parser: argparse.ArgumentParser, takes: str) -> None:
+    """``--memory``, in bytes; ``takes`` says what keeps to it."""
+    parser.add_argument(
+        "--memory",
+        type=_size,
+        metavar="SIZE",
+        help=f"what {takes} may take, such as 8GiB or 512MiB (default: half of what is available)",
+    )
+
+
+def _size(text: str) -> int:
+    try:
+        return parse_bytes(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def add_output(parser: argparse.ArgumentParser, help: str, *, required: bool = True) -> None:

@@ -60,6 +60,14 @@ def parse_arguments() -> argparse.Namespace:
         help="tokens that each window adds (default: max_length, no overlapping windows)",
     )
     parser.add_argument("--max_tokens", type=int, help="stop after so many tokens")
+    parser.add_argument(
+        "--keys",
+        type=_keys_kept,
+        default="all",
+        metavar="all|NUMBER",
+        help="what is kept of each key: all of its numbers (default), or so many, of a projection to the directions in "
+        "which the keys vary most",
+    )
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted dump")
     parser.add_argument(
         "--ray",
@@ -68,6 +76,14 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--workers", type=int, help="with --ray, tasks side by side (default: one for each GPU)")
     return parser.parse_args()
+
+
+def _keys_kept(text: str) -> int | str:
+    if text == "all":
+        return text
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither all nor a number of at least 1")
+    return int(text)
 
 
 def check(arguments: argparse.Namespace) -> None:
@@ -131,6 +147,7 @@ def read_lm(arguments: argparse.Namespace) -> tuple[dict[str, Any], str | None, 
         "stride": arguments.stride,
         "batch_size": whole_number(model_args, "batch_size", BATCH_SIZE),
         "max_tokens": arguments.max_tokens,
+        "keys": arguments.keys,
     }
     device = model_args.pop("device", None)
     # What an option says is of this dump alone; what --model_args says is recorded, and holds in evaluations, too.

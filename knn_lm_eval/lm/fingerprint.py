@@ -30,7 +30,8 @@ def take_fingerprint(model: LanguageModel, tokenizer: Any) -> dict[str, Any]:
     """The fingerprint of a model and its tokenizer (None leaves it out), ready for JSON."""
     vocabulary = model.inner.get_input_embeddings().weight.shape[0]
     token_ids = [(7 + 37 * i) % vocabulary for i in range(PROBE_LENGTH)]
-    key = model.encode(torch.tensor([token_ids]))[0][0, -1].float().cpu()
+    # The LM's own key, whatever a datastore keeps of it.
+    key = model.projected(None).encode(torch.tensor([token_ids]))[0][0, -1].float().cpu()
     fingerprint: dict[str, Any] = {"token_ids": token_ids, "key": [float(f"{x:.5g}") for x in key.tolist()]}
     if tokenizer is not None:
         ids = json.dumps(tokenizer(PROBE_TEXT, add_special_tokens=False)["input_ids"])
@@ -42,7 +43,7 @@ class StoreRecord(Protocol):
     """What the manifest of a datastore says that can be compared with a model."""
 
     @property
-    def dimension(self) -> int: ...
+    def width(self) -> int: ...
     @property
     def largest_value(self) -> int | None: ...
     @property
@@ -54,7 +55,7 @@ class StoreRecord(Protocol):
 def check_store_model(manifest: StoreRecord, model: LanguageModel, tokenizer: Any, used_by: str) -> None:
     """Check that the datastore of this manifest was made by the model at hand, as far as that can be told.
 
-    A store that was imported without its model has no fingerprint: its dimension and its largest value are
+    A store that was imported without its model has no fingerprint: its width and its largest value are
     compared with the model's, and that this was all is said.
 
     Raises
@@ -68,7 +69,7 @@ def check_store_model(manifest: StoreRecord, model: LanguageModel, tokenizer: An
         check_fingerprint(manifest.fingerprint, current, made_by, used_by)
         return
     width, vocabulary = len(current["key"]), model.vocabulary_size
-    check_model_sizes(manifest.dimension, manifest.largest_value or 0, width, vocabulary, used_by)
+    check_model_sizes(manifest.width, manifest.largest_value or 0, width, vocabulary, used_by)
     logger.warning(
         "The datastore has no fingerprint of its model: only its dimension and vocabulary were compared with %s. "
         "Import it with --pretrained to record one.",

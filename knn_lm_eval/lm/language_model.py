@@ -8,6 +8,7 @@ tied weights and whatever else a model does there are the model's.
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.lm.key_layer import find_feed_forward, find_layer, first_output, get_module, hidden_state
+from knn_lm_eval.lm.projection import Projection
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +64,7 @@ class LanguageModel:
         self.inner = inner
         self.body: nn.Module = inner.base_model
         self.key_type, self._autocast_dtype = key_type, autocast_dtype
+        self._projection: Projection | None = None
         takes_use_cache = "use_cache" in signature(inner.forward).parameters or hasattr(inner.config, "use_cache")
         self._no_cache = {"use_cache": False} if takes_use_cache else {}
         self._probe = torch.arange(1, 1 + PROBE_LENGTH)[None] % inner.get_input_embeddings().weight.shape[0]
@@ -93,6 +96,16 @@ class LanguageModel:
         """The number of logits per position."""
         return self.logits(self.encode(torch.zeros(1, 1, dtype=torch.long))[1][0]).shape[-1]
 
+    def projected(self, projection: Projection | None) -> LanguageModel:
+        """The same LM, whose keys go through ``projection``; through none where that is None."""
+        other = copy.copy(self)
+        other._projection = projection
+        return other
+
+    def project(self, keys: Tensor) -> Tensor:
+        """Keys as the LM has them, ``[..., width]``, as ``encode`` gives them: ``[..., dimension]``."""
+        return keys if self._projection is None else self._projection(keys)
+
     @torch.inference_mode()
     def encode(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Run the body over a batch of windows, padded on the right.
@@ -103,7 +116,7 @@ class LanguageModel:
 
         Returns
         -------
-        keys : ``[batch, time, dimension]``, in the model's dtype, on its device.
+        keys : ``[batch, time, dimension]``, in the model's dtype (float32 where projected), on its device.
         hidden : ``[batch, time, width]``, what ``logits`` takes.
         """
         captured: dict[str, Tensor] = {}
@@ -124,7 +137,7 @@ class LanguageModel:
         keys = self._key_per_position(captured.get("key"), *hidden.shape[:2])
         # Prompt-tuned models put virtual tokens before the text.
         time = input_ids.shape[1]
-        return keys[:, -time:], hidden[:, -time:]
+        return self.project(keys[:, -time:]), hidden[:, -time:]
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
@@ -147,7 +160,7 @@ class LanguageModel:
             return self.inner(dummy, **self._no_cache).logits[0]
 
     def capture_keys(self, captured: dict[str, Tensor]) -> AbstractContextManager[None]:
-        """Inside, each call of the model leaves its keys in ``captured["key"]``, shaped as the layer has them."""
+        """Inside, each call leaves its keys in ``captured["key"]``, as the layer has them; see ``project``."""
         return _capture(self.key_module, self.key_type, captured)
 
     def _autocast(self) -> torch.autocast:

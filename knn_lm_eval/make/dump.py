@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -23,6 +23,8 @@ from knn_lm_eval.errors import UserError
 from knn_lm_eval.lm.fingerprint import check_fingerprint, take_fingerprint
 from knn_lm_eval.lm.language_model import LanguageModel
 from knn_lm_eval.lm.loading import CausalHFLM
+from knn_lm_eval.lm.projection import Projection
+from knn_lm_eval.make.directions import sample_of_text, sample_size, write_projection
 from knn_lm_eval.make.dump_progress import (
     START_ANEW,
     Run,
@@ -37,6 +39,7 @@ from knn_lm_eval.make.dump_progress import (
 )
 from knn_lm_eval.make.text import Piece
 from knn_lm_eval.make.tokens import VALUE_DTYPE, write_values
+from knn_lm_eval.make.window_keys import keys_of_windows
 from knn_lm_eval.make.windows import Window, WindowSettings, batches, chunks, cut_windows
 from knn_lm_eval.store.datastore import Datastore
 from knn_lm_eval.store.manifest import (
@@ -44,8 +47,10 @@ from knn_lm_eval.store.manifest import (
     KEYS,
     MANIFEST,
     ORDER_OF_DUMPS,
+    PROJECTION,
     VALUES,
     Manifest,
+    ProjectionRecord,
     file_record,
     now,
 )
@@ -73,6 +78,7 @@ def dump_datastore(
     stride: int | None = None,
     batch_size: int = 4,
     max_tokens: int | None = None,
+    keys: int | Literal["all"] = "all",
     resume: bool = False,
     source: dict[str, Any] | None = None,
     model_args: dict[str, Any] | None = None,
@@ -89,6 +95,8 @@ def dump_datastore(
     max_length : tokens per window; None takes the model's own limit, at most 1,024.
     stride, batch_size : see ``WindowSettings``; stride None is ``max_length``.
     max_tokens : stop after so many entries.
+    keys : the numbers that a key keeps, of a projection to so many directions (``knn_lm_eval.make.directions``);
+        ``all`` keeps the LM's hidden states as they are.
     resume : go on with an unfinished dump in ``output``.
     source, model_args : kept in the manifest.
     processes : those that share this dump and all call this function; None is this one alone.
@@ -96,8 +104,8 @@ def dump_datastore(
     Raises
     ------
     UserError
-        Where the folder is taken, the text is empty, the disk is full, or the model gives keys that float16
-        cannot hold.
+        Where the folder is taken, the text is empty, the disk is full, ``keys`` is more than the model has, or the
+        model gives keys that float16 cannot hold.
     """
     processes = processes or Processes()
     dump = processes.each_does(
@@ -110,6 +118,7 @@ def dump_datastore(
             stride=stride,
             batch_size=batch_size,
             max_tokens=max_tokens,
+            keys=keys,
             source=source,
             model_args=model_args,
         )
@@ -152,6 +161,7 @@ class Dump:
         stride: int | None = None,
         batch_size: int = 4,
         max_tokens: int | None = None,
+        keys: int | Literal["all"] = "all",
         source: dict[str, Any] | None = None,
         model_args: dict[str, Any] | None = None,
     ) -> None:
@@ -174,12 +184,18 @@ class Dump:
                 "vocabulary": self.model.vocabulary_size,
             },
         }
+        if keys != "all":
+            settings["keys"] = keys
         self.states = dump_states(output, settings)
         self.fingerprint = take_fingerprint(self.model, lm.tokenizer)
+        self.width = len(self.fingerprint["key"])
+        self.is_projected, self.dimension = keys != "all", self.width if keys == "all" else keys
+        if not 1 <= self.dimension <= self.width:
+            raise UserError(f"Keys of {self.name} have {self.width} numbers, of which --keys {keys} cannot be kept.")
 
     @property
     def _row_bytes(self) -> int:
-        return len(self.fingerprint["key"]) * np.dtype(KEY_DTYPE).itemsize
+        return self.dimension * np.dtype(KEY_DTYPE).itemsize
 
     def prepare(self, pieces: Iterable[Piece], resume: bool) -> None:
         """Tokenize the text unless that is done, make room for the keys, and note which of them are there."""
@@ -190,6 +206,9 @@ class Dump:
                 write_values(self.lm, pieces, output, self.max_tokens)
             count = len(map_npy(output / VALUES, START_ANEW))
             runs = self._runs_in_place(runs_written(output), count)
+            if self.is_projected and not ("projection" in notes and (output / PROJECTION).exists()):
+                self.states.note(**notes | {"runs_done": []})
+                notes["projection"], runs = self._write_projection(), []
             self.states.note(**notes | {"runs_done": runs})
             for noted in (*output.glob("progress.*.json"), output / FAILED):
                 noted.unlink(missing_ok=True)
@@ -230,10 +249,22 @@ class Dump:
         partial = self.output / UNFINISHED_KEYS
         return runs if partial.exists() and partial.stat().st_size >= count * self._row_bytes else []
 
+    def _write_projection(self) -> ProjectionRecord:
+        """Have the LM read a sample of the text, and find the directions to keep; the same ones each time."""
+        values, starts = self._text()
+        keys = sample_size(self.width)
+        prefix = self.lm.prefix_token_id
+        sample = sample_of_text(self.model, prefix, values, starts, self.windows, keys, show_progress=True)
+        return write_projection(self.output, sample, self.width, self.dimension)
+
+    def _text(self) -> tuple[np.ndarray, np.ndarray]:
+        """The values, and where the documents start."""
+        return map_npy(self.output / VALUES, START_ANEW), map_npy(self.output / DOCUMENT_STARTS, START_ANEW)
+
     def _make_room(self, count: int, anew: bool) -> None:
         """Make the file of unfinished keys as long as it will be."""
         with open(self.output / UNFINISHED_KEYS, "w+b" if anew else "r+b") as file:
-            write_npy_header(file, KEY_DTYPE, (count, len(self.fingerprint["key"])))
+            write_npy_header(file, KEY_DTYPE, (count, self.dimension))
             # All of it at once (disks keep no room for what was never written): each writes at its own place.
             file.truncate(file.tell() + count * self._row_bytes)
 
@@ -246,7 +277,7 @@ class Dump:
         with disk_errors_in(output):
             notes = self.states.notes()
             self._check_fingerprint(notes)
-            values, starts = (map_npy(output / name, START_ANEW) for name in (VALUES, DOCUMENT_STARTS))
+            values, starts = self._text()
             left = len(values) - count_entries(notes["runs_done"])
             if left == 0:
                 return
@@ -272,6 +303,7 @@ class Dump:
         runs: list[Run] = noted.notes().get("runs_done", [])
         path = self.output / UNFINISHED_KEYS
         header = path.stat().st_size - len(values) * self._row_bytes
+        model = self._projected_model()
         # For writing only: a network disk that had read a page could write it back over another's keys.
         with open(os.open(path, os.O_WRONLY), "wb") as file:
             for chunk in todo:
@@ -280,7 +312,7 @@ class Dump:
                     continue
                 if (self.output / FAILED).exists():
                     return
-                keys = self._keys_of(chunk, values, bar)
+                keys = self._keys_of(model, chunk, values, bar)
                 file.seek(header + begin * self._row_bytes)
                 file.write(keys.tobytes())
                 file.flush()
@@ -291,14 +323,20 @@ class Dump:
                     bar.n = entries_done(self.output)
                     bar.refresh()
 
-    def _keys_of(self, chunk: list[Window], values: np.ndarray, bar: tqdm) -> np.ndarray:
+    def _projected_model(self) -> LanguageModel:
+        """The LM, whose keys are as they are kept."""
+        if not self.is_projected:
+            return self.model
+        return self.model.projected(Projection(map_npy(self.output / PROJECTION, START_ANEW)))
+
+    def _keys_of(self, model: LanguageModel, chunk: list[Window], values: np.ndarray, bar: tqdm) -> np.ndarray:
         """The keys of a chunk's entries, float16 ``[entries, dimension]``."""
         begin, end = chunk[0].start, chunk[-1].stop
-        keys = np.empty((end - begin, len(self.fingerprint["key"])), dtype=KEY_DTYPE)
+        keys = np.empty((end - begin, self.dimension), dtype=KEY_DTYPE)
         for batch in batches(chunk, self.windows):
-            read = _read_windows(self.model, self.lm.prefix_token_id, values, batch)
+            read = keys_of_windows(model, self.lm.prefix_token_id, values, batch)
             for window, rows in zip(batch, read, strict=True):
-                keys[window.start - begin : window.stop - begin] = rows
+                keys[window.start - begin : window.stop - begin] = rows.to(torch.float16).cpu().numpy()
                 bar.update(window.stop - window.start)
         if not np.isfinite(keys).all():
             bad = begin + int(np.flatnonzero(~np.isfinite(keys).all(axis=1))[0])
@@ -321,9 +359,11 @@ def finish_dump(output: Path) -> None:
         assert entries_done(output) == len(values), "a share of the keys is missing"
         if (output / UNFINISHED_KEYS).exists():
             replace_file(output / UNFINISHED_KEYS, output / KEYS)
+        names = [KEYS, VALUES, DOCUMENT_STARTS] + ([PROJECTION] if notes.get("projection") else [])
         manifest = Manifest(
             count=len(values),
-            dimension=len(notes["fingerprint"]["key"]),
+            dimension=map_npy(output / KEYS, START_ANEW).shape[1],
+            projection=notes.get("projection"),
             documents=len(starts),
             key_dtype=np.dtype(KEY_DTYPE).name,
             value_dtype=np.dtype(VALUE_DTYPE).name,
@@ -334,7 +374,7 @@ def finish_dump(output: Path) -> None:
             model=settings["model"],
             key_module=notes["key_module"],
             fingerprint=notes["fingerprint"],
-            files={name: file_record(output / name) for name in (KEYS, VALUES, DOCUMENT_STARTS)},
+            files={name: file_record(output / name) for name in names},
             created=now(),
             versions=_versions(),
             order=ORDER_OF_DUMPS,
@@ -342,16 +382,6 @@ def finish_dump(output: Path) -> None:
         states.note(**notes | {"runs_done": runs_written(output)})  # so that it is all in one file, which goes last
         manifest.write(output)
         states.remove()
-
-
-def _read_windows(model: LanguageModel, prefix: int, values: np.ndarray, batch: list[Window]) -> Iterator[np.ndarray]:
-    """The keys of each window's entries."""
-    input_ids = torch.zeros(len(batch), max(window.length for window in batch), dtype=torch.long)
-    for row, window in zip(input_ids, batch, strict=True):
-        row[: window.length] = torch.from_numpy(window.tokens(values, prefix))
-    keys = model.encode(input_ids)[0].to(torch.float16).cpu().numpy()
-    for row_keys, window in zip(keys, batch, strict=True):
-        yield row_keys[window.length - (window.stop - window.start) : window.length]
 
 
 def _versions() -> dict[str, str]:

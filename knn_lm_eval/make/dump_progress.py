@@ -14,7 +14,7 @@ from typing import Any, TypedDict
 
 from knn_lm_eval.errors import UserError, shortened
 from knn_lm_eval.make.windows import Window
-from knn_lm_eval.store.manifest import VALUES
+from knn_lm_eval.store.manifest import VALUES, ProjectionRecord
 from knn_lm_eval.system.arrays import map_npy
 from knn_lm_eval.system.checkpoints import PROGRESS, SavedStates
 from knn_lm_eval.system.json_schema import Count
@@ -31,6 +31,7 @@ class _ShareNotes(TypedDict, total=False):
 class _DumpNotes(_ShareNotes, total=False):
     key_module: str | None
     fingerprint: dict[str, Any]
+    projection: ProjectionRecord
 
 
 def dump_states(output: Path, settings: dict[str, Any] | None = None) -> SavedStates:

@@ -8,6 +8,7 @@ such contexts differ, and changes nothing about what follows them.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from tqdm import tqdm
 
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.store.datastore import Datastore
-from knn_lm_eval.store.manifest import DOCUMENT_STARTS, KEYS, NPY_KEYS, VALUES, file_record
+from knn_lm_eval.store.manifest import DOCUMENT_STARTS, KEYS, NPY_KEYS, PROJECTION, VALUES, file_record
 from knn_lm_eval.system.files import check_free_space, check_new_folder, disk_errors_in, finished_folder
 
 ROWS_AT_ONCE = 2**14
@@ -44,6 +45,11 @@ def grow_datastore(
     models = {source.path: source.manifest.fingerprint for source in sources}
     if len({repr(fingerprint) for fingerprint in models.values()}) > 1:
         raise UserError(f"The datastores {', '.join(map(str, models))} were made by different models.")
+    if len({repr(source.manifest.files.get(PROJECTION)) for source in sources}) > 1:
+        raise UserError(
+            f"The keys of the datastores {', '.join(map(str, models))} are projected to other directions each; make "
+            f"them with one projection, by --projection_of."
+        )
     for source in sources:
         source.require_text_order("growing")
         source.require_keys("growing")
@@ -51,6 +57,10 @@ def grow_datastore(
     with disk_errors_in(output), finished_folder(output) as folder:
         check_free_space(folder, entries * (2 * sources[0].dimension + 4), f"{entries:,} entries")
         starts = _write_entries(sources, folder, entries, noise, seed)
+        names = [KEYS, VALUES, DOCUMENT_STARTS]
+        if sources[0].projection is not None:
+            shutil.copyfile(sources[0].path / PROJECTION, folder / PROJECTION)
+            names.append(PROJECTION)
         manifest = replace(
             sources[0].manifest,
             count=entries,
@@ -58,7 +68,7 @@ def grow_datastore(
             key_dtype="float16",
             keys=NPY_KEYS,  # an imported source has a raw array
             source={"grown_from": [str(source.path) for source in sources], "noise": noise, "seed": seed},
-            files={name: file_record(folder / name) for name in (KEYS, VALUES, DOCUMENT_STARTS)},
+            files={name: file_record(folder / name) for name in names},
             derived={},
         )
         manifest.write(folder)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -25,7 +26,16 @@ from knn_lm_eval.make.confidence import lm_log_probs
 from knn_lm_eval.make.merging import NeighbourSearch, find_absorbers
 from knn_lm_eval.store.datastore import Datastore
 from knn_lm_eval.store.index_files import DEFAULT_INDEX
-from knn_lm_eval.store.manifest import DOCUMENT_STARTS, MANIFEST, NPY_KEYS, VALUES, WEIGHTS, file_record, now
+from knn_lm_eval.store.manifest import (
+    DOCUMENT_STARTS,
+    MANIFEST,
+    NPY_KEYS,
+    PROJECTION,
+    VALUES,
+    WEIGHTS,
+    file_record,
+    now,
+)
 from knn_lm_eval.system.checkpoints import PROGRESS, SavedStates
 from knn_lm_eval.system.files import (
     check_free_space,
@@ -226,14 +236,17 @@ def _write(
         for name, array in arrays.items():
             _copy_rows(array, kept, count, folder / name)
         np.save(folder / DOCUMENT_STARTS, np.zeros(1, dtype=np.int64))
-        said = datastore.manifest
+        said, names = datastore.manifest, [*arrays, DOCUMENT_STARTS]
+        if said.projection is not None:
+            shutil.copyfile(datastore.path / PROJECTION, folder / PROJECTION)
+            names.append(PROJECTION)
         manifest = replace(
             said,
             count=count,
             documents=1,
             text_order=False,
             pruned_from=_made_by(datastore, method),
-            files={name: file_record(folder / name) for name in (*arrays, DOCUMENT_STARTS)},
+            files={name: file_record(folder / name) for name in names},
             created=now(),
             versions={"knn_lm_eval": __version__},
             derived={},

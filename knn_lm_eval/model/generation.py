@@ -65,8 +65,7 @@ def retrieval_augmented(
     if given.context_len != 1 or given.carry_state:
         raise UserError("context_len and carry_state are for the windows of lm-eval's requests; leave them out.")
     opened = open_augmentation(given)
-    lm = LanguageModel(model, opened.key_type, key_module=opened.key_module)
-    opened.check_model(lm, tokenizer, f"a given {type(lm.inner).__name__}")
+    lm = opened.language_model(model, tokenizer)
     tell_costly_search(opened, lm)
     return MixedForward(lm, opened)
 
@@ -268,7 +267,7 @@ class MixedForward:
             rows, columns = rows[wanted], columns[wanted]
         if mixture.is_lm_alone or not len(rows):
             return log_probs
-        queries = keys[rows, columns]  # [positions, dimension]
+        queries = self.model.project(keys[rows, columns])  # [positions, dimension]
         find: FindNeighbours
         if automaton is None:
 

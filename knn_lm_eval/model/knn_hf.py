@@ -83,9 +83,8 @@ class KNNHF(ScoringLM):
         self.context_len = given.context_len
         self.check_context_len()
 
-        model = LanguageModel(self.model, opened.key_type, self.mixed_precision_dtype, opened.key_module)
-        name = pretrained if isinstance(pretrained, str) else f"a given {type(model.inner).__name__}"
-        opened.check_model(model, self.tokenizer, name)
+        name = pretrained if isinstance(pretrained, str) else None
+        model = opened.language_model(self.model, self.tokenizer, name, self.mixed_precision_dtype)
         tell_costly_search(opened, model)
         self.augmentation = opened
         self.scorer = _scorer(model, opened, self.softmax_dtype)

@@ -9,9 +9,13 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import nn
+
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.lm.fingerprint import check_store_model
 from knn_lm_eval.lm.language_model import LanguageModel
+from knn_lm_eval.lm.projection import Projection
 from knn_lm_eval.methods.automaton import Automaton, AutomatonSettings
 from knn_lm_eval.methods.mixture import Mixture
 from knn_lm_eval.model.params import Params, find_params
@@ -72,9 +76,25 @@ class Augmentation:
             return self.settings.search_all
         return isinstance(self.retriever, ExactRetriever) and self.retriever.streams
 
-    def check_model(self, model: LanguageModel, tokenizer: Any, name: str) -> None:
-        """Raise UserError where the datastore was not made by this model (and tokenizer, unless it is None)."""
-        check_store_model(self.retriever.datastore.manifest, model, tokenizer, name)
+    def language_model(
+        self, model: nn.Module, tokenizer: Any, name: str | None = None, autocast_dtype: torch.dtype | None = None
+    ) -> LanguageModel:
+        """``model`` as the LM whose keys are the datastore's.
+
+        Parameters
+        ----------
+        model, autocast_dtype : as for ``LanguageModel``.
+        tokenizer : the model's; None is not compared with the datastore's.
+        name : of the model, for messages.
+
+        Raises
+        ------
+        UserError
+            As ``LanguageModel``, and where the datastore was not made by this model and tokenizer.
+        """
+        lm, store = LanguageModel(model, self.key_type, autocast_dtype, self.key_module), self.retriever.datastore
+        check_store_model(store.manifest, lm, tokenizer, name or f"a given {type(lm.inner).__name__}")
+        return lm if store.projection is None else lm.projected(Projection(store.projection))
 
 
 def open_augmentation(given: RetrievalSettings) -> Augmentation:

@@ -42,6 +42,7 @@ from knn_lm_eval.store.manifest import forget_derived, record_derived
 from knn_lm_eval.system.files import disk_errors_in, replace_file
 from knn_lm_eval.system.locks import locked
 from knn_lm_eval.system.ray_cluster import run_tasks
+from knn_lm_eval.system.sampling import draw_entries
 from knn_lm_eval.system.seals import write_sealed_json
 
 logger = logging.getLogger(__name__)
@@ -216,7 +217,7 @@ def _train(
     if ivf is not None and ivf.nlist > len(datastore):
         raise UserError(f"{factory} has more lists than the store has entries ({len(datastore)}); choose fewer.")
     keys = datastore.require_keys("training an index")
-    sample = np.sort(np.random.default_rng(seed).permutation(len(datastore))[: min(wanted, len(datastore))])
+    sample = draw_entries(len(datastore), wanted, seed)
     on_gpus = None
     if ivf is not None and faiss_gpus():
         # Only k-means, the slow part of training, moves to the GPUs. faiss does not keep what it is given here alive.

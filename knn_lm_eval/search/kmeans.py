@@ -13,6 +13,7 @@ from knn_lm_eval.errors import UserError
 from knn_lm_eval.search.faiss_index import faiss_gpus
 from knn_lm_eval.store.key_stream import keys_of
 from knn_lm_eval.system.checkpoints import SavedStates
+from knn_lm_eval.system.sampling import draw_entries
 
 SAMPLE_PER_CLUSTER = 64  # keys to train on, by default; faiss asks for 39 to 256 per centroid
 MEMORY_SHARE = 0.8  # of the machine's, that k-means may take
@@ -51,9 +52,7 @@ def train_kmeans(
     kmeans = faiss.Kmeans(dimension, num_clusters, niter=1, seed=seed, gpu=faiss_gpus(), **bounds)
     description = f"Training {num_clusters:,} centroids on {sample:,} keys"
     with tqdm(total=iterations, initial=done, desc=description, unit=" iterations") as bar:
-        chosen = np.random.default_rng(seed).choice(len(keys), sample, replace=False, shuffle=False)
-        chosen.sort()
-        vectors = keys_of(keys, chosen)  # [sample, dimension]
+        vectors = keys_of(keys, draw_entries(len(keys), sample, seed))  # [sample, dimension]
         while done < iterations:
             kmeans.train(vectors, init_centroids=centroids)
             centroids, done = kmeans.centroids, done + 1

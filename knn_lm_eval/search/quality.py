@@ -38,6 +38,7 @@ from knn_lm_eval.search.retriever import entry_counts
 from knn_lm_eval.search.sign_codes import SignSearch
 from knn_lm_eval.store.datastore import Datastore
 from knn_lm_eval.store.key_stream import finite_keys
+from knn_lm_eval.system.sampling import draw_entries
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +85,7 @@ class HeldOutQueries:
     @classmethod
     def draw(cls, datastore: Datastore, count: int, k: int, knn_temp: float, seed: int) -> HeldOutQueries:
         """At random; ``k`` of the other entries, or all."""
-        entries = np.sort(np.random.default_rng(seed).permutation(len(datastore))[:count])  # [n]
+        entries = draw_entries(len(datastore), count, seed)  # [n]
         keys = finite_keys(datastore.require_keys("measuring an index")[entries])  # [n, dimension]
         return cls(datastore, entries, keys, min(k, len(datastore) - 1), knn_temp)
 

@@ -5,6 +5,8 @@ A datastore is a folder with
 - ``keys.npy``: float16 ``[count, dimension]``, the hidden state before each token, in text order;
 - ``values.npy``: int32 ``[count]``, the token itself, so the values are the tokenized text;
 - ``document_starts.npy``: int64 ``[documents]``, the entry at which each document begins, ascending;
+- where the keys are a projection of the hidden states, ``projection.npy``: float32 ``[width, dimension]``, what each
+  hidden state was multiplied by; ``projection`` in the manifest says the width, as ``from``;
 - ``manifest.json``: what made it (model, windows, source), sizes and checksums of the files above.
 
 Entry i's successor in its document is entry i + 1. The manifest is written last: a folder without one is not
@@ -32,7 +34,7 @@ from typing import Any
 import numpy as np
 
 from knn_lm_eval.errors import UserError
-from knn_lm_eval.store.manifest import DOCUMENT_STARTS, VALUES, WEIGHTS, FileRecord, Manifest
+from knn_lm_eval.store.manifest import DOCUMENT_STARTS, PROJECTION, VALUES, WEIGHTS, FileRecord, Manifest
 from knn_lm_eval.store.verification import Expected, Limits, Verification
 from knn_lm_eval.system.arrays import map_npy
 
@@ -50,6 +52,8 @@ class Datastore:
     values : int32 ``[count]``.
     document_starts : int64 ``[documents]``.
     weights : int32 ``[count]``, how many entries each stands for; None for one each.
+    projection : float32 ``[width, dimension]``, what the LM's hidden states were multiplied by to become the keys;
+        None where they are the keys.
     verification : how its files, and what is opened beside it (indexes, clusters), are verified, and what was.
     """
 
@@ -59,6 +63,7 @@ class Datastore:
     values: np.ndarray
     document_starts: np.ndarray
     weights: np.ndarray | None = None
+    projection: np.ndarray | None = None
     verification: Verification = field(default_factory=Verification, compare=False)
 
     @classmethod
@@ -92,6 +97,7 @@ class Datastore:
             values=open_array(path / VALUES, np.int32, (count,)),
             document_starts=open_array(path / DOCUMENT_STARTS, np.int64, documents),
             weights=open_array(path / WEIGHTS, np.int32, (count,)) if WEIGHTS in manifest.files else None,
+            projection=_open_projection(path, manifest),
             verification=verification,
         )
         verification.check(own_files(path, manifest))
@@ -137,6 +143,7 @@ def own_files(path: Path, manifest: Manifest) -> list[Expected]:
         VALUES: Limits(0, manifest.model.get("vocabulary")),
         DOCUMENT_STARTS: Limits(0, manifest.count, ascending=True),
         WEIGHTS: Limits(1),
+        PROJECTION: Limits(),
     }
     raw_dtype = None
     if manifest.keys is not None:
@@ -175,6 +182,12 @@ def open_array(path: Path, dtype: Any, shape: tuple[int, ...] | None) -> np.ndar
             f"expected {np.dtype(dtype)} {list(shape or array.shape)}."
         )
     return array
+
+
+def _open_projection(path: Path, manifest: Manifest) -> np.ndarray | None:
+    if manifest.projection is None:
+        return None
+    return open_array(path / PROJECTION, np.float32, (manifest.width, manifest.dimension))
 
 
 def _open_raw(path: Path, dtype: np.dtype, shape: tuple[int, int]) -> np.ndarray:

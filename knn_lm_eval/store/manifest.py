@@ -27,12 +27,13 @@ FORMAT = "knn_lm_eval datastore"
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 KEYS, VALUES, DOCUMENT_STARTS, WEIGHTS = "keys.npy", "values.npy", "document_starts.npy", "weights.npy"
+PROJECTION = "projection.npy"
 # The JSON's names in the order in which a dump and an import write them.
 _HEAD = ("format", "format_version", "count", "dimension", "documents")
 _TAIL = ("fingerprint", "files", "created", "versions")
 ORDER_OF_DUMPS = (
     *_HEAD,
-    *("key_dtype", "value_dtype", "key_type", "windows", "max_tokens", "source", "model", "key_module"),
+    *("key_dtype", "value_dtype", "projection", "key_type", "windows", "max_tokens", "source", "model", "key_module"),
     *_TAIL,
 )
 ORDER_OF_IMPORTS = (
@@ -78,6 +79,16 @@ class _KeysRecord(TypedDict):
     dtype: Literal["float16", "float32"]
 
 
+_From = TypedDict("_From", {"from": Positive})
+
+
+class ProjectionRecord(_From, total=False):
+    """From how many numbers the LM's hidden states were projected to ``dimension``, and how that was chosen."""
+
+    kind: str
+    variance_kept: float
+
+
 class _Required(TypedDict):
     count: Count
     dimension: Positive
@@ -92,6 +103,7 @@ class ManifestJSON(_Required, total=False):
     key_dtype: str | None
     value_dtype: str | None
     keys: _KeysRecord | None
+    projection: ProjectionRecord | None
     key_type: str
     key_module: str | None
     windows: WindowsRecord | None
@@ -137,6 +149,7 @@ class Manifest:
     fingerprint : the LM's; None where it was not there.
     largest_value : of an imported store.
     keys : where the keys are; None where there are none.
+    projection : of what the keys are a projection; None where they are the LM's hidden states.
     text_order : whether the values are the text.
     pruned_from : how a pruned store was made, and of what.
     files : the store's own files.
@@ -154,6 +167,7 @@ class Manifest:
     key_dtype: str | None = None
     value_dtype: str | None = None
     keys: KeysFile | None = NPY_KEYS
+    projection: ProjectionRecord | None = None
     key_type: str = "last_ffn_input"
     key_module: str | None = None
     windows: WindowsRecord | None = None
@@ -204,7 +218,8 @@ class Manifest:
         known = {name: content[name] for name in _field_names() if name in content}
         raw = content.get("keys", NPY_KEYS._asdict())
         known["keys"] = None if raw is None else KeysFile(raw["file"], raw["dtype"])
-        for name in (VALUES, DOCUMENT_STARTS, *([raw["file"]] if raw else [])):
+        projected = [PROJECTION] if known.get("projection") else []
+        for name in (VALUES, DOCUMENT_STARTS, *([raw["file"]] if raw else []), *projected):
             if name not in content["files"]:
                 raise UserError(f"{file} is damaged: files does not list {shortened(name)}; {remedy}.")
         return cls(
@@ -217,7 +232,7 @@ class Manifest:
         """What the file holds."""
         content = {name: getattr(self, name) for name in _field_names()}
         added = [name for name in content if name not in self.order and not _is_default(name, content[name])]
-        dropped = [name for name in ("keys", "derived") if _is_default(name, content[name])]
+        dropped = [name for name in ("keys", "projection", "derived") if _is_default(name, content[name])]
         content |= {"format": FORMAT, "format_version": FORMAT_VERSION, **self.unknown}
         content["keys"] = self.keys and self.keys._asdict()
         return {name: content[name] for name in (*self.order, *added) if name not in dropped}
@@ -225,6 +240,11 @@ class Manifest:
     def write(self, folder: Path) -> None:
         """Make the folder a datastore."""
         write_sealed_json(folder / MANIFEST, self.to_json())
+
+    @property
+    def width(self) -> int:
+        """The width of the LM's hidden states that the keys are, or are a projection of."""
+        return self.dimension if self.projection is None else self.projection["from"]
 
     @property
     def keys_checksum(self) -> str:

@@ -39,6 +39,8 @@ def why_not(lm: KNNHF) -> str | None:
         return f"it needs an index with inverted lists, which {retriever.factory} has not"
     if not hasattr(model.inner, "lm_head"):
         return f"{type(model.inner).__name__} has no head of the name lm_head"
+    if retriever.datastore.projection is not None:
+        return "the datastore's keys are a projection of the hidden states, which it searches for as they are"
     if retriever.sim_func != "l2" or model.inner.dtype != torch.float32:
         return "it needs knn_sim_func=l2 and dtype=float32"
     if not lm.augmentation.mixture.weight.constant:  # none, or 0

@@ -2,14 +2,48 @@
 
 from __future__ import annotations
 
+import os
+import re
 from contextlib import suppress
 from pathlib import Path
+
+from knn_lm_eval.errors import UserError
 
 STATUS = Path("/proc/self/status")
 MEMORY_INFO, CGROUPS, CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 # The kernel's names. Anonymous memory is the process's own; pages of mapped files are shared with other processes
 # and are given back where memory is short.
 FIELDS = {"VmHWM": "peak_resident", "RssAnon": "anonymous", "RssFile": "mapped_files"}
+
+# What sizes are given in: binary units with or without their B, and decimal ones with it.
+UNITS = {"": 1, "b": 1} | {
+    prefix + end: base**power
+    for power, prefix in enumerate("kmgt", 1)
+    for base, ends in ((1024, ("", "i", "ib")), (1000, ("b",)))
+    for end in ends
+}
+
+
+def parse_bytes(text: str) -> int:
+    """A size as people write it, in bytes: ``8GiB`` or ``8G``, ``512MiB``, ``1.5TB``; raises UserError else."""
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+) *([a-z]*)", text.strip().lower())
+    if found is None or found[2] not in UNITS or (size := int(float(found[1]) * UNITS[found[2]])) < 1:
+        raise UserError(f"{text!r} is no size of memory: give a number with its unit, such as 8GiB or 512MiB.")
+    return size
+
+
+def size_text(size: int) -> str:
+    """So many bytes as ``parse_bytes`` reads them, rounded up: what is said to be enough is."""
+    mebibytes = -(-size // 2**20)
+    return f"{mebibytes}MiB" if mebibytes < 1024 else f"{-(-mebibytes * 10 // 1024) / 10:g}GiB"
+
+
+def allowed_bytes(memory: int | None) -> int:
+    """The memory that a computation may take: what the user gave, or half of what is available here."""
+    if memory is not None:
+        return memory
+    available = available_bytes()
+    return (os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if available is None else available) // 2
 
 
 def resident_bytes() -> dict[str, int] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 import sys
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import pytest
 from helpers.tiny_model import EVAL_TEXT, MAX_LENGTH
 
 from knn_lm_eval import KNNHF, Datastore, UserError
-from knn_lm_eval.cli.arguments import merge_model_args
+from knn_lm_eval.cli.arguments import add_memory, merge_model_args
 from knn_lm_eval.cli.main import verb
 from knn_lm_eval.lm.loading import CausalHFLM
 
@@ -166,3 +167,13 @@ def test_a_verb_s_main_says_what_the_user_can_mend(monkeypatch: pytest.MonkeyPat
     assert levels == ["INFO"]
     sys.excepthook(UserError, caught.value, None)
     assert capsys.readouterr().err == "error: 3 is wrong.\n"
+
+
+def test_memory_is_given_with_its_unit(capsys) -> None:
+    parser = argparse.ArgumentParser()
+    add_memory(parser, "this")
+    assert parser.parse_args([]).memory is None
+    assert parser.parse_args(["--memory", "512MiB"]).memory == 2**29
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--memory", "much"])
+    assert "'much' is no size of memory: give a number with its unit, such as 8GiB" in capsys.readouterr().err

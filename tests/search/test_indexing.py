@@ -26,6 +26,7 @@ from knn_lm_eval.search.indexing import build_index
 from knn_lm_eval.search.kmeans import two_level_kmeans
 from knn_lm_eval.store import key_stream
 from knn_lm_eval.store.datastore import Datastore
+from knn_lm_eval.system.sampling import draw_entries
 
 
 @pytest.fixture(scope="module")
@@ -247,7 +248,7 @@ def test_exact_distances_read_keys_once_and_forwards(monkeypatch, gather_bytes: 
 
 
 def test_visiting_all_lists_of_exact_vectors_costs_nothing_beside_exact_search(tmp_path: Path) -> None:
-    store = make_store(tmp_path / "store", count=2000)
+    store = make_store(tmp_path / "store", count=2000, dimension=4)
     metadata = build_index(store, "IVF4,Flat", k=40, quality_queries=200)
     first, *_, last = metadata["quality"]
     assert last["probe"] == 4
@@ -260,7 +261,7 @@ def test_quality_figures_are_recall_and_error_of_p_knn(pristine: Datastore) -> N
     k, queries = 50, 64
     index, _ = open_index(pristine, "rabitq")
     measured = quality.measure_quality(pristine, index, "l2", k, 1.0, queries, seed=1)
-    chosen = np.sort(np.random.default_rng(2).permutation(len(pristine))[:queries])
+    chosen = draw_entries(len(pristine), queries, 2)
     _, order = brute_force(pristine, pristine.keys[chosen], k + 1, dot=False)
     assert [row["probe"] for row in measured["quality"]] == [1, 2, 4, 8, 16]
     for row in measured["quality"]:

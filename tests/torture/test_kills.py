@@ -46,6 +46,7 @@ CLUSTERS = "--datastore HERE/store --method kmeans --num_clusters 9 --iterations
 MODEL = "--model_args pretrained=MODEL,max_length=64,datastore=HERE/store --metadata data_dir=HERE/data"
 COMMANDS = {
     "dump": Command("dump_datastore", DUMP, ["--resume"]),
+    "dump of fewer numbers": Command("dump_datastore", DUMP + " --keys 8", ["--resume"]),
     "index": Command("build_index", INDEX, ["--resume"]),
     "index in parts": Command("build_index", INDEX + " --parts 3", ["--resume"]),
     "index again": Command("build_index", INDEX.replace("other", "index") + " --overwrite", ["--resume"]),
@@ -62,6 +63,7 @@ COMMANDS = {
     "import copy": Command("import_datastore", "HERE/theirs --output HERE/new --copy"),
     "fetch": Command("fetch_datastore", "ADDRESS --output HERE/new"),
     "grow": Command("grow_datastore", "HERE/store --entries 6000 --output HERE/new"),
+    "project": Command("project_datastore", "--datastore HERE/store --keys 8 --output HERE/new"),
     "tune": Command(
         "tune",
         MODEL + " --tasks law_valid --limit 2 --k 4,8 --knn_temp 1,4 --lmbda 0.2,0.5 --output HERE/new/tuned.json",

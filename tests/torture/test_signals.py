@@ -42,6 +42,7 @@ VERBS: dict[str, tuple[str, str, int]] = {
     "import_datastore": ("HERE/theirs --output HERE/new", NOTHING_KEPT, 6),
     "fetch_datastore": ("ADDRESS --output HERE/new", SAME_COMMAND, 15),
     "grow_datastore": ("HERE/store --entries 6000 --output HERE/new", NOTHING_KEPT, 5),
+    "project_datastore": ("--datastore HERE/store --keys 8 --output HERE/new", NOTHING_KEPT, 5),
     "tune": (f"{LM} {LAW} --tasks law_valid --output HERE/new/tuned.json", NOTHING_KEPT, 4),
     "foss_curve": (f"{LM} {LAW} --tasks law --output HERE/new", NOTHING_KEPT, 6),
     "store_sizes": (f"{LM},k=8,lmbda=0.5 {LAW} --tasks law --output HERE/new", NOTHING_KEPT, 4),
