@@ -6,7 +6,7 @@ import argparse
 import logging
 from typing import Any
 
-from knn_lm_eval.cli.arguments import add_datastore
+from knn_lm_eval.cli.arguments import add_datastore, add_memory
 from knn_lm_eval.cli.main import WITH_RESUME, verb
 
 
@@ -50,12 +50,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--k", type=int, default=1024, help="neighbours for the measurement (default: 1024)")
     parser.add_argument("--knn_temp", type=float, default=1.0, help="temperature for the measurement (default: 1)")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--parts", type=int, help="build so many parts, one at a time: takes the memory of one")
+    parser.add_argument("--parts", type=int, help="make so many files of the index, each of a run of entries")
+    add_memory(parser, "the build")
     parser.add_argument(
         "--ray",
         metavar="ADDRESS",
-        help="build the parts side by side on a Ray cluster: HOST:PORT, or auto for the one that runs here (none: "
-        "one is started); its nodes must see the datastore's folder",
+        help="build the parts' segments side by side on a Ray cluster: HOST:PORT, or auto for the one that runs here "
+        "(none: one is started); its nodes must see the datastore's folder",
     )
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted build")
     parser.add_argument("--overwrite", action="store_true", help="replace the index of that name")

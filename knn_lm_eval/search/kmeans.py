@@ -16,6 +16,7 @@ from knn_lm_eval.system.checkpoints import SavedStates
 from knn_lm_eval.system.sampling import draw_entries
 
 SAMPLE_PER_CLUSTER = 64  # keys to train on, by default; faiss asks for 39 to 256 per centroid
+FIRST_LEVEL_SAMPLE = 1024  # of two, keys to train on per cluster
 MEMORY_SHARE = 0.8  # of the machine's, that k-means may take
 
 
@@ -85,14 +86,18 @@ def two_level_kmeans(vectors: np.ndarray, count: int, seed: int, spherical: bool
 
     Parameters
     ----------
-    vectors : float32 ``[n, dimension]``, at least ``count`` of them.
+    vectors : float32 ``[n, dimension]``, at least ``count`` of them. Beside them it takes their copies for the first
+        level's sample (``FIRST_LEVEL_SAMPLE`` a cluster) and for one cluster, twice the centroids, and some 40 bytes
+        a vector.
 
     Returns
     -------
     float32 ``[count, dimension]``, the centroids.
     """
     settings = {"seed": seed, "spherical": spherical, "min_points_per_centroid": 1}
-    coarse = faiss.Kmeans(vectors.shape[1], round(math.sqrt(count)), max_points_per_centroid=1024, **settings)
+    coarse = faiss.Kmeans(
+        vectors.shape[1], round(math.sqrt(count)), max_points_per_centroid=FIRST_LEVEL_SAMPLE, **settings
+    )
     coarse.train(vectors)
     cluster = coarse.assign(vectors)[1]  # [n]
     sizes = np.bincount(cluster, minlength=coarse.k)  # [coarse clusters]

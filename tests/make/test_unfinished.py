@@ -105,12 +105,12 @@ def test_of_an_index(own_store: Datastore, stop, parts: int | None) -> None:
     if parts is None:
         stop(key_stream, "finite_keys", chunks + 2, lambda: build_index(own_store, **work))
     else:
-        stop(indexing, "_build_part", 2, lambda: build_index(own_store, **work))
+        stop(indexing, "_write_segment", 2, lambda: build_index(own_store, **work))
     names = {"other.faiss.part", "other.faiss.part.json"}
     names |= {"other.000.faiss.part", "other.001.faiss.part"} if parts else set()
     assert {path.name for path in own_store.path.glob("other*")} == names
     state = read(own_store.path / "other.faiss.part.json")
-    assert list(state) == ["settings", "seconds"] and list(state["seconds"]) == ["train"]
+    assert list(state) == ["settings", "seconds", "segment"] and list(state["seconds"]) == ["train"]
     settings = {"factory": "IVF4,SQ8", "sim_func": "l2", "seed": 1, "train_sample": None}
     settings |= {"keys_sha256": own_store.keys_checksum} | ({"parts": 3} if parts else {})
     assert state["settings"] == settings
@@ -120,7 +120,7 @@ def test_of_an_index(own_store: Datastore, stop, parts: int | None) -> None:
 
 def test_begun_anew_nothing_of_the_unfinished_index_is_left(own_store: Datastore, stop) -> None:
     work = {"factory": "IVF4,SQ8", "name": "other", "quality_queries": 0}
-    stop(indexing, "_build_part", 2, lambda: build_index(own_store, parts=3, **work))
+    stop(indexing, "_write_segment", 2, lambda: build_index(own_store, parts=3, **work))
     (own_store.path / "other.001.faiss.part.tmp").touch()
     (own_store.path / "other.b.faiss.part.tmp").touch()  # of an index called other.b
     build_index(own_store, **work)

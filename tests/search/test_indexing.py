@@ -17,7 +17,7 @@ from helpers.stores import change_json, make_store
 
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.make.lm_speed import lm_microseconds
-from knn_lm_eval.search import indexing, probe_choice, quality
+from knn_lm_eval.search import index_memory, indexing, probe_choice, quality
 from knn_lm_eval.search.choosing import Budget, choose_factory
 from knn_lm_eval.search.exact_distances import exact_distances
 from knn_lm_eval.search.faiss_index import open_index, search
@@ -295,12 +295,13 @@ def test_probe_given_beats_the_recommended_one(pristine: Datastore) -> None:
     assert LocalRetriever(pristine, k=5, index="rabitq", probe=10**6).probe == 16  # all lists
 
 
-@pytest.mark.parametrize("factory", ["Flat", "IVF16,SQ8"])
+@pytest.mark.parametrize("factory", ["Flat", "IVF16,SQ8", "RR16,IVF16,RaBitQfs"])
 def test_an_interrupted_build_resumes_to_the_same_index(tmp_path: Path, monkeypatch, factory: str) -> None:
     monkeypatch.setattr(key_stream, "ADD_CHUNK", 500)
     monkeypatch.setattr(indexing, "CHECKPOINT_SECONDS", -1)
     whole, broken = make_store(tmp_path / "a"), make_store(tmp_path / "b")
     build_index(whole, factory)
+    monkeypatch.setattr(index_memory, "MOST_IN_SEGMENT", 1000)
 
     calls = 0
 
@@ -315,7 +316,10 @@ def test_an_interrupted_build_resumes_to_the_same_index(tmp_path: Path, monkeypa
     monkeypatch.setattr(key_stream, "finite_keys", fail_after_some)
     with pytest.raises(KeyboardInterrupt):
         build_index(broken, factory)
-    assert faiss.read_index(str(broken.path / "index.faiss.part")).ntotal > 0
+    if factory == "Flat":
+        assert faiss.read_index(str(broken.path / "index.faiss.part")).ntotal > 0
+    else:
+        assert faiss.read_index(str(broken.path / "index.faiss.part.000000")).ntotal == 1000
     assert not (broken.path / "index.faiss").exists()
     monkeypatch.setattr(key_stream, "finite_keys", original)
     build_index(broken, factory, resume=True)
@@ -350,14 +354,14 @@ def test_an_interrupted_build_keeps_its_finished_parts(tmp_path: Path, monkeypat
     build_index(store, name="whole", **settings)
     built: list[int] = []
 
-    def fail_at_the_last(*job: object) -> dict:
+    def fail_at_the_last(*job: object) -> None:
         if len(built) == 2:
             raise KeyboardInterrupt
         built.append(job[2])
-        return original(*job)
+        original(*job)
 
-    original = indexing._build_part
-    monkeypatch.setattr(indexing, "_build_part", fail_at_the_last)
+    original = indexing._write_segment
+    monkeypatch.setattr(indexing, "_write_segment", fail_at_the_last)
     with pytest.raises(KeyboardInterrupt):
         build_index(store, **settings)
     assert built == [0, 1000] and not (store.path / "index.json").exists()
