@@ -1,4 +1,4 @@
-"""What a command takes: seconds, peak memory, and how large a folder is then; as a row of a table.
+"""What a command takes: seconds, seconds of CPUs, peak memory, and how large a folder is then; as a row of a table.
 
     python tests/helpers/measured.py ROWS STEP FOLDER COMMAND...     run it, append a row to the file ROWS
     python tests/helpers/measured.py ROWS                            print the rows as a Markdown table
@@ -11,6 +11,7 @@ memory is short.
 from __future__ import annotations
 
 import json
+import resource
 import subprocess
 import sys
 import threading
@@ -24,11 +25,11 @@ def main() -> int:
     rows_file = Path(sys.argv[1])
     rows = [json.loads(line) for line in rows_file.read_text().splitlines()] if rows_file.exists() else []
     if len(sys.argv) == 2:
-        print("| step | seconds | own memory, MiB | resident, MiB | folder, MB |\n|---|---|---|---|---|")
+        print("| step | seconds | of CPUs | own memory, MiB | resident, MiB | folder, MB |\n|---|---|---|---|---|---|")
         for row in rows:
             print(
-                f"| {row['step']} | {row['seconds']:,.0f} | {row['own'] / 2**20:,.0f} | {row['resident'] / 2**20:,.0f} "
-                f"| {row['folder'] / 1e6:,.0f} |"
+                f"| {row['step']} | {row['seconds']:,.0f} | {row['cpu_seconds']:,.0f} | {row['own'] / 2**20:,.0f} "
+                f"| {row['resident'] / 2**20:,.0f} | {row['folder'] / 1e6:,.0f} |"
             )
         return 0
     step, folder, command = sys.argv[2], Path(sys.argv[3]), sys.argv[4:]
@@ -54,8 +55,15 @@ def main() -> int:
         print(f"{step} failed with status {status}; its reason is above", file=sys.stderr)
         return status
     seconds = time.perf_counter() - start
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
     size = sum(path.stat().st_blocks * 512 for path in folder.rglob("*") if path.is_file()) if folder.exists() else 0
-    row = {"step": step, "seconds": round(seconds, 1), **peak, "folder": size}
+    row = {
+        "step": step,
+        "seconds": round(seconds, 1),
+        "cpu_seconds": round(used.ru_utime + used.ru_stime, 1),
+        **peak,
+        "folder": size,
+    }
     with rows_file.open("a") as file:
         file.write(json.dumps(row) + "\n")
     print(f"== {step}: {seconds:,.1f} s, {peak['own'] / 2**20:,.0f} MiB of its own", flush=True)
