@@ -17,6 +17,7 @@ KNN_HF = "as for lm_eval --model knn-hf: pretrained=M,datastore=D"
 # Options of a verb that are arguments of the LM as well.
 LM_OPTIONS = ("max_length", "batch_size", "device")
 BATCH_SIZE = 4
+TEXT_ARGUMENTS = ("text", "dataset", "config", "split", "text_column", "streaming", "documents")  # of a TextSource
 
 
 def add_model_arguments(
@@ -44,6 +45,33 @@ def add_model_arguments(
 def _number_or_word(text: str) -> int | str:
     """As ``--model_args`` reads it: ``auto`` is a batch size, too."""
     return int(text) if text.removeprefix("-").isdigit() else text
+
+
+def add_text_arguments(parser: argparse.ArgumentParser) -> None:
+    """``TEXT_ARGUMENTS``: a text, and what a document of it is."""
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--text", type=Path, help="a UTF-8 text file")
+    source.add_argument(
+        "--dataset",
+        help="a `datasets` data set: hub id, local folder, or a .jsonl, .parquet, .csv or .txt file",
+    )
+    parser.add_argument("--config", help="the data set's configuration (its `name`)")
+    parser.add_argument("--split", default="train", help="the data set's split (default: train)")
+    parser.add_argument("--text_column", default="text", help="the data set's column (default: text)")
+    parser.add_argument("--streaming", action="store_true", help="stream the data set instead of downloading it")
+    parser.add_argument(
+        "--documents",
+        choices=["line", "blank-line", "file", "wikitext"],
+        default="line",
+        help="what a document is: each line or row (default), separated by blank lines, the whole file (one token "
+        "stream), or a WikiText article",
+    )
+
+
+def check_text(arguments: argparse.Namespace) -> None:
+    """Raise UserError where the text is no file."""
+    if arguments.text and not arguments.text.is_file():
+        raise UserError(f"There is no text file {arguments.text}.")
 
 
 def add_task_arguments(parser: argparse.ArgumentParser, tasks: str = "perplexity tasks, separated by commas") -> None:
@@ -81,13 +109,13 @@ def add_verify(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_memory(parser: argparse.ArgumentParser, takes: str) -> None:
-    """``--memory``, in bytes; ``takes`` says what keeps to it."""
+def add_memory(parser: argparse.ArgumentParser, takes: str, default: str = "half of what is available") -> None:
+    """``--memory``, in bytes; ``takes`` says what keeps to it, ``default`` what it may take without the option."""
     parser.add_argument(
         "--memory",
         type=_size,
         metavar="SIZE",
-        help=f"what {takes} may take, such as 8GiB or 512MiB (default: half of what is available)",
+        help=f"what {takes} may take, such as 8GiB or 512MiB (default: {default})",
     )
 
 

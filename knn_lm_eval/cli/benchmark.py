@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from knn_lm_eval.cli.arguments import check_at_least_one
 from knn_lm_eval.cli.main import SAME_COMMAND, verb
 from knn_lm_eval.errors import UserError, printable
 
@@ -20,6 +21,15 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("matrix", type=Path, help="the YAML file (the README shows one)")
     parser.add_argument("--dry_run", action="store_true", help="print the plan, with time and memory, and stop")
+    parser.add_argument(
+        "--cells", metavar="I/N", help="only the I-th of N shares of the cells, such as 3/16: for array jobs"
+    )
+    parser.add_argument(
+        "--ray", metavar="ADDRESS", help="run the cells as tasks of this Ray cluster (auto, or HOST:PORT)"
+    )
+    parser.add_argument(
+        "--workers", type=int, help="with --ray, tasks side by side (default: one for each GPU, else for each node)"
+    )
     parser.add_argument("--verbose", action="store_true", help="tracebacks of cells that fail")
     return parser.parse_args()
 
@@ -29,16 +39,27 @@ def main(arguments: argparse.Namespace) -> None:
     if arguments.verbose:
         logging.getLogger("knn_lm_eval").setLevel(logging.DEBUG)
 
-    from knn_lm_eval.benchmark.matrix import read_matrix
+    if arguments.workers is not None and arguments.ray is None:
+        raise UserError("--workers is for --ray; without it, --cells shares the cells among several commands.")
+    check_at_least_one(arguments, "workers")
 
-    matrix = read_matrix(arguments.matrix)
+    from knn_lm_eval.benchmark.matrix import read_matrix
+    from knn_lm_eval.benchmark.spreading import parse_share, passes, share_of
+
+    share = None if arguments.cells is None else parse_share(arguments.cells)
+    whole = read_matrix(arguments.matrix)
+    matrix = whole if share is None else share_of(whole, share)
+    if share is not None:
+        print(f"Share {share}: {len(matrix.cells)} of {len(whole.cells)} cells.", flush=True)
     if arguments.dry_run:
         from knn_lm_eval.benchmark.estimate import estimate
 
         print_plan(estimate(matrix))
+        if arguments.ray is not None:
+            print(f"Over Ray: {len(passes(matrix.cells))} tasks, one for the cells of a model and a task.")
         return
 
-    from knn_lm_eval.benchmark.runner import run_matrix
+    from knn_lm_eval.benchmark.runner import finished_results, run_matrix
 
     total, known = len(matrix.cells), 0
 
@@ -47,8 +68,17 @@ def main(arguments: argparse.Namespace) -> None:
         known += 1
         print(f"[{known}/{total}] {outcome.cell}: {outcome.state}", flush=True)
 
-    failed = [outcome for outcome in run_matrix(matrix, report) if outcome.state == "failed"]
+    if arguments.ray is None:
+        outcomes = run_matrix(matrix, report)
+    else:
+        from knn_lm_eval.benchmark.ray_cells import run_on_ray
+
+        outcomes = run_on_ray(arguments.ray, matrix, report, arguments.workers)
+    failed = [outcome for outcome in outcomes if outcome.state == "failed"]
     print(f"{total - len(failed)} of {total} cells are in {matrix.output}.")
+    if share is not None:
+        there = [cell for cell in whole.cells if finished_results(whole.output / cell.folder, cell.checksum())]
+        print(f"Of all shares' cells, {len(there)} of {len(whole.cells)} are there.")
     for outcome in failed:
         kind = "" if isinstance(outcome.error, UserError) else f"{type(outcome.error).__name__}: "
         print(f"failed: {outcome.cell}: {kind}{printable(str(outcome.error))}", file=sys.stderr)

@@ -81,6 +81,11 @@ def main(arguments: argparse.Namespace) -> None:
 
         settings["lm_microseconds"] = lm_microseconds
     metadata = build_index(open_datastore(settings.pop("datastore"), verify), **settings)
+    print_index(metadata)
+
+
+def print_index(metadata: dict[str, Any]) -> None:
+    """Print what an index is, and how good, where that was measured."""
     print(
         f"{metadata['factory']}: {metadata['count']:,} entries, {metadata['bytes'] / metadata['count']:.0f} bytes each"
     )

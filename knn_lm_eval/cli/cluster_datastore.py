@@ -6,13 +6,13 @@ import argparse
 import logging
 from pathlib import Path
 
-from knn_lm_eval.cli.arguments import add_datastore, check_options
+from knn_lm_eval.cli.arguments import add_datastore, add_memory, check_options
 from knn_lm_eval.cli.main import WITH_RESUME, verb
 
 # Which arguments go with which method; the functions know the defaults.
 OPTIONS = {
-    "kmeans": ("num_clusters", "sample", "iterations", "seed", "resume"),
-    "greedy_merge": ("k", "index", "probe", "resume"),
+    "kmeans": ("num_clusters", "sample", "iterations", "seed", "resume", "memory"),
+    "greedy_merge": ("k", "index", "probe", "resume", "memory"),
     "import": (),
 }
 
@@ -39,6 +39,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--probe", type=int, help="greedy_merge: inverted lists visited per search (default: the index's)"
     )
+    add_memory(parser, "kmeans, with its sample of keys, or greedy_merge, with its index,", "what it takes")
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted clustering")
     parser.add_argument("--overwrite", action="store_true", help="replace the clusters of that name")
     return parser.parse_args()

@@ -9,10 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from knn_lm_eval.cli.arguments import (
     BATCH_SIZE,
+    TEXT_ARGUMENTS,
     add_key_arguments,
     add_model_arguments,
     add_output,
+    add_text_arguments,
     check_at_least_one,
+    check_text,
     read_model_args,
     whole_number,
 )
@@ -20,6 +23,7 @@ from knn_lm_eval.cli.main import WITH_RESUME, verb
 from knn_lm_eval.errors import UserError
 
 if TYPE_CHECKING:
+    from knn_lm_eval.make.index_plan import IndexPlan
     from knn_lm_eval.store.datastore import Datastore
 
 
@@ -30,23 +34,7 @@ def parse_arguments() -> argparse.Namespace:
         "as for lm_eval --model hf: pretrained=NAME,dtype=float16,peft=...",
         max_length="the model's limit, at most 1024",
     )
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--text", type=Path, help="a UTF-8 text file")
-    source.add_argument(
-        "--dataset",
-        help="a `datasets` data set: hub id, local folder, or a .jsonl, .parquet, .csv or .txt file",
-    )
-    parser.add_argument("--config", help="the data set's configuration (its `name`)")
-    parser.add_argument("--split", default="train", help="the data set's split (default: train)")
-    parser.add_argument("--text_column", default="text", help="the data set's column (default: text)")
-    parser.add_argument("--streaming", action="store_true", help="stream the data set instead of downloading it")
-    parser.add_argument(
-        "--documents",
-        choices=["line", "blank-line", "file", "wikitext"],
-        default="line",
-        help="what a document is: each line or row (default), separated by blank lines, the whole file (one token "
-        "stream), or a WikiText article",
-    )
+    add_text_arguments(parser)
     add_output(parser, "the folder to write")
     add_key_arguments(
         parser,
@@ -60,14 +48,27 @@ def parse_arguments() -> argparse.Namespace:
         help="tokens that each window adds (default: max_length, no overlapping windows)",
     )
     parser.add_argument("--max_tokens", type=int, help="stop after so many tokens")
-    parser.add_argument(
+    narrower = parser.add_mutually_exclusive_group()
+    narrower.add_argument(
         "--keys",
         type=_keys_kept,
         default="all",
-        metavar="all|NUMBER",
-        help="what is kept of each key: all of its numbers (default), or so many, of a projection to the directions in "
-        "which the keys vary most",
+        metavar="all|NUMBER|none",
+        help="what is kept of each key: all of its numbers (default), so many, of a projection to the directions in "
+        "which the keys vary most, or none: the keys go straight into an index",
     )
+    narrower.add_argument(
+        "--projection_of",
+        type=Path,
+        metavar="DATASTORE",
+        help="keep of each key what this datastore of the same model keeps, by its projection",
+    )
+    parser.add_argument("--factory", help="with --keys none, the index's faiss factory string (default: auto)")
+    parser.add_argument("--index", help="with --keys none, the index's name (default: index)")
+    parser.add_argument(
+        "--sim_func", choices=["l2", "dot"], help="with --keys none, what near means in the index (default: l2)"
+    )
+    parser.add_argument("--parts", type=int, help="with --keys none, make the index in so many files (default: one)")
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted dump")
     parser.add_argument(
         "--ray",
@@ -79,21 +80,38 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def _keys_kept(text: str) -> int | str:
-    if text == "all":
+    if text in ("all", "none"):
         return text
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither all nor a number of at least 1")
+        raise argparse.ArgumentTypeError(f"{text!r} is neither all nor none nor a number of at least 1")
     return int(text)
 
 
 def check(arguments: argparse.Namespace) -> None:
     """Raise UserError for mistakes that show without loading anything."""
-    if arguments.text and not arguments.text.is_file():
-        raise UserError(f"There is no text file {arguments.text}.")
+    check_text(arguments)
     check_at_least_one(arguments, "max_tokens")
     if arguments.workers is not None and arguments.ray is None:
         raise UserError("--workers is for --ray; without it, torchrun or accelerate starts several processes.")
     check_at_least_one(arguments, "workers")
+    check_at_least_one(arguments, "parts")
+    if (index := read_index_plan(arguments)) is not None:
+        index.check()
+
+
+def read_index_plan(arguments: argparse.Namespace) -> IndexPlan | None:
+    """The index to make; None where keys are kept, with which options for it are a mistake."""
+    given = {"factory": arguments.factory, "name": arguments.index, "sim_func": arguments.sim_func}
+    given = {name: value for name, value in (given | {"parts": arguments.parts}).items() if value is not None}
+    if arguments.keys != "none":
+        if given:
+            option = "index" if "name" in given else next(iter(given))
+            raise UserError(f"--{option} is for --keys none; where keys are kept, build_index makes the index.")
+        return None
+
+    from knn_lm_eval.make.index_plan import IndexPlan
+
+    return IndexPlan(**given)
 
 
 @verb(parse_arguments, kept=WITH_RESUME)
@@ -107,14 +125,13 @@ def main(arguments: argparse.Namespace) -> None:
     from knn_lm_eval.make.text import TextSource
     from knn_lm_eval.system.processes import Processes
 
-    names = ("text", "dataset", "config", "split", "text_column", "streaming", "documents")
-    source = TextSource(**{name: getattr(arguments, name) for name in names})
+    source = TextSource(**{name: getattr(arguments, name) for name in TEXT_ARGUMENTS})
     if arguments.ray is not None:
         from knn_lm_eval.make.ray_dump import DumpPlan, dump_on_ray
 
         model_args, device, settings = read_lm(arguments)
         plan = DumpPlan(model_args, source.absolute(), arguments.output.resolve(), device, settings)
-        report(dump_on_ray(arguments.ray, plan, arguments.workers, arguments.resume))
+        report(dump_on_ray(arguments.ray, plan, arguments.workers, arguments.resume), settings["index"])
         return
     processes = Processes.of_this_launch()
     model_args, device, settings = processes.each_does(lambda: read_lm(arguments))
@@ -130,7 +147,7 @@ def main(arguments: argparse.Namespace) -> None:
         **settings,
     )
     if processes.rank == 0:
-        report(store)
+        report(store, settings["index"])
 
 
 def read_lm(arguments: argparse.Namespace) -> tuple[dict[str, Any], str | None, dict[str, Any]]:
@@ -148,6 +165,8 @@ def read_lm(arguments: argparse.Namespace) -> tuple[dict[str, Any], str | None, 
         "batch_size": whole_number(model_args, "batch_size", BATCH_SIZE),
         "max_tokens": arguments.max_tokens,
         "keys": arguments.keys,
+        "index": read_index_plan(arguments),
+        "projection_of": arguments.projection_of and arguments.projection_of.resolve(),
     }
     device = model_args.pop("device", None)
     # What an option says is of this dump alone; what --model_args says is recorded, and holds in evaluations, too.
@@ -157,9 +176,21 @@ def read_lm(arguments: argparse.Namespace) -> tuple[dict[str, Any], str | None, 
     return model_args, device, settings
 
 
-def report(store: Datastore) -> None:
-    print(
+def report(store: Datastore, index: IndexPlan | None) -> None:
+    made = (
         f"{store.path}: {len(store):,} entries of {store.dimension} numbers from {len(store.document_starts):,} "
-        f"documents. Next: lm_eval --model knn-hf --model_args datastore={store.path}; a large one is searched faster "
-        f"after build_index --datastore {store.path}"
+        f"documents"
     )
+    if index is None:
+        print(
+            f"{made}. Next: lm_eval --model knn-hf --model_args datastore={store.path}; a large one is searched faster "
+            f"after build_index --datastore {store.path}"
+        )
+        return
+
+    from knn_lm_eval.cli.build_index import print_index
+    from knn_lm_eval.store.index_files import DEFAULT_INDEX, find_parts
+
+    print_index(find_parts(store, index.name)[0])
+    which = "" if index.name == DEFAULT_INDEX else f",index={index.name}"
+    print(f"{made}, without keys. Next: lm_eval --model knn-hf --model_args datastore={store.path}{which}")

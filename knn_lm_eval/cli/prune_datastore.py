@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from knn_lm_eval.cli.arguments import add_datastore, add_output, check_options, merge_model_args
+from knn_lm_eval.cli.arguments import add_datastore, add_memory, add_output, check_options, merge_model_args
 from knn_lm_eval.cli.main import NOTHING_KEPT, SAME_COMMAND, WITH_RESUME, verb
 from knn_lm_eval.errors import UserError
 
@@ -12,7 +12,7 @@ from knn_lm_eval.errors import UserError
 OPTIONS = {
     "random": ("keep", "seed"),
     "confidence": ("keep", "max_p", "model_args", "device"),
-    "greedy_merge": ("neighbours", "index", "probe", "resume"),
+    "greedy_merge": ("neighbours", "index", "probe", "resume", "memory"),
 }
 
 
@@ -47,6 +47,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--probe", type=int, help="greedy_merge: inverted lists visited per search (default: the index's)"
     )
+    add_memory(parser, "greedy_merge, with its index,", "what it takes")
     parser.add_argument("--resume", action="store_true", help="greedy_merge: go on with interrupted searches")
     return parser.parse_args()
 

@@ -8,18 +8,27 @@ are taken over by ``knn_lm_eval.make.members``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import faiss
 import numpy as np
 
-from knn_lm_eval.compiling import compiled
 from knn_lm_eval.errors import UserError
+from knn_lm_eval.make.cluster_summary import summarize
+from knn_lm_eval.make.member_lists import write_arrays
 from knn_lm_eval.make.merging import NeighbourSearch, find_absorbers, number_clusters
 from knn_lm_eval.search.faiss_index import faiss_gpus
-from knn_lm_eval.search.kmeans import SAMPLE_PER_CLUSTER, train_kmeans
+from knn_lm_eval.search.kmeans import (
+    LEAST_PER_CLUSTER,
+    SAMPLE_PER_CLUSTER,
+    check_memory,
+    sample_bytes,
+    sample_within,
+    train_kmeans,
+)
+from knn_lm_eval.search.two_levels import PROBE, sample_bytes_in_two_levels, train_two_levels
 from knn_lm_eval.store.clusters import (
     ARRAYS,
     FORMAT,
@@ -32,20 +41,21 @@ from knn_lm_eval.store.clusters import (
 )
 from knn_lm_eval.store.datastore import Datastore
 from knn_lm_eval.store.index_files import DEFAULT_INDEX
-from knn_lm_eval.store.key_stream import number_entries
-from knn_lm_eval.store.manifest import forget_derived, now, record_derived
+from knn_lm_eval.store.key_stream import ADD_CHUNK, number_entries
+from knn_lm_eval.store.manifest import check_unchanged, forget_derived, now, record_derived
 from knn_lm_eval.store.names import check_new_name
 from knn_lm_eval.system.checkpoints import PROGRESS, SavedStates
 from knn_lm_eval.system.files import (
     check_free_space,
     disk_errors_in,
     replace_file,
-    write_npy_header,
 )
 from knn_lm_eval.system.locks import locked
+from knn_lm_eval.system.memory import allowed_bytes
 from knn_lm_eval.system.seals import write_sealed_json
 
 ENTRIES_PER_CLUSTER = 100  # on average, by default; Alon et al. 2022, figures 8 and 9
+MOST_COMPARED = 2**14  # clusters of which each is compared with each key; beyond, two levels
 
 
 def cluster_kmeans(
@@ -57,21 +67,28 @@ def cluster_kmeans(
     seed: int = 1,
     resume: bool = False,
     overwrite: bool = False,
+    memory: int | None = None,
 ) -> Clusters:
     """Cluster the entries by k-means of their keys (Alon et al. 2022); an entry belongs to the nearest
     centroid (exact squared L2).
 
-    Takes all GPUs that faiss sees. The time goes with ``num_clusters * (iterations * sample + count)``.
+    Takes all GPUs that faiss sees. The time goes with ``num_clusters * (iterations * sample + count)``. Beyond
+    ``MOST_COMPARED`` clusters, it goes with the square root of ``num_clusters``: they are trained in two levels, and a
+    key is compared with those nearby only (``knn_lm_eval.search.two_levels``), so that a few keys in a hundred get
+    another centroid than the nearest one, which is hardly farther.
 
     Parameters
     ----------
     name : the clustering's name.
     num_clusters : None takes 1/100 of the entries. Clusters may turn out empty.
-    sample : random keys to train on, all in memory as float32; None takes 64 per cluster, or all keys.
+    sample : random keys to train on, all in memory as float32; None takes 64 per cluster, or all keys. In two levels,
+        in memory in the store's own dtype; None takes 39 per cluster.
     iterations : of k-means on the sample.
     seed : of the sample and the first centroids.
     resume : go on with an interrupted clustering of that name.
     overwrite : replace a finished clustering of that name.
+    memory : bytes that it may take; where they are fewer than the default sample needs, that is made smaller, down to
+        39 keys per cluster, with a warning. None is 80 % of the machine's memory for the sample as it is.
 
     Raises
     ------
@@ -80,12 +97,20 @@ def cluster_kmeans(
         disk is full.
     """
     keys = datastore.require_keys("clustering")
+    datastore.require_all("clustering")
     datastore.require_text_order("clustering, which is for RetoMaton,")
     count = len(datastore)
     num_clusters = max(1, count // ENTRIES_PER_CLUSTER) if num_clusters is None else num_clusters
     if not 1 <= num_clusters <= count:
         raise UserError(f"num_clusters={num_clusters} must be between 1 and the store's {count:,} entries.")
-    sample = min(SAMPLE_PER_CLUSTER * num_clusters if sample is None else sample, count)
+    two_levels = num_clusters > MOST_COMPARED
+    bytes_per_key = sample_bytes_in_two_levels(keys) if two_levels else sample_bytes(keys)
+    per_cluster = LEAST_PER_CLUSTER if two_levels else SAMPLE_PER_CLUSTER
+    if sample is None:
+        sample = min(per_cluster * num_clusters, count)
+        if memory is not None:
+            sample = sample_within(memory, sample, bytes_per_key, keys, num_clusters)
+    sample = min(sample, count)
     if sample < num_clusters:
         raise UserError(f"sample={sample} is too small: k-means needs at least one key per cluster ({num_clusters:,}).")
     if iterations < 1:
@@ -98,22 +123,29 @@ def cluster_kmeans(
         "sample": sample,
         "iterations": iterations,
         "seed": seed,
+        **({"levels": 2, "probe": PROBE} if two_levels else {}),
     }
-    unfinished = UnfinishedClusters(datastore, name, settings, overwrite, resume)
+    unfinished = UnfinishedClusters(datastore, name, settings, overwrite, resume, memory)
+    check_memory(memory, sample, bytes_per_key, keys, num_clusters)
     with unfinished.begun():
-        centroids = train_kmeans(keys, num_clusters, sample, iterations, seed, unfinished.states)
-        index: faiss.Index = faiss.IndexFlatL2(datastore.dimension)
-        if faiss_gpus():
-            index = faiss.index_cpu_to_all_gpus(index)
-        index.add(centroids)
+        training = (keys, num_clusters, sample, iterations, seed, unfinished.states)
+        nearest = train_two_levels(*training).nearest if two_levels else _nearest_of_all(train_kmeans(*training))
 
         def assign(clusters: np.ndarray, begin: int, chunk: np.ndarray) -> None:
-            clusters[begin : begin + len(chunk)] = index.search(chunk, 1)[1][:, 0]
+            clusters[begin : begin + len(chunk)] = nearest(chunk)
 
-        cluster_of_entry = number_entries(
-            keys, unfinished.states, cluster_dtype(num_clusters), assign, "Assigning keys to clusters"
-        )
+        dtype, size = cluster_dtype(num_clusters), ADD_CHUNK if two_levels else None
+        cluster_of_entry = number_entries(keys, unfinished.states, dtype, assign, "Assigning keys to clusters", size)
         return unfinished.finish(cluster_of_entry, num_clusters)
+
+
+def _nearest_of_all(centroids: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    """The search for the nearest centroid of each key, which compares it with all."""
+    index: faiss.Index = faiss.IndexFlatL2(centroids.shape[1])
+    if faiss_gpus():
+        index = faiss.index_cpu_to_all_gpus(index)
+    index.add(centroids)
+    return lambda chunk: index.search(chunk, 1)[1][:, 0]
 
 
 def cluster_greedy_merge(
@@ -124,6 +156,7 @@ def cluster_greedy_merge(
     probe: int | None = None,
     resume: bool = False,
     overwrite: bool = False,
+    memory: int | None = None,
 ) -> Clusters:
     """Cluster the entries by greedy merging (He et al. 2021): near neighbours of the same value.
 
@@ -142,6 +175,7 @@ def cluster_greedy_merge(
     probe : inverted lists visited per search; None takes what the index was found to need.
     resume : go on with an interrupted clustering of that name.
     overwrite : replace a finished clustering of that name.
+    memory : bytes that it may take, the index included; None is half of what is available, beside the index.
 
     Raises
     ------
@@ -150,41 +184,17 @@ def cluster_greedy_merge(
         full.
     """
     datastore.require_keys("clustering")
+    datastore.require_all("clustering")
     datastore.require_text_order("clustering, which is for RetoMaton,")
-    searched = NeighbourSearch.open(datastore, k, index, probe)
-    unfinished = UnfinishedClusters(datastore, name, {"method": "greedy_merge", **searched.settings}, overwrite, resume)
+    searched = NeighbourSearch.open(datastore, k, index, probe, memory)
+    settings = {"method": "greedy_merge", **searched.settings}
+    unfinished = UnfinishedClusters(datastore, name, settings, overwrite, resume, memory)
     with unfinished.begun():
         absorber = find_absorbers(searched, unfinished.states)
-        cluster_of_entry = np.empty(len(datastore), dtype=entry_dtype(len(datastore)))
+        cluster_of_entry = np.lib.format.open_memmap(
+            unfinished.folder / "clusters.npy.part", "w+", entry_dtype(len(datastore)), (len(datastore),)
+        )
         return unfinished.finish(cluster_of_entry, number_clusters(absorber, cluster_of_entry))
-
-
-def summarize(clusters: Clusters, values: np.ndarray) -> dict[str, float]:
-    """Describe a clustering.
-
-    Parameters
-    ----------
-    values : int32 ``[count]``, the store's.
-
-    Returns
-    -------
-    ``mean``, ``median`` and ``max`` size of the clusters that are not empty, how many are ``empty``, the
-    share of those not empty that have one entry (``singletons``), and ``purity``: the share of clustered
-    entries whose value is the most common one of their cluster.
-    """
-    sizes = np.diff(clusters.member_starts)
-    filled = sizes[sizes > 0]
-    if not len(filled):
-        return {"empty": len(sizes)}
-    common = _most_common_values(np.asarray(values), np.asarray(clusters.member_starts), np.asarray(clusters.members))
-    return {
-        "mean": round(float(filled.mean()), 2),
-        "median": float(np.median(filled)),
-        "max": int(filled.max()),
-        "empty": len(sizes) - len(filled),
-        "singletons": round(float((filled == 1).mean()), 4),
-        "purity": round(common / int(filled.sum()), 4),
-    }
 
 
 class UnfinishedClusters:
@@ -197,13 +207,22 @@ class UnfinishedClusters:
     """
 
     def __init__(
-        self, datastore: Datastore, name: str, settings: dict[str, Any], overwrite: bool, resume: bool = False
+        self,
+        datastore: Datastore,
+        name: str,
+        settings: dict[str, Any],
+        overwrite: bool,
+        resume: bool = False,
+        memory: int | None = None,
     ) -> None:
-        """Raises UserError where the name is no name, or is taken."""
+        """``memory`` is as for ``cluster_kmeans``. Raises UserError where the name is no name, or is taken."""
         self.folder = clusters_folder(datastore, check_new_name(name, "clusters"))
         self._datastore, self._name, self._overwrite, self._resume = datastore, name, overwrite, resume
+        self.memory = memory
         self._settings = {**settings, "keys_sha256": datastore.keys_checksum}
-        self.states = SavedStates(self.folder / PROGRESS, self._settings, others=["*.npy.tmp", "*.json.tmp"])
+        self.states = SavedStates(
+            self.folder / PROGRESS, self._settings, others=["*.npy.tmp", "*.json.tmp", "*.npy.part"]
+        )
         self._check_place()
 
     def _check_place(self) -> None:
@@ -222,21 +241,18 @@ class UnfinishedClusters:
             with locked(self.folder / ".lock", f"the clusters {self.folder}"):
                 self._check_place()
                 self.states.begin_or_resume(self._resume)
-                # Cluster and place in the members' list of each entry, and a saved state of it and its successor.
-                check_free_space(self.folder, 4 * 4 * len(self._datastore), "the clusters' arrays")
+                # Cluster and place in the members' list of each entry, what is made first, and where a list begins.
+                number = np.dtype(entry_dtype(len(self._datastore))).itemsize
+                check_free_space(self.folder, 4 * number * len(self._datastore), "the clusters' arrays")
                 yield
 
     def finish(self, cluster_of_entry: np.ndarray, num_clusters: int, **made_from: Any) -> Clusters:
         """Write the arrays and, last, ``clusters.json``, which says ``made_from`` beside the settings."""
-        cluster_of_entry = cluster_of_entry.astype(cluster_dtype(num_clusters), copy=False)
-        member_starts, members = members_by_cluster(cluster_of_entry, num_clusters)
-        arrays = dict(zip(ARRAYS, (cluster_of_entry, member_starts, members), strict=True))
+        memory = allowed_bytes(self.memory)
+        arrays = write_arrays(self.folder, ".npy.tmp", cluster_of_entry, num_clusters, memory)
         written = {self.folder / f"{name}.npy.tmp": self.folder / f"{name}.npy" for name in arrays}
-        for temporary, array in zip(written, arrays.values(), strict=True):
-            with open(temporary, "wb") as file:
-                write_npy_header(file, array.dtype, array.shape)
-                file.write(array.data)
         names = [f"clusters/{self._name}/{name}" for name in (METADATA, *(path.name for path in written.values()))]
+        check_unchanged(self._datastore.path, self._datastore.keys_checksum, f"the clusters {self._name} were made")
         forget_derived(self._datastore.path, names)
         (self.folder / METADATA).unlink(missing_ok=True)
         for temporary, path in written.items():
@@ -248,7 +264,7 @@ class UnfinishedClusters:
             **made_from,
             "count": len(cluster_of_entry),
             "num_clusters": num_clusters,
-            "entries_in_clusters": len(members),
+            "entries_in_clusters": len(arrays["members"]),
             "summary": summarize(Clusters(self.folder, {}, **arrays), self._datastore.values),
             "files": {f"{name}.npy": (self.folder / f"{name}.npy").stat().st_size for name in ARRAYS},
             "created": now(),
@@ -258,54 +274,3 @@ class UnfinishedClusters:
         record_derived(self._datastore.path, names)
         self.states.remove()
         return Clusters.open(self._datastore, self._name)
-
-
-def members_by_cluster(cluster_of_entry: np.ndarray, num_clusters: int) -> tuple[np.ndarray, np.ndarray]:
-    """The inverse of ``cluster_of_entry``, by a counting sort.
-
-    Parameters
-    ----------
-    cluster_of_entry : int32 or int64 ``[count]``, -1 for an entry in no cluster.
-
-    Returns
-    -------
-    member_starts : int64 ``[num_clusters + 1]``.
-    members : int32 or int64 (see ``entry_dtype``) ``[entries in clusters]``, ascending within each cluster.
-    """
-    member_starts = np.zeros(num_clusters + 1, dtype=np.int64)
-    _count(cluster_of_entry, member_starts[1:])
-    np.cumsum(member_starts, out=member_starts)
-    members = np.empty(member_starts[-1], dtype=entry_dtype(len(cluster_of_entry)))
-    _sort(cluster_of_entry, member_starts[:-1].copy(), members)
-    return member_starts, members
-
-
-@compiled
-def _count(cluster_of_entry: np.ndarray, counts: np.ndarray) -> None:
-    for cluster in cluster_of_entry:
-        if cluster >= 0:
-            counts[cluster] += 1
-
-
-@compiled
-def _sort(cluster_of_entry: np.ndarray, free: np.ndarray, members: np.ndarray) -> None:
-    """Put each entry in its cluster's first free place."""
-    for entry in range(len(cluster_of_entry)):
-        cluster = cluster_of_entry[entry]
-        if cluster >= 0:
-            members[free[cluster]] = entry
-            free[cluster] += 1
-
-
-@compiled
-def _most_common_values(values: np.ndarray, member_starts: np.ndarray, members: np.ndarray) -> int:
-    """How many entries have the most common value of their cluster."""
-    total = 0
-    for cluster in range(len(member_starts) - 1):
-        ordered = np.sort(values[members[member_starts[cluster] : member_starts[cluster + 1]]])
-        longest = run = 0
-        for place in range(len(ordered)):
-            run = run + 1 if place > 0 and ordered[place] == ordered[place - 1] else 1
-            longest = max(longest, run)
-        total += longest
-    return total

@@ -6,6 +6,7 @@ are kept, so that memory holds a matrix of the hidden states' width, however lar
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -13,11 +14,12 @@ import numpy as np
 from tqdm import tqdm
 
 from knn_lm_eval.errors import UserError
-from knn_lm_eval.lm.language_model import LanguageModel
-from knn_lm_eval.make.window_keys import keys_of_windows
+from knn_lm_eval.make.key_reading import KeyReader, entries_in
 from knn_lm_eval.make.windows import Window, WindowSettings, batches, cut_windows
+from knn_lm_eval.store.datastore import Datastore
 from knn_lm_eval.store.manifest import PROJECTION, ProjectionRecord
 from knn_lm_eval.system.files import replace_file
+from knn_lm_eval.system.sampling import draw_entries
 
 SEED = 0
 LEAST_SAMPLE = 2**15  # keys
@@ -51,6 +53,22 @@ def write_projection(folder: Path, sample: Iterable[np.ndarray], width: int, dim
     return {"from": width, "kind": "pca", "variance_kept": round(kept, 4)}
 
 
+def shared_projection(of: Datastore) -> np.ndarray:
+    """The projection of a store, to be another's as well; raises UserError where it has none."""
+    if of.projection is None:
+        raise UserError(f"The keys of the datastore {of.path} are no projection, which another could share.")
+    return of.projection
+
+
+def copy_projection(of: Datastore, folder: Path) -> ProjectionRecord:
+    """Write a store's projection into another's folder; returns what the manifest says of it."""
+    assert of.manifest.projection is not None
+    unfinished = folder / f"{PROJECTION}.part"
+    shutil.copyfile(of.path / PROJECTION, unfinished)
+    replace_file(unfinished, folder / PROJECTION)
+    return of.manifest.projection
+
+
 def principal_directions(sample: Iterable[np.ndarray], width: int, dimension: int) -> tuple[np.ndarray, float]:
     """The directions in which a sample varies most, float32 ``[width, dimension]``, and their share of its variance.
 
@@ -78,22 +96,20 @@ def principal_directions(sample: Iterable[np.ndarray], width: int, dimension: in
 
 
 def sample_of_text(
-    model: LanguageModel,
-    prefix_token_id: int,
-    values: np.ndarray,
-    document_starts: np.ndarray,
-    settings: WindowSettings,
-    keys: int,
-    show_progress: bool = False,
+    reader: KeyReader, document_starts: np.ndarray, keys: int, show_progress: bool = False
 ) -> Iterator[np.ndarray]:
-    """About so many keys of a text, those of windows drawn at random: float32 ``[n, width]``, a window's at a time."""
-    windows = draw_windows(document_starts, len(values), settings, keys)
-    drawn = sum(window.stop - window.start for window in windows)
+    """About so many keys of a text, those of windows drawn at random: float16 ``[n, width]``, a batch's at a time.
+
+    Parameters
+    ----------
+    reader : of the text's whole keys.
+    """
+    windows = draw_windows(document_starts, len(reader.values), reader.windows, keys)
+    drawn = entries_in(windows)
     with tqdm(total=drawn, unit=" tokens", unit_scale=True, desc="Sampling keys", disable=not show_progress) as bar:
-        for batch in batches(windows, settings):
-            for of_window in keys_of_windows(model, prefix_token_id, values, batch):
-                yield of_window.float().cpu().numpy()
-                bar.update(len(of_window))
+        for batch in batches(windows, reader.windows):
+            yield reader.of_batch(batch)
+            bar.update(entries_in(batch))
 
 
 def draw_windows(document_starts: np.ndarray, count: int, settings: WindowSettings, entries: int) -> list[Window]:
@@ -102,7 +118,7 @@ def draw_windows(document_starts: np.ndarray, count: int, settings: WindowSettin
     Goes through the text's windows twice, and keeps those that are drawn.
     """
     there = sum(1 for _ in cut_windows(document_starts, count, settings))
-    number = min(there, -(-entries * there // count))
-    drawn = set(np.random.default_rng(SEED).choice(there, number, replace=False, shuffle=False).tolist())
+    number = -(-entries * there // count)
+    drawn = set(draw_entries(there, number, SEED).tolist())
     windows = enumerate(cut_windows(document_starts, count, settings))
     return [window for place, window in windows if place in drawn]

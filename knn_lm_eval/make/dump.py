@@ -8,24 +8,28 @@ often it was interrupted and however many processes shared it. How far it is is 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
-import transformers
 from tqdm import tqdm
 
 from knn_lm_eval.errors import UserError
-from knn_lm_eval.lm.fingerprint import check_fingerprint, take_fingerprint
+from knn_lm_eval.lm.fingerprint import check_fingerprint, check_store_model, take_fingerprint
 from knn_lm_eval.lm.language_model import LanguageModel
 from knn_lm_eval.lm.loading import CausalHFLM
 from knn_lm_eval.lm.projection import Projection
-from knn_lm_eval.make.directions import sample_of_text, sample_size, write_projection
+from knn_lm_eval.make.directions import (
+    copy_projection,
+    sample_of_text,
+    sample_size,
+    shared_projection,
+    write_projection,
+)
 from knn_lm_eval.make.dump_progress import (
+    FAILED,
     START_ANEW,
     Run,
     count_entries,
@@ -37,34 +41,28 @@ from knn_lm_eval.make.dump_progress import (
     share_of,
     share_states,
 )
+from knn_lm_eval.make.finished_dump import UNFINISHED_KEYS, finish_dump, train_index_of
+from knn_lm_eval.make.index_dump import IndexDump
+from knn_lm_eval.make.index_plan import IndexPlan
+from knn_lm_eval.make.key_file import KeyFile
+from knn_lm_eval.make.key_reading import KeyReader
 from knn_lm_eval.make.text import Piece
-from knn_lm_eval.make.tokens import VALUE_DTYPE, write_values
-from knn_lm_eval.make.window_keys import keys_of_windows
-from knn_lm_eval.make.windows import Window, WindowSettings, batches, chunks, cut_windows
+from knn_lm_eval.make.tokens import write_values
+from knn_lm_eval.make.windows import Window, WindowSettings, chunks, cut_windows
 from knn_lm_eval.store.datastore import Datastore
 from knn_lm_eval.store.manifest import (
     DOCUMENT_STARTS,
     KEYS,
     MANIFEST,
-    ORDER_OF_DUMPS,
     PROJECTION,
     VALUES,
-    Manifest,
     ProjectionRecord,
-    file_record,
-    now,
 )
 from knn_lm_eval.system.arrays import map_npy
 from knn_lm_eval.system.checkpoints import SavedStates
-from knn_lm_eval.system.files import check_free_space, disk_errors_in, replace_file, write_npy_header
+from knn_lm_eval.system.files import check_free_space, disk_errors_in
 from knn_lm_eval.system.locks import locked
 from knn_lm_eval.system.processes import Processes
-from knn_lm_eval.version import __version__
-
-KEY_DTYPE = np.float16
-UNFINISHED_KEYS = "keys.npy.part"
-# Who fails leaves this file, so that the others stop at their next chunk.
-FAILED = "dump.failed"
 
 
 def dump_datastore(
@@ -78,7 +76,9 @@ def dump_datastore(
     stride: int | None = None,
     batch_size: int = 4,
     max_tokens: int | None = None,
-    keys: int | Literal["all"] = "all",
+    keys: int | Literal["all", "none"] = "all",
+    index: IndexPlan | None = None,
+    projection_of: str | Path | None = None,
     resume: bool = False,
     source: dict[str, Any] | None = None,
     model_args: dict[str, Any] | None = None,
@@ -96,7 +96,9 @@ def dump_datastore(
     stride, batch_size : see ``WindowSettings``; stride None is ``max_length``.
     max_tokens : stop after so many entries.
     keys : the numbers that a key keeps, of a projection to so many directions (``knn_lm_eval.make.directions``);
-        ``all`` keeps the LM's hidden states as they are.
+        ``all`` keeps the LM's hidden states as they are, ``none`` keeps none: they go into an index.
+    index : that index; None is the default one.
+    projection_of : a datastore of the same model whose projection is taken, instead of one of the text's own.
     resume : go on with an unfinished dump in ``output``.
     source, model_args : kept in the manifest.
     processes : those that share this dump and all call this function; None is this one alone.
@@ -119,16 +121,20 @@ def dump_datastore(
             batch_size=batch_size,
             max_tokens=max_tokens,
             keys=keys,
+            index=index,
+            projection_of=projection_of,
             source=source,
             model_args=model_args,
         )
     )
     with ExitStack() as held:
         processes.first_does(lambda: held.enter_context(one_dump_in(Path(output))))
-        processes.first_does(lambda: dump.prepare(pieces, resume))
-        processes.each_does(
-            lambda: dump.write_share(processes.rank, processes.count, show_progress=processes.rank == 0)
-        )
+        rank, count = processes.rank, processes.count
+        processes.first_does(lambda: dump.prepare(pieces, resume, count))
+        if keys == "none":
+            processes.each_does(lambda: dump.read_sample(rank, count))
+            processes.first_does(lambda: train_index_of(Path(output)))
+        processes.each_does(lambda: dump.write_share(rank, count, show_progress=rank == 0))
         processes.first_does(lambda: finish_dump(Path(output)))
     return Datastore.open(output)
 
@@ -144,6 +150,9 @@ def one_dump_in(output: Path) -> Iterator[None]:
 
 class Dump:
     """A dump in three steps: ``prepare`` once, ``write_share`` for each share of the keys, ``finish_dump`` once.
+
+    Where no keys are kept, two steps come before ``write_share``: ``read_sample`` for each share, and
+    ``train_index_of`` once.
 
     Parameters
     ----------
@@ -161,7 +170,9 @@ class Dump:
         stride: int | None = None,
         batch_size: int = 4,
         max_tokens: int | None = None,
-        keys: int | Literal["all"] = "all",
+        keys: int | Literal["all", "none"] = "all",
+        index: IndexPlan | None = None,
+        projection_of: str | Path | None = None,
         source: dict[str, Any] | None = None,
         model_args: dict[str, Any] | None = None,
     ) -> None:
@@ -184,26 +195,47 @@ class Dump:
                 "vocabulary": self.model.vocabulary_size,
             },
         }
-        if keys != "all":
+        self.shared = None if projection_of is None else Datastore.open(projection_of)
+        if self.shared is not None:
+            keys = len(shared_projection(self.shared).T)
+            settings["projection_sha256"] = self.shared.manifest.files[PROJECTION]["sha256"]
+            check_store_model(self.shared.manifest, self.model, lm.tokenizer, self.name)
+        elif keys != "all":
             settings["keys"] = keys
+        if index is not None and keys != "none":
+            raise UserError("An index is made where keys=none; with keys, build one with build_index.")
+        self.keeps_keys = keys != "none"
+        if not self.keeps_keys:
+            plan = index or IndexPlan()
+            plan.check()
+            settings["index"] = vars(plan)
         self.states = dump_states(output, settings)
         self.fingerprint = take_fingerprint(self.model, lm.tokenizer)
         self.width = len(self.fingerprint["key"])
-        self.is_projected, self.dimension = keys != "all", self.width if keys == "all" else keys
+        self.is_projected, self.dimension = isinstance(keys, int), keys if isinstance(keys, int) else self.width
         if not 1 <= self.dimension <= self.width:
             raise UserError(f"Keys of {self.name} have {self.width} numbers, of which --keys {keys} cannot be kept.")
 
-    @property
-    def _row_bytes(self) -> int:
-        return self.dimension * np.dtype(KEY_DTYPE).itemsize
+    def _keys(self, count: int) -> KeyFile:
+        return KeyFile(self.output / UNFINISHED_KEYS, count, self.dimension)
 
-    def prepare(self, pieces: Iterable[Piece], resume: bool) -> None:
-        """Tokenize the text unless that is done, make room for the keys, and note which of them are there."""
+    def prepare(self, pieces: Iterable[Piece], resume: bool, shares: int = 1) -> None:
+        """Tokenize the text unless that is done, make room for the keys, and note which of them are there.
+
+        Parameters
+        ----------
+        shares : how many are going to be written side by side.
+        """
         output = self.output
         with disk_errors_in(output):
             notes = self._start(resume)
             if notes["runs_done"] is None:
                 write_values(self.lm, pieces, output, self.max_tokens)
+            if not self.keeps_keys:
+                if not (output / MANIFEST).exists():
+                    self.states.note(**notes | {"runs_done": notes["runs_done"] or []})
+                    IndexDump(output).prepare(shares)
+                return
             count = len(map_npy(output / VALUES, START_ANEW))
             runs = self._runs_in_place(runs_written(output), count)
             if self.is_projected and not ("projection" in notes and (output / PROJECTION).exists()):
@@ -213,8 +245,9 @@ class Dump:
             for noted in (*output.glob("progress.*.json"), output / FAILED):
                 noted.unlink(missing_ok=True)
             if left := count - count_entries(runs):
-                check_free_space(output, left * self._row_bytes, f"the keys of {count:,} tokens")
-                self._make_room(count, anew=not runs)
+                keys = self._keys(count)
+                check_free_space(output, left * keys.row_bytes, f"the keys of {count:,} tokens")
+                keys.make_room(anew=not runs)
 
     def _start(self, resume: bool) -> dict[str, Any]:
         """Look at what is in the folder; what was noted so far, with ``runs_done`` None before the text is read."""
@@ -246,143 +279,88 @@ class Dump:
         """``runs``, or none where the file that should hold them is gone or was cut."""
         if count_entries(runs) == count and (self.output / KEYS).exists():
             return runs
-        partial = self.output / UNFINISHED_KEYS
-        return runs if partial.exists() and partial.stat().st_size >= count * self._row_bytes else []
+        return runs if self._keys(count).has_room() else []
 
     def _write_projection(self) -> ProjectionRecord:
         """Have the LM read a sample of the text, and find the directions to keep; the same ones each time."""
+        if self.shared is not None:
+            return copy_projection(self.shared, self.output)
         values, starts = self._text()
-        keys = sample_size(self.width)
-        prefix = self.lm.prefix_token_id
-        sample = sample_of_text(self.model, prefix, values, starts, self.windows, keys, show_progress=True)
+        reader = KeyReader(self.model, self.lm.prefix_token_id, self.windows, self.width, values)
+        sample = sample_of_text(reader, starts, sample_size(self.width), show_progress=True)
         return write_projection(self.output, sample, self.width, self.dimension)
 
     def _text(self) -> tuple[np.ndarray, np.ndarray]:
         """The values, and where the documents start."""
         return map_npy(self.output / VALUES, START_ANEW), map_npy(self.output / DOCUMENT_STARTS, START_ANEW)
 
-    def _make_room(self, count: int, anew: bool) -> None:
-        """Make the file of unfinished keys as long as it will be."""
-        with open(self.output / UNFINISHED_KEYS, "w+b" if anew else "r+b") as file:
-            write_npy_header(file, KEY_DTYPE, (count, self.dimension))
-            # All of it at once (disks keep no room for what was never written): each writes at its own place.
-            file.truncate(file.tell() + count * self._row_bytes)
+    def read_sample(self, share: int, shares: int) -> None:
+        """Read one of ``shares`` parts of the sample that the index is trained on; see ``write_share``."""
+        if (self.output / MANIFEST).exists():
+            return
+        with self._working():
+            IndexDump(self.output).read_sample(self._reader(), share, shares)
 
     def write_share(self, share: int, shares: int, show_progress: bool = False) -> None:
         """Write the keys of one of ``shares`` runs of the chunks that were not done when ``prepare`` ended.
 
         Where this share was begun before, it goes on.
         """
-        output = self.output
-        with disk_errors_in(output):
-            notes = self.states.notes()
-            self._check_fingerprint(notes)
+        if (self.output / MANIFEST).exists():
+            return
+        with self._working() as notes:
             values, starts = self._text()
             left = len(values) - count_entries(notes["runs_done"])
-            if left == 0:
+            if left == 0 and self.keeps_keys:
                 return
-            todo = not_done(chunks(cut_windows(starts, len(values), self.windows), self.windows), notes["runs_done"])
-            bar = tqdm(
+            with tqdm(
                 total=len(values),
-                initial=entries_done(output),
+                initial=entries_done(self.output),
                 unit=" tokens",
                 unit_scale=True,
                 desc="Dumping keys",
                 disable=not show_progress,
-            )
+            ) as bar:
+                if not self.keeps_keys:
+                    IndexDump(self.output).write_share(self._reader(), share, shares, bar)
+                    return
+                of_text = chunks(cut_windows(starts, len(values), self.windows), self.windows)
+                todo = share_of(not_done(of_text, notes["runs_done"]), left, share, shares)
+                self._write_chunks(todo, self._keys(len(values)), share_states(self.output, share), bar)
+
+    @contextmanager
+    def _working(self) -> Iterator[dict[str, Any]]:
+        """Work on a share, by the notes; the others learn where it fails."""
+        with disk_errors_in(self.output):
+            notes = self.states.notes()
+            self._check_fingerprint(notes)
             try:
-                with bar:
-                    self._write_chunks(share_of(todo, left, share, shares), values, share_states(output, share), bar)
+                yield notes
             except Exception:
                 with suppress(OSError):
-                    (output / FAILED).touch()
+                    (self.output / FAILED).touch()
                 raise
 
-    def _write_chunks(self, todo: Iterable[list[Window]], values: np.ndarray, noted: SavedStates, bar: tqdm) -> None:
+    def _reader(self) -> KeyReader:
+        """What reads the text, with keys as they are kept."""
+        model = self.model
+        if self.is_projected:
+            model = model.projected(Projection(map_npy(self.output / PROJECTION, START_ANEW)))
+        return KeyReader(model, self.lm.prefix_token_id, self.windows, self.dimension, self._text()[0])
+
+    def _write_chunks(self, todo: Iterable[list[Window]], keys: KeyFile, noted: SavedStates, bar: tqdm) -> None:
         """Write the keys of the chunks that ``noted`` does not say are done, each at its place, until one fails."""
         runs: list[Run] = noted.notes().get("runs_done", [])
-        path = self.output / UNFINISHED_KEYS
-        header = path.stat().st_size - len(values) * self._row_bytes
-        model = self._projected_model()
-        # For writing only: a network disk that had read a page could write it back over another's keys.
-        with open(os.open(path, os.O_WRONLY), "wb") as file:
-            for chunk in todo:
-                begin, end = chunk[0].start, chunk[-1].stop
-                if runs and end <= runs[-1][1]:
-                    continue
-                if (self.output / FAILED).exists():
-                    return
-                keys = self._keys_of(model, chunk, values, bar)
-                file.seek(header + begin * self._row_bytes)
-                file.write(keys.tobytes())
-                file.flush()
-                os.fsync(file.fileno())
-                runs = joined([*runs, [begin, end]])
-                noted.note(runs_done=runs)
-                if not bar.disable:  # with what the others have done
-                    bar.n = entries_done(self.output)
-                    bar.refresh()
-
-    def _projected_model(self) -> LanguageModel:
-        """The LM, whose keys are as they are kept."""
-        if not self.is_projected:
-            return self.model
-        return self.model.projected(Projection(map_npy(self.output / PROJECTION, START_ANEW)))
-
-    def _keys_of(self, model: LanguageModel, chunk: list[Window], values: np.ndarray, bar: tqdm) -> np.ndarray:
-        """The keys of a chunk's entries, float16 ``[entries, dimension]``."""
-        begin, end = chunk[0].start, chunk[-1].stop
-        keys = np.empty((end - begin, self.dimension), dtype=KEY_DTYPE)
-        for batch in batches(chunk, self.windows):
-            read = keys_of_windows(model, self.lm.prefix_token_id, values, batch)
-            for window, rows in zip(batch, read, strict=True):
-                keys[window.start - begin : window.stop - begin] = rows.to(torch.float16).cpu().numpy()
-                bar.update(window.stop - window.start)
-        if not np.isfinite(keys).all():
-            bad = begin + int(np.flatnonzero(~np.isfinite(keys).all(axis=1))[0])
-            raise UserError(
-                f"The model's key for token {bad} is not a finite float16 number (NaN, or beyond 65,504); "
-                f"check the model's weights and dtype, or use knn_keytype=last_ffn_input."
-            )
-        return keys
-
-
-def finish_dump(output: Path) -> None:
-    """Make a datastore of a folder in which all shares' keys are written."""
-    with disk_errors_in(output):
-        states = dump_states(output)
-        if (output / MANIFEST).exists():  # it was interrupted when all was done but this
-            states.remove()
-            return
-        settings, notes = states.settings, states.notes()
-        values, starts = (map_npy(output / name, START_ANEW) for name in (VALUES, DOCUMENT_STARTS))
-        assert entries_done(output) == len(values), "a share of the keys is missing"
-        if (output / UNFINISHED_KEYS).exists():
-            replace_file(output / UNFINISHED_KEYS, output / KEYS)
-        names = [KEYS, VALUES, DOCUMENT_STARTS] + ([PROJECTION] if notes.get("projection") else [])
-        manifest = Manifest(
-            count=len(values),
-            dimension=map_npy(output / KEYS, START_ANEW).shape[1],
-            projection=notes.get("projection"),
-            documents=len(starts),
-            key_dtype=np.dtype(KEY_DTYPE).name,
-            value_dtype=np.dtype(VALUE_DTYPE).name,
-            key_type=settings["key_type"],
-            windows=settings["windows"],
-            max_tokens=settings["max_tokens"],
-            source=settings["source"],
-            model=settings["model"],
-            key_module=notes["key_module"],
-            fingerprint=notes["fingerprint"],
-            files={name: file_record(output / name) for name in names},
-            created=now(),
-            versions=_versions(),
-            order=ORDER_OF_DUMPS,
-        )
-        states.note(**notes | {"runs_done": runs_written(output)})  # so that it is all in one file, which goes last
-        manifest.write(output)
-        states.remove()
-
-
-def _versions() -> dict[str, str]:
-    return {"knn_lm_eval": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
+        reader = self._reader()
+        for chunk in todo:
+            begin, end = chunk[0].start, chunk[-1].stop
+            if runs and end <= runs[-1][1]:
+                continue
+            if (self.output / FAILED).exists():
+                return
+            keys.write(begin, reader.of_chunk(chunk, begin, end, bar.update))
+            runs = joined([*runs, [begin, end]])
+            noted.note(runs_done=runs)
+            if not bar.disable:  # with what the others have done
+                bar.n = entries_done(self.output)
+                bar.refresh()

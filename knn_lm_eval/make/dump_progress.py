@@ -17,11 +17,13 @@ from knn_lm_eval.make.windows import Window
 from knn_lm_eval.store.manifest import VALUES, ProjectionRecord
 from knn_lm_eval.system.arrays import map_npy
 from knn_lm_eval.system.checkpoints import PROGRESS, SavedStates
-from knn_lm_eval.system.json_schema import Count
+from knn_lm_eval.system.json_schema import Count, Positive
 
 # Entries [begin, end) that are done.
 Run = list[int]
 START_ANEW = "delete the folder"
+# Who fails leaves this file, so that the others stop at their next chunk.
+FAILED = "dump.failed"
 
 
 class _ShareNotes(TypedDict, total=False):
@@ -31,6 +33,9 @@ class _ShareNotes(TypedDict, total=False):
 class _DumpNotes(_ShareNotes, total=False):
     key_module: str | None
     fingerprint: dict[str, Any]
+    segment_entries: Positive
+    segments_left: list[Count]
+    sampled: list[list[Count]]
     projection: ProjectionRecord
 
 
@@ -44,8 +49,8 @@ def dump_states(output: Path, settings: dict[str, Any] | None = None) -> SavedSt
 
 
 def share_states(output: Path, share: int) -> SavedStates:
-    """What the process with that number has noted."""
-    return _share_states(output / f"progress.{share}.json")
+    """What the process with that number has noted; of a dump into an index, of the segment with that number."""
+    return states_of_share(output / f"progress.{share}.json")
 
 
 def entries_in_all(output: Path) -> int | None:
@@ -63,13 +68,16 @@ def entries_done(output: Path) -> int:
 def runs_written(output: Path) -> list[Run]:
     """All that is done, by ``progress.json`` and by the shares' own files."""
     states = dump_states(output, {})
-    runs = _checked(states.notes(), states.file)
-    for file in output.glob("progress.*.json"):
-        runs += _checked(_share_states(file).notes(), file)  # the file may just have gone
-    return joined(runs)
+    return joined([*_checked(states.notes(), states.file), *runs_noted(output.glob("progress.*.json"))])
 
 
-def _share_states(file: Path) -> SavedStates:
+def runs_noted(files: Iterable[Path]) -> list[Run]:
+    """What shares have noted in their own files."""
+    return joined(run for file in files for run in _checked(states_of_share(file).notes(), file))
+
+
+def states_of_share(file: Path) -> SavedStates:
+    """What a share has noted in a file of its own."""
     return SavedStates(file, {}, instead=START_ANEW, nested=False, notes=_ShareNotes)
 
 
@@ -99,11 +107,15 @@ def count_entries(runs: Iterable[Run]) -> int:
 
 def not_done(chunks: Iterable[list[Window]], runs: list[Run]) -> Iterator[list[Window]]:
     """The chunks that are in none of the runs (which are in order)."""
-    begins = [begin for begin, _ in runs]
     for chunk in chunks:
-        run = bisect_right(begins, chunk[0].start) - 1
-        if run < 0 or runs[run][1] < chunk[-1].stop:
+        if not is_covered(runs, chunk[0].start, chunk[-1].stop):
             yield chunk
+
+
+def is_covered(runs: list[Run], begin: int, end: int) -> bool:
+    """Whether one of the runs (which are in order) has all of the entries ``[begin, end)``."""
+    run = bisect_right(runs, begin, key=lambda run: run[0]) - 1
+    return run >= 0 and runs[run][1] >= end
 
 
 def share_of(chunks: Iterable[list[Window]], entries: int, share: int, shares: int) -> Iterator[list[Window]]:

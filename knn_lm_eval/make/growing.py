@@ -8,7 +8,6 @@ such contexts differ, and changes nothing about what follows them.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from knn_lm_eval.errors import UserError
+from knn_lm_eval.make.directions import copy_projection
 from knn_lm_eval.store.datastore import Datastore
 from knn_lm_eval.store.manifest import DOCUMENT_STARTS, KEYS, NPY_KEYS, PROJECTION, VALUES, file_record
 from knn_lm_eval.system.files import check_free_space, check_new_folder, disk_errors_in, finished_folder
@@ -53,13 +53,14 @@ def grow_datastore(
     for source in sources:
         source.require_text_order("growing")
         source.require_keys("growing")
+        source.require_all("growing")
     output = check_new_folder(output)
     with disk_errors_in(output), finished_folder(output) as folder:
         check_free_space(folder, entries * (2 * sources[0].dimension + 4), f"{entries:,} entries")
         starts = _write_entries(sources, folder, entries, noise, seed)
         names = [KEYS, VALUES, DOCUMENT_STARTS]
         if sources[0].projection is not None:
-            shutil.copyfile(sources[0].path / PROJECTION, folder / PROJECTION)
+            copy_projection(sources[0], folder)
             names.append(PROJECTION)
         manifest = replace(
             sources[0].manifest,
@@ -69,6 +70,7 @@ def grow_datastore(
             keys=NPY_KEYS,  # an imported source has a raw array
             source={"grown_from": [str(source.path) for source in sources], "noise": noise, "seed": seed},
             files={name: file_record(folder / name) for name in names},
+            appended=[],
             derived={},
         )
         manifest.write(folder)

@@ -13,11 +13,12 @@ import numpy as np
 
 from knn_lm_eval.compiling import compiled
 from knn_lm_eval.errors import UserError
-from knn_lm_eval.search.faiss_index import DEFAULT_PROBE, inverted_file, open_index, search, set_probe
+from knn_lm_eval.search.faiss_index import DEFAULT_PROBE, bytes_held, inverted_file, open_index, search, set_probe
 from knn_lm_eval.store.clusters import entry_dtype
 from knn_lm_eval.store.datastore import Datastore
-from knn_lm_eval.store.key_stream import number_entries
+from knn_lm_eval.store.key_stream import SEARCH_CHUNK, number_entries
 from knn_lm_eval.system.checkpoints import SavedStates
+from knn_lm_eval.system.memory import size_text
 
 
 @dataclass(frozen=True)
@@ -30,13 +31,21 @@ class NeighbourSearch:
     settings: dict[str, Any]
 
     @classmethod
-    def open(cls, datastore: Datastore, k: int, index: str, probe: int | None) -> NeighbourSearch:
+    def open(
+        cls, datastore: Datastore, k: int, index: str, probe: int | None, memory: int | None = None
+    ) -> NeighbourSearch:
         """See ``cluster_greedy_merge`` for the arguments; raises UserError where they do not fit the store."""
         if not 1 <= k < len(datastore):
             raise UserError(f"k={k} must be at least 1 and less than the store's {len(datastore):,} entries.")
         if probe is not None and probe < 1:
             raise UserError(f"probe={probe} must be at least 1.")
         faiss_index, metadata = open_index(datastore, index)
+        needed = bytes_held(faiss_index) + SEARCH_CHUNK * (8 * datastore.dimension + 12 * (k + 1))
+        if memory is not None and needed > memory:
+            raise UserError(
+                f"To search the index {index} takes about {size_text(needed)} of memory, and {size_text(memory)} may "
+                f"be taken: give --memory {size_text(needed)} or more, or an index that is mapped (IVF)."
+            )
         probe = None if inverted_file(faiss_index) is None else probe or metadata.get("probe") or DEFAULT_PROBE
         if probe is not None:
             set_probe(faiss_index, probe)
@@ -49,8 +58,8 @@ def find_absorbers(searched: NeighbourSearch, states: SavedStates) -> np.ndarray
 
     Returns
     -------
-    int32 or int64 (see ``entry_dtype``) ``[count]``: the entry that absorbed each; itself where it absorbed
-    others; -1 where neither.
+    int32 or int64 (see ``entry_dtype``) ``[count]``, memory-mapped (see ``number_entries``): the entry that absorbed
+    each; itself where it absorbed others; -1 where neither.
     """
     datastore = searched.datastore
     values = np.asarray(datastore.values)
@@ -59,7 +68,16 @@ def find_absorbers(searched: NeighbourSearch, states: SavedStates) -> np.ndarray
         merge_neighbours(absorber, values, search(searched.index, chunk, searched.k + 1)[1], begin)
 
     keys = datastore.require_keys("clustering")
-    return number_entries(keys, states, entry_dtype(len(datastore)), merge, "Merging near neighbours")
+    dtype = entry_dtype(len(datastore))
+    return number_entries(keys, states, dtype, merge, "Merging near neighbours", undo=free_those_absorbed_from)
+
+
+@compiled
+def free_those_absorbed_from(absorber: np.ndarray, entry: int) -> None:
+    """Take back what the entries from ``entry`` on have absorbed."""
+    for other in range(len(absorber)):
+        if absorber[other] >= entry:
+            absorber[other] = -1
 
 
 @compiled

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.lm.projection import Projection
-from knn_lm_eval.make.directions import SEED, sample_size, write_projection
+from knn_lm_eval.make.directions import SEED, copy_projection, sample_size, shared_projection, write_projection
 from knn_lm_eval.store.datastore import Datastore
 from knn_lm_eval.store.key_stream import SEARCH_CHUNK, key_chunks, keys_of
 from knn_lm_eval.store.manifest import KEYS, NPY_KEYS, PROJECTION, ProjectionRecord, file_record, now
@@ -25,6 +25,7 @@ from knn_lm_eval.system.files import (
     finished_folder,
     write_npy_header,
 )
+from knn_lm_eval.system.sampling import draw_entries
 from knn_lm_eval.version import __version__
 
 KEY_DTYPE = np.float16
@@ -52,7 +53,7 @@ def project_datastore(datastore: Datastore, output: str | Path, keys: int | Data
             f"The keys of the datastore {datastore.path} are a projection already; project the store that it was made "
             f"from, or dump it anew."
         )
-    dimension = keys if isinstance(keys, int) else _shared_projection(keys, datastore).shape[1]
+    dimension = keys if isinstance(keys, int) else _shared_with(datastore, keys).shape[1]
     if not 1 <= dimension <= datastore.dimension:
         raise UserError(
             f"The keys of the datastore {datastore.path} have {datastore.dimension} numbers, of which {keys} cannot "
@@ -82,30 +83,24 @@ def project_datastore(datastore: Datastore, output: str | Path, keys: int | Data
     return Datastore.open(output)
 
 
-def _shared_projection(of: Datastore, datastore: Datastore) -> np.ndarray:
-    """The projection of one store, to be another's as well; raises UserError where it cannot be."""
-    if of.projection is None:
-        raise UserError(f"The keys of the datastore {of.path} are no projection, which another could share.")
-    same_model = repr(of.manifest.fingerprint) == repr(datastore.manifest.fingerprint)
-    if not same_model or of.manifest.width != datastore.dimension:
+def _shared_with(datastore: Datastore, of: Datastore) -> np.ndarray:
+    """The projection of another store; raises UserError where it has none, or is of another model."""
+    projection, models = shared_projection(of), [repr(store.manifest.fingerprint) for store in (of, datastore)]
+    if models[0] != models[1] or of.manifest.width != datastore.dimension:
         raise UserError(f"The datastores {of.path} and {datastore.path} were made by different models.")
-    return of.projection
+    return projection
 
 
 def _place_projection(folder: Path, whole: np.ndarray, keys: int | Datastore) -> ProjectionRecord:
     if isinstance(keys, Datastore):
-        assert keys.manifest.projection is not None
-        shutil.copyfile(keys.path / PROJECTION, folder / PROJECTION)
-        return keys.manifest.projection
+        return copy_projection(keys, folder)
     return write_projection(folder, _sample(whole), whole.shape[1], keys)
 
 
 def _sample(whole: np.ndarray) -> Iterator[np.ndarray]:
     """Random keys, some at a time: float32 ``[n, width]``."""
-    count, size = len(whole), min(len(whole), sample_size(whole.shape[1]))
-    # Where a small part is drawn this takes memory for that part alone.
-    entries = np.sort(np.random.default_rng(SEED).choice(count, size, replace=False, shuffle=False))
-    for start in range(0, size, SEARCH_CHUNK):
+    entries = draw_entries(len(whole), sample_size(whole.shape[1]), SEED)
+    for start in range(0, len(entries), SEARCH_CHUNK):
         yield keys_of(whole, entries[start : start + SEARCH_CHUNK])
 
 

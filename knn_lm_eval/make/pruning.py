@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -23,9 +22,12 @@ from knn_lm_eval.compiling import compiled
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.lm.loading import CausalHFLM
 from knn_lm_eval.make.confidence import lm_log_probs
+from knn_lm_eval.make.directions import copy_projection
 from knn_lm_eval.make.merging import NeighbourSearch, find_absorbers
+from knn_lm_eval.store.clusters import entry_dtype
 from knn_lm_eval.store.datastore import Datastore
 from knn_lm_eval.store.index_files import DEFAULT_INDEX
+from knn_lm_eval.store.key_stream import filled_file
 from knn_lm_eval.store.manifest import (
     DOCUMENT_STARTS,
     MANIFEST,
@@ -48,6 +50,8 @@ from knn_lm_eval.system.locks import locked
 from knn_lm_eval.version import __version__
 
 CHUNK = 2**14  # entries copied at a time
+READ_CHUNK = 2**20
+Kept = Callable[[int, int], np.ndarray]  # which of the entries from one to another stay, bool
 
 
 def prune_random(datastore: Datastore, output: str | Path, keep: float, seed: int = 0) -> Datastore:
@@ -69,10 +73,10 @@ def prune_random(datastore: Datastore, output: str | Path, keep: float, seed: in
     """
     output = _check(datastore, output)
     _check_keep(keep)
-    kept = np.empty(len(datastore), dtype=bool)
-    for start in range(0, len(kept), CHUNK):
-        entries = np.arange(start, min(start + CHUNK, len(kept)))
-        kept[entries] = positions_of_entries(entries, seed) < keep
+
+    def kept(start: int, stop: int) -> np.ndarray:
+        return positions_of_entries(np.arange(start, stop), seed) < keep
+
     return _write(datastore, output, kept, None, {"method": "random", "keep": keep, "seed": seed})
 
 
@@ -110,12 +114,54 @@ def prune_confidence(
         raise UserError(f"max_p={max_p} must be above 0 and below 1.")
     log_probs = lm_log_probs(datastore, load_lm)
     if max_p is not None:
-        return _write(datastore, output, log_probs <= math.log(max_p), None, {"method": "confidence", "max_p": max_p})
+        most = math.log(max_p)
+        method = {"method": "confidence", "max_p": max_p}
+        return _write(datastore, output, lambda start, stop: log_probs[start:stop] <= most, None, method)
     wanted = max(1, round(keep * len(log_probs)))  # type: ignore[operator]
-    largest = np.partition(log_probs, wanted - 1)[wanted - 1]
-    kept = log_probs < largest
-    kept[np.flatnonzero(log_probs == largest)[: wanted - int(kept.sum())]] = True
+    largest, last = largest_of_smallest(log_probs, wanted)
+
+    def kept(start: int, stop: int) -> np.ndarray:
+        chunk = np.asarray(log_probs[start:stop])
+        return (chunk < largest) | ((chunk == largest) & (np.arange(start, stop) <= last))
+
     return _write(datastore, output, kept, None, {"method": "confidence", "keep": keep})
+
+
+def largest_of_smallest(numbers: np.ndarray, wanted: int) -> tuple[np.float32, int]:
+    """The largest of the ``wanted`` smallest numbers, and where the last one stands that is needed, counted from the
+    front among equal ones; found in a few readings, so that nothing is sorted or copied.
+
+    Parameters
+    ----------
+    numbers : float32 ``[n]``, none NaN, may be memory-mapped.
+    wanted : 1 to n.
+    """
+    top, left = _bucket(_bits_of(numbers, lambda bits: bits >> 16), wanted)
+    low, left = _bucket(_bits_of(numbers, lambda bits: bits[bits >> 16 == top] & 0xFFFF), left)
+    found, entry = np.uint32(top << 16 | low), 0
+    for bits in _bits_of(numbers, lambda bits: bits):
+        equal = np.flatnonzero(bits == found)
+        if left <= len(equal):
+            entry += int(equal[left - 1])
+            break
+        left, entry = left - len(equal), entry + len(bits)
+    return numbers[entry], entry
+
+
+def _bits_of(numbers: np.ndarray, part: Callable[[np.ndarray], np.ndarray]) -> Iterator[np.ndarray]:
+    """A part of unsigned numbers that have the order of the floating-point ones (0 and -0 are the same)."""
+    for start in range(0, len(numbers), READ_CHUNK):
+        bits = (numbers[start : start + READ_CHUNK] + np.float32(0)).view(np.uint32)
+        yield part(np.where(bits >> 31, ~bits, bits | np.uint32(1 << 31)))
+
+
+def _bucket(parts: Iterator[np.ndarray], wanted: int) -> tuple[int, int]:
+    """The 16-bit number that the ``wanted``-th smallest is, and which of those that are the same it is."""
+    counts = np.zeros(2**16, dtype=np.int64)
+    for part in parts:
+        counts += np.bincount(part, minlength=2**16)
+    bucket = int(np.searchsorted(np.cumsum(counts), wanted))
+    return bucket, wanted - int(counts[:bucket].sum())
 
 
 def prune_greedy_merge(
@@ -125,6 +171,7 @@ def prune_greedy_merge(
     index: str = DEFAULT_INDEX,
     probe: int | None = None,
     resume: bool = False,
+    memory: int | None = None,
 ) -> Datastore:
     """Merge near neighbours of the same value into one entry that counts as often (He et al. 2021).
 
@@ -139,6 +186,7 @@ def prune_greedy_merge(
     neighbours : those of each entry that are looked at, without itself.
     index, probe : the index to search, and the inverted lists visited; None takes what it was found to need.
     resume : go on with the searches of an interrupted run for the same ``output``.
+    memory : bytes that it may take, the index included, which is refused where it takes more.
 
     Raises
     ------
@@ -148,12 +196,15 @@ def prune_greedy_merge(
     """
     folder = Path(os.path.abspath(output))
     datastore.require_keys("pruning")
-    searched = NeighbourSearch.open(datastore, neighbours, index, probe)
+    datastore.require_all("pruning")
+    searched = NeighbourSearch.open(datastore, neighbours, index, probe, memory)
     method = {"method": "greedy_merge", "neighbours": neighbours} | {
         name: value for name, value in searched.settings.items() if name != "k"
     }
     states = SavedStates(
-        folder.with_name(f".{folder.name}.merging") / PROGRESS, {**method, "keys_sha256": datastore.keys_checksum}
+        folder.with_name(f".{folder.name}.merging") / PROGRESS,
+        {**method, "keys_sha256": datastore.keys_checksum},
+        others=["*.npy.part"],
     )
     if resume and states.fits() and (folder / MANIFEST).is_file():
         pruned = Datastore.open(folder)  # it was interrupted when all was done but this
@@ -166,11 +217,14 @@ def prune_greedy_merge(
     with disk_errors_in(output.parent), _held(states):
         check_new_folder(output)  # another may just have made it
         states.begin_or_resume(resume)
+        number = np.dtype(entry_dtype(len(datastore))).itemsize
+        check_free_space(states.folder, (number + 4) * len(datastore), "which entries were merged, and their weights,")
         absorber = find_absorbers(searched, states)
-        counts = np.ones(len(datastore), dtype=np.int32) if datastore.weights is None else np.asarray(datastore.weights)
-        weights = np.zeros(len(datastore), dtype=np.int32)
+        count = len(datastore)
+        counts = np.broadcast_to(np.int32(1), count) if datastore.weights is None else np.asarray(datastore.weights)
+        weights = filled_file(states.folder / "weights.npy.part", np.int32, count, 0)
         _sum_weights(absorber, counts, weights)
-        pruned = _write(datastore, output, weights > 0, weights, method)
+        pruned = _write(datastore, output, lambda start, stop: weights[start:stop] > 0, weights, method)
         states.remove()
     _remove_empty(states.folder)
     return pruned
@@ -211,6 +265,7 @@ def _sum_weights(absorber: np.ndarray, counts: np.ndarray, weights: np.ndarray) 
 
 def _check(datastore: Datastore, output: str | Path) -> Path:
     datastore.require_keys("pruning")
+    datastore.require_all("pruning")
     return check_new_folder(output)
 
 
@@ -220,10 +275,11 @@ def _check_keep(keep: float) -> None:
 
 
 def _write(
-    datastore: Datastore, output: Path, kept: np.ndarray, weights: np.ndarray | None, method: dict[str, Any]
+    datastore: Datastore, output: Path, kept: Kept, weights: np.ndarray | None, method: dict[str, Any]
 ) -> Datastore:
     """Write the store of the entries ``kept``; ``weights`` None leaves them those that they have, if any."""
-    keys, count = datastore.require_keys("pruning"), int(kept.sum())
+    keys = datastore.require_keys("pruning")
+    count = sum(int(kept(start, stop).sum()) for start, stop in _ranges(len(datastore)))
     if count == 0:
         raise UserError(f"Nothing would stay of the datastore {datastore.path} ({method}); keep more.")
     keys_file = datastore.manifest.keys or NPY_KEYS
@@ -238,7 +294,7 @@ def _write(
         np.save(folder / DOCUMENT_STARTS, np.zeros(1, dtype=np.int64))
         said, names = datastore.manifest, [*arrays, DOCUMENT_STARTS]
         if said.projection is not None:
-            shutil.copyfile(datastore.path / PROJECTION, folder / PROJECTION)
+            copy_projection(datastore, folder)
             names.append(PROJECTION)
         manifest = replace(
             said,
@@ -249,6 +305,7 @@ def _write(
             files={name: file_record(folder / name) for name in names},
             created=now(),
             versions={"knn_lm_eval": __version__},
+            appended=[],
             derived={},
         )
         manifest.write(folder)
@@ -267,15 +324,20 @@ def _made_by(datastore: Datastore, method: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _copy_rows(array: np.ndarray, kept: np.ndarray, count: int, target: Path) -> None:
+def _ranges(count: int) -> Iterator[tuple[int, int]]:
+    """The first entry of each chunk, and the one after its last."""
+    for start in range(0, count, CHUNK):
+        yield start, min(start + CHUNK, count)
+
+
+def _copy_rows(array: np.ndarray, kept: Kept, count: int, target: Path) -> None:
     """Write the rows that are kept, in file order: as .npy, or without a header where the name is another."""
     bar = tqdm(total=len(array), desc=f"Copying {target.stem}", unit=" entries", unit_scale=True)
     with bar, open(target, "wb") as file:
         if target.suffix == ".npy":
             write_npy_header(file, array.dtype, (count, *array.shape[1:]))
-        for start in range(0, len(array), CHUNK):
-            here = slice(start, start + CHUNK)
-            file.write(array[here][kept[here]].tobytes())
-            bar.update(len(array[here]))
+        for start, stop in _ranges(len(array)):
+            file.write(array[start:stop][kept(start, stop)].tobytes())
+            bar.update(stop - start)
         file.flush()
         os.fsync(file.fileno())

@@ -5,21 +5,22 @@ All nodes must see the datastore's folder, the text and the model under the same
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from knn_lm_eval.lm.loading import CausalHFLM
-from knn_lm_eval.make.dump import Dump, finish_dump, one_dump_in
+from knn_lm_eval.make.dump import Dump, finish_dump, one_dump_in, train_index_of
 from knn_lm_eval.make.dump_progress import entries_done, entries_in_all
+from knn_lm_eval.make.index_dump import IndexDump
 from knn_lm_eval.make.text import TextSource
 from knn_lm_eval.store.datastore import Datastore
-from knn_lm_eval.system.ray_cluster import connect, finished_tasks
-
-RETRIES = 3  # of a share whose process or node died
-LOOK_EVERY_SECONDS = 1.0
+from knn_lm_eval.system.ray_cluster import Head
+from knn_lm_eval.system.ray_jobs import RETRIES, Needs, run_jobs
 
 
 @dataclass(frozen=True)
@@ -62,33 +63,54 @@ def dump_on_ray(address: str, plan: DumpPlan, workers: int | None = None, resume
     UserError
         As ``dump_datastore``, and where there is no cluster or a task died again and again.
     """
-    ray = connect(address)
-    gpus = int(ray.cluster_resources().get("GPU", 0))
-    workers = workers or max(1, gpus)
-    needs = {"num_cpus": 1, "num_gpus": 1 if gpus else 0}
+    head = Head(address)
+    gpus = int(sum(node.resources.get("GPU", 0) for node in head.nodes))
+    shares = workers or max(1, gpus)
+    needs = Needs(gpus=1 if gpus else 0)
     with one_dump_in(plan.output):
         # Tokenizing is not begun again by itself: what a first try left would be in the way.
-        _wait_for(ray, [ray.remote(max_retries=0, **needs)(_prepare).remote(plan, resume)], "Tokenizing", plan.output)
-        write_share = ray.remote(max_retries=RETRIES, **needs)(_write_share)
-        _wait_for(
-            ray, [write_share.remote(plan, share, workers) for share in range(workers)], "Dumping keys", plan.output
-        )
+        run = partial(_run, head, needs=needs, output=plan.output)
+        run(_prepare, {0: (plan, resume, shares)}, retries=0, doing="Tokenizing")
+        jobs = {share: (plan, share, shares) for share in range(shares)}
+        if plan.settings.get("keys") == "none":
+            progress = IndexDump(plan.output).sample_read
+            run(_read_sample, jobs, retries=RETRIES, doing="Reading a sample", progress=progress)
+            train_index_of(plan.output)
+        run(_write_share, jobs, retries=RETRIES, doing="Dumping keys")
         finish_dump(plan.output)
     return Datastore.open(plan.output)
 
 
-def _prepare(plan: DumpPlan, resume: bool) -> None:
-    plan.begin().prepare(plan.source.pieces(), resume)
+def _prepare(plan: DumpPlan, resume: bool, shares: int) -> None:
+    plan.begin().prepare(plan.source.pieces(), resume, shares)
+
+
+def _read_sample(plan: DumpPlan, share: int, shares: int) -> None:
+    plan.begin().read_sample(share, shares)
 
 
 def _write_share(plan: DumpPlan, share: int, shares: int) -> None:
     plan.begin().write_share(share, shares)
 
 
-def _wait_for(ray: Any, tasks: list[Any], doing: str, output: Path) -> None:
+def _run(
+    head: Head,
+    function: Callable[..., None],
+    jobs: Mapping[int, tuple[Any, ...]],
+    *,
+    needs: Needs,
+    retries: int,
+    doing: str,
+    output: Path,
+    progress: Callable[[], tuple[int, int]] | None = None,
+) -> None:
+    """Run jobs; ``progress`` tells how many tokens are done, and of how many (None: of the whole text)."""
     then = "what is written is kept: go on with --resume"
     with tqdm(unit=" tokens", unit_scale=True, desc=doing) as bar:
-        for _ in finished_tasks(ray, tasks, LOOK_EVERY_SECONDS, then):
-            if (total := entries_in_all(output)) is not None:
+        for _ in run_jobs(head, function, jobs, needs, retries, then):
+            if progress is not None:
+                bar.n, bar.total = progress()
+                bar.refresh()
+            elif (total := entries_in_all(output)) is not None:
                 bar.total, bar.n = total, entries_done(output)
                 bar.refresh()

@@ -162,6 +162,8 @@ class Automaton:
     document_starts : int64 ``[documents]``: no pointer leads to a document's first entry.
     clusters : ``(cluster_of_entry, member_starts, members)`` in CSR form, or None for pointers alone.
     search, pointer_distances : see the types above; their distances must be of one kind.
+    kept : uint8 ``[count / 8]``, a bit for each entry, the first the lowest, set for those that count; None where all
+        do. Searches find no others, nor do pointers lead to others.
     clock : tells seconds, for the statistics.
     prepare : what queries go through on their way to ``pointer_distances``; None is nothing.
     """
@@ -176,11 +178,13 @@ class Automaton:
         settings: AutomatonSettings,
         clock: Callable[[], float] = time.perf_counter,
         prepare: Prepare | None = None,
+        kept: np.ndarray | None = None,
     ) -> None:
         self.values, self.document_starts = np.asarray(values), np.asarray(document_starts)
         none = np.full(0, -1, dtype=np.int32), np.zeros(1, dtype=np.int64), np.empty(0, dtype=np.int32)
         cluster_of_entry, member_starts, members = (np.asarray(array) for array in clusters or none)
         self.clusters = cluster_of_entry, member_starts, members
+        self.kept = np.empty(0, dtype=np.uint8) if kept is None else kept
         self.search, self.pointer_distances, self.settings = search, pointer_distances, settings
         self.clock, self.prepare = clock, prepare or (lambda queries: queries)
         self.statistics = WalkStatistics()
@@ -196,6 +200,7 @@ class Automaton:
             settings,
             self.clock,
             self.prepare,
+            self.kept,
         )
 
     def walk(self, walks: Sequence[Walk], keep_neighbours: bool = False) -> None:
@@ -245,6 +250,7 @@ class Automaton:
             lockstep.survivors[:active],
             survivor_counts,
             *self.clusters,
+            self.kept,
             self.settings.max_knns,
             self.settings.duplicates == "merge",
         )

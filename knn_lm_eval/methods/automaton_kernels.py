@@ -35,7 +35,7 @@ def _hash_set(capacity):
 
 
 @compiled
-def follow(survivors, survivor_counts, cluster_of_entry, member_starts, members, max_knns, merge):
+def follow(survivors, survivor_counts, cluster_of_entry, member_starts, members, kept, max_knns, merge):
     """The survivors' pointers, then the other members of the pointers' clusters, ``max_knns`` at most.
 
     The cluster with most pointers in it comes first, of equal ones that with the smaller number; within a
@@ -45,6 +45,7 @@ def follow(survivors, survivor_counts, cluster_of_entry, member_starts, members,
     ----------
     survivors, survivor_counts : int64 ``[n, width]`` and ``[n]``.
     cluster_of_entry, member_starts, members : the clusters in CSR form; empty without any.
+    kept : uint8 ``[count / 8]``, a bit for each entry, set for members that count; none where all do.
     merge : whether each entry is taken once.
 
     Returns
@@ -84,6 +85,8 @@ def follow(survivors, survivor_counts, cluster_of_entry, member_starts, members,
                 for m in range(member_starts[cluster], member_starts[cluster + 1]):
                     if count == max_knns:
                         break
+                    if len(kept) and not (kept[members[m] >> 3] >> (members[m] & 7)) & 1:
+                        continue
                     if not merge or _add(seen, members[m]):
                         pointers[i, count] = members[m]
                         count += 1

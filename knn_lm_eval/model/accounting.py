@@ -10,6 +10,7 @@ from knn_lm_eval.store.index_files import EXACT
 from knn_lm_eval.system.memory import resident_bytes
 
 REPORTED_COUNTS = ("tokens_scored", "positions_generated", "searches", "entries_compared")
+COUNTS_OF_SHARDS = ("restarts", "bytes_sent", "bytes_received")  # of retriever=ray
 
 
 class Work(NamedTuple):
@@ -30,6 +31,8 @@ def retrieval_work(retriever: Retriever) -> Work:
         "searches": statistics.searches,
         "entries_compared": statistics.entries_compared,
         "restarts": statistics.restarts,
+        "bytes_sent": statistics.bytes_sent,
+        "bytes_received": statistics.bytes_received,
     }
     return Work(counts, dict(statistics.seconds))
 
@@ -64,8 +67,10 @@ def describe_store(retriever: Retriever) -> dict[str, Any]:
     return {
         "datastore": {
             "path": str(store.path.resolve()),
-            "entries": len(store),
+            "entries": store.kept,
+            **({} if store.removed is None else {"removed_documents": len(store.removed.documents)}),
             "dimension": store.dimension,
+            **({} if store.projection is None else {"projected_from": store.manifest.width}),
             "keys_sha256": store.keys_checksum,
             "model": store.manifest.model["pretrained"],
             "source": store.manifest.source,

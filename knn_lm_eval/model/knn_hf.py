@@ -18,6 +18,7 @@ try:
         from knn_lm_eval.lm.loading import recorded_arguments
         from knn_lm_eval.lm.reading import Reader
         from knn_lm_eval.model.accounting import (
+            COUNTS_OF_SHARDS,
             REPORTED_COUNTS,
             Work,
             describe_store,
@@ -186,10 +187,10 @@ class KNNHF(ScoringLM):
         is what was done: lm-eval has processes with fewer requests than others do their last one again.
         """
         counts, seconds = total(self._work_of_all or [self._work()])
-        restarts = {"restarts": counts["restarts"]} if "retriever" in self.settings else {}
+        of_shards = {name: counts[name] for name in COUNTS_OF_SHARDS} if "retriever" in self.settings else {}
         return super().get_model_info() | {
             "knn": {
-                **restarts,
+                **of_shards,
                 **saved_searches(counts, self.augmentation.mixture.weight.threshold is not None),
                 **self.settings,
                 "setting_sources": self.augmentation.sources,

@@ -170,10 +170,11 @@ def open_automaton(
     retriever, distances = retriever.with_distances()
     csr = None if clusters is None else (clusters.cluster_of_entry, clusters.member_starts, clusters.members)
     arrays = retriever.values, store.document_starts, csr
+    kept = None if store.removed is None else store.removed.kept_bits
     if isinstance(distances, CodeDistances):
         by_codes, prepare = distances.of_transformed, distances.transformed
-        return Automaton(*arrays, retriever.find, by_codes, settings, now, prepare), retriever
-    return Automaton(*arrays, retriever.find, distances, settings, now), retriever
+        return Automaton(*arrays, retriever.find, by_codes, settings, now, prepare, kept), retriever
+    return Automaton(*arrays, retriever.find, distances, settings, now, kept=kept), retriever
 
 
 def _warn_of_untuned_defaults(given: RetrievalSettings, in_force: SettingsInForce, tuned: Params | None) -> None:
@@ -211,9 +212,11 @@ def _open_retriever(settings: RetrievalSettings, store: Datastore) -> Retriever:
         from knn_lm_eval.search.ray_retriever import RayExactRetriever, RayRetriever
 
         if index is None:
-            return RayExactRetriever(store, settings.k, settings.knn_sim_func, settings.address)
+            return RayExactRetriever(store, settings.k, settings.knn_sim_func, settings.address, settings.replicas)
         searching = settings.k, settings.probe, settings.knn_sim_func, settings.recompute_dists
-        return RayRetriever(store, *searching, index, settings.address)
+        return RayRetriever(store, *searching, index, settings.address, settings.replicas)
+    if settings.replicas > 1:
+        raise UserError(f"replicas={settings.replicas} is for Ray: give retriever=ray as well, or leave it out.")
     if settings.knn_gpu:
         return _open_on_gpus(settings, store, index)
     if index is None:
@@ -228,9 +231,10 @@ def _open_on_gpus(settings: RetrievalSettings, store: Datastore, index: str | No
     metadata = None if index is None else find_parts(store, index)[0]
     at_hand, sim_func = None, settings.knn_sim_func
     if metadata is not None:
-        at_hand = IndexAtHand(
-            metadata["bytes"], obstacle_on_gpus(metadata["factory"], store.dimension, metadata["sim_func"])
-        )
+        obstacle = obstacle_on_gpus(metadata["factory"], store.dimension, metadata["sim_func"])
+        if store.removed is not None:
+            obstacle = "documents were removed, and faiss cannot leave entries out on GPUs"
+        at_hand = IndexAtHand(metadata["bytes"], obstacle)
         sim_func = sim_func or metadata["sim_func"]
     wants_exact = store.keys is not None and (index is None or settings.index is None)
     key_bytes = store.keys.nbytes if wants_exact and store.keys is not None else None
@@ -259,7 +263,7 @@ def _record(settings: RetrievalSettings, retriever: Retriever, key_type: str) ->
         "index": retriever.name,
     }
     if settings.retriever != "local":
-        record |= {name: getattr(settings, name) for name in ("retriever", "address")}
+        record |= {name: getattr(settings, name) for name in ("retriever", "address", "replicas")}
     if settings.retomaton:
         record |= {name: getattr(settings, name) for name in ("retomaton", "no_pointer", "clusters", "duplicates")}
     return record

@@ -15,7 +15,7 @@ from knn_lm_eval.errors import UserError, shortened
 from knn_lm_eval.store.clusters import Clusters
 from knn_lm_eval.store.datastore import Datastore
 from knn_lm_eval.system.files import read_json
-from knn_lm_eval.system.json_schema import check_json
+from knn_lm_eval.system.json_schema import Count, check_json
 from knn_lm_eval.system.seals import check_seal, write_sealed_json
 from knn_lm_eval.version import __version__
 
@@ -38,8 +38,14 @@ class _Settings(TypedDict, total=False):
     max_knns: float
 
 
+class _TunedWith(TypedDict):
+    keys_sha256: str
+    count: Count
+
+
 class _TunedFor(TypedDict, total=False):
     keys_sha256: str
+    measured_with: _TunedWith
     datastore: str
     model: str | None
     conditions: dict[str, Any]
@@ -117,6 +123,13 @@ class Params:
             raise UserError(
                 f"{path} was tuned for another datastore ({tuned_for.get('datastore')}, of the model "
                 f"{tuned_for.get('model')}) than {store.path} (of {model}); tune again for this one."
+            )
+        if tuned_with := tuned_for.get("measured_with"):
+            logger.warning(
+                "The params of %s were tuned when the datastore had %s entries, and now it has %s: they may not fit.",
+                path,
+                f"{tuned_with['count']:,}",
+                f"{store.kept:,}",
             )
         return cls(settings, tuned_for)
 

@@ -180,6 +180,12 @@ class RetrievalSettings:
         "with retriever=ray, the cluster; auto joins the one that runs on this machine, or starts one",
         may_be="auto, or HOST:PORT",
     )
+    replicas: int = setting(
+        1,
+        "with retriever=ray, the nodes that hold each part of the index; with 2 a run goes on where one node is gone",
+        of=Range(1, whole=True),
+        may_be="from 1 to the cluster's nodes with a CPU",
+    )
     search_all: bool | None = setting(
         None,
         "read all texts of a task before one search for all of them, so that keys on disk are read once; not with "

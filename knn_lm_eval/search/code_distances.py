@@ -17,60 +17,21 @@ from __future__ import annotations
 
 import socket
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import faiss
 import numpy as np
-from tqdm import tqdm
 
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.search.code_kernels import look_up
-from knn_lm_eval.search.faiss_index import below_transform, split_parts, transformed
+from knn_lm_eval.search.code_layout import ARRAYS, write_in_text_order
+from knn_lm_eval.search.code_tables import CodeTables, mean_the_same
+from knn_lm_eval.search.faiss_index import split_parts, transformed
 from knn_lm_eval.search.laid_out import LaidOut
 from knn_lm_eval.store.datastore import Datastore
 from knn_lm_eval.store.verification import Limits
-from knn_lm_eval.system.files import (
-    CACHE_VARIABLE,
-    check_free_space,
-)
-
-CHUNK = 2**16
-ARRAYS = {"lists": np.int32, "offsets": np.float32, "scales": np.float32, "codes": np.uint8}
-
-
-@dataclass(frozen=True)
-class CodeTables:
-    """What the codes of an index mean.
-
-    Attributes
-    ----------
-    centroids : float32 ``[lists, dimension]``, of the coarse quantizer.
-    codebooks : float32 ``[code bytes, 256, dimension / code bytes]``: what each code byte stands for.
-    is_rabitq : whether that is signs, by RaBitQ, and not parts of vectors, by a product quantizer.
-    """
-
-    centroids: np.ndarray
-    codebooks: np.ndarray
-    is_rabitq: bool
-
-    @classmethod
-    def of(cls, index: faiss.Index) -> CodeTables | None:
-        """Those of an index, or of a part; None for types whose codes cannot be looked up so."""
-        ivf = below_transform(index)
-        if index.metric_type != faiss.METRIC_L2:
-            return None
-        if isinstance(ivf, faiss.IndexIVFPQ) and ivf.pq.nbits == 8 and ivf.by_residual:
-            is_rabitq = False
-            codebooks = faiss.vector_to_array(ivf.pq.centroids).reshape(ivf.pq.M, 256, ivf.pq.dsub)
-        elif _is_rabitq_of_one_bit(ivf) and ivf.d % 8 == 0:
-            is_rabitq = True
-            signs = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little") * 2.0 - 1
-            codebooks = np.broadcast_to(signs.astype(np.float32), (ivf.d // 8, 256, 8)).copy()
-        else:
-            return None
-        # A tensor in a process that has imported faiss.contrib.torch_utils.
-        return cls(np.asarray(ivf.quantizer.reconstruct_n(0, ivf.nlist)), codebooks, is_rabitq)
+from knn_lm_eval.system.files import CACHE_VARIABLE
 
 
 @dataclass(frozen=True)
@@ -106,9 +67,10 @@ class CodeDistances:
         """
         parts = split_parts(index)
         tables = CodeTables.of(parts[0][0])
-        if tables is None or not all(_mean_the_same(parts[0][0], part) for part, _ in parts[1:]):
+        if tables is None or not all(mean_the_same(parts[0][0], part) for part, _ in parts[1:]):
             return None
-        folder = _laid_out(datastore, name).folder(lambda folder: _write(folder, datastore, parts, tables), ARRAYS)
+        write = partial(write_in_text_order, count=len(datastore), parts=parts, tables=tables)
+        folder = _laid_out(datastore, name).folder(write, ARRAYS)
         return cls._map(folder, datastore, name, parts[0][0], tables)
 
     @classmethod
@@ -181,81 +143,5 @@ class CodeDistances:
         return distances
 
 
-def _is_rabitq_of_one_bit(ivf: Any) -> bool:
-    is_rabitq = isinstance(ivf, (faiss.IndexIVFRaBitQ, faiss.IndexIVFRaBitQFastScan))
-    return is_rabitq and ivf.rabitq.nb_bits == 1
-
-
-def _mean_the_same(part: faiss.Index, other: faiss.Index) -> bool:
-    """Whether the codes of both parts mean the same."""
-    tables, other_tables = CodeTables.of(part), CodeTables.of(other)
-    axes = np.eye(part.d, dtype=np.float32)
-    return (
-        tables is not None
-        and other_tables is not None
-        and tables.is_rabitq == other_tables.is_rabitq
-        and np.array_equal(tables.centroids, other_tables.centroids)
-        and np.array_equal(tables.codebooks, other_tables.codebooks)
-        and np.array_equal(transformed(part, axes), transformed(other, axes))
-    )
-
-
 def _laid_out(datastore: Datastore, name: str) -> LaidOut:
     return LaidOut(datastore, name, "codes", "RetoMaton's codes")
-
-
-def _write(folder: Path, datastore: Datastore, parts: list[tuple[faiss.Index, int]], tables: CodeTables) -> None:
-    """Lay out the codes, lists, offsets and scales of all entries in text order."""
-    count, code_bytes = len(datastore), len(tables.codebooks)
-    keys = datastore.require_keys("RetoMaton with a RaBitQ index") if tables.is_rabitq else None
-    check_free_space(folder, count * (12 + code_bytes), "the codes in text order")
-    shapes = {"codes": (count, code_bytes)}
-    arrays = {
-        name: np.lib.format.open_memmap(folder / f"{name}.npy", "w+", dtype, shapes.get(name, (count,)))
-        for name, dtype in ARRAYS.items()
-    }
-    for index, first_id in parts:
-        _copy_lists(index, first_id, arrays["lists"], None if tables.is_rabitq else arrays["codes"])
-    for start in tqdm(range(0, count, CHUNK), desc="Laying out codes in text order", unit=" chunks"):
-        rows = slice(start, start + CHUNK)
-        centroids = tables.centroids[arrays["lists"][rows]]  # [chunk, dimension]
-        if keys is not None:
-            residuals = transformed(parts[0][0], keys[rows].astype(np.float32)) - centroids  # [chunk, dimension]
-            arrays["codes"][rows] = np.packbits(residuals > 0, axis=1, bitorder="little")
-            arrays["scales"][rows], arrays["offsets"][rows] = _rabitq_factors(residuals, centroids)
-        else:
-            codes = arrays["codes"][rows]  # [chunk, code bytes]
-            decoded = tables.codebooks[np.arange(code_bytes), codes].reshape(len(codes), -1)  # [chunk, dimension]
-            arrays["scales"][rows] = -2
-            arrays["offsets"][rows] = ((decoded + centroids) ** 2).sum(1)
-    for array in arrays.values():
-        array.flush()
-
-
-def _copy_lists(index: faiss.Index, first_id: int, lists: np.ndarray, codes: np.ndarray | None) -> None:
-    """Enter, for each entry of an index or a part, the number of its list, and its code unless ``codes`` is None.
-
-    Parameters
-    ----------
-    first_id : the entry that the part calls 0.
-    lists, codes : int32 ``[count]`` and uint8 ``[count, code bytes]``, of all entries.
-    """
-    ivf = below_transform(index)
-    inverted: Any = ivf.invlists
-    for number in range(ivf.nlist):
-        size = inverted.list_size(number)
-        if not size:
-            continue
-        entries = faiss.rev_swig_ptr(inverted.get_ids(number), size) + first_id  # [size]
-        lists[entries] = number
-        if codes is not None:
-            of_list = faiss.rev_swig_ptr(inverted.get_codes(number), size * ivf.code_size)
-            codes[entries] = of_list.reshape(size, -1)
-
-
-def _rabitq_factors(residuals: np.ndarray, centroids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The scales and offsets ``[n]`` of entries x by RaBitQ, from x - c and c, float32 ``[n, dimension]``."""
-    squared, absolute = (residuals**2).sum(1), np.abs(residuals).sum(1)  # [n]
-    multiplier = squared / np.maximum(absolute, np.finfo(np.float32).tiny)  # [n]
-    signed_centroids = np.where(residuals > 0, centroids, -centroids)  # [n, dimension]
-    return -2 * multiplier, squared + 2 * multiplier * signed_centroids.sum(1)

@@ -98,3 +98,26 @@ def look_up(
                     dot += query[d] * centroid[d]
                 base[number] = squared - 2 * dot + base_offsets[number]
             distances[i, j] = base[number] + offsets[entry] + scales[entry] * distances[i, j]
+
+
+@compiled
+def factors_of_signs(signs, factors, centroid, offsets, scales):
+    """The offsets and scales of entries x of one list by RaBitQ, see ``CodeDistances``.
+
+    Parameters
+    ----------
+    signs : uint8 ``[n, code bytes]``, those of x - c, the first in the lowest bit.
+    factors : float32 ``[n, 2]``: |x - c|^2 and |x - c|^2 sqrt(d) / |x - c|_1.
+    centroid : float32 ``[dimension]``, c.
+    offsets, scales : float32 ``[n]``, written to.
+    """
+    table = np.empty((signs.shape[1], 256), dtype=np.float32)
+    _tabulate_signs(centroid, table)
+    root = np.float32(np.sqrt(len(centroid)))
+    for i in range(len(signs)):
+        signed = 0.0
+        for m in range(len(table)):
+            signed += table[m, signs[i, m]]
+        multiplier = factors[i, 1] / root
+        offsets[i] = factors[i, 0] + np.float32(2) * multiplier * np.float32(signed)
+        scales[i] = np.float32(-2) * multiplier

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from knn_lm_eval.search.exact_distances import exact_distances
 from knn_lm_eval.search.key_blocks import KeyBlocks, centre_of
 from knn_lm_eval.search.nearest import MOST_ENTRIES, Compared, nearest_on, pair_distances
+from knn_lm_eval.store.removed import KeptKeys, Keys, Removed, run_of
 
 SCORE_BYTES = 2**22  # of scores at a time
 GPU_SCORE_BYTES = 2**29
@@ -35,6 +36,8 @@ class ExactSearch:
     keys : float16 or float32 ``[count, dimension]``, may be memory-mapped.
     sim_func : ``l2`` (squared) or ``dot``.
     device : where keys and queries are compared. Of several each has a run of the entries, and all work at once.
+    removed : the keys that do not count; None where all do. What is found is what is found among the others alone, to
+        the last bit, but for the entries' numbers.
 
     Attributes
     ----------
@@ -46,19 +49,27 @@ class ExactSearch:
         In searches, where a key is not finite.
     """
 
-    def __init__(self, keys: np.ndarray, sim_func: str, device: Device | Sequence[Device] = "cpu") -> None:
-        self.keys, self.sim_func = keys, sim_func
+    def __init__(
+        self,
+        keys: np.ndarray,
+        sim_func: str,
+        device: Device | Sequence[Device] = "cpu",
+        removed: Removed | None = None,
+    ) -> None:
+        self.keys, self.sim_func, self._removed = keys, sim_func, removed
+        compared: Keys = keys if removed is None else KeptKeys(keys, removed)
+        self._count = len(compared)
         devices = [device] if isinstance(device, (str, torch.device)) else device
         self._devices = [torch.device(one) for one in devices]
-        self._centre = centre_of(keys)  # [dimension]
-        sample = keys[:: max(1, len(keys) // 2**10)].astype(np.float64) - self._centre
+        self._centre = centre_of(compared)  # [dimension]
+        sample = compared[:: max(1, self._count // 2**10)].astype(np.float64) - self._centre
         length = float(np.sqrt(np.square(sample).sum(1).mean()))
         self._key_length = length if 0 < length < np.inf else 1.0
         # Runs as even as can be: one per device, or several where entries would not fit in 32 bits.
-        runs = len(self._devices) * -(-len(keys) // (len(self._devices) * MOST_ENTRIES))
-        self._starts = np.linspace(0, len(keys), min(runs, len(keys)) + 1).astype(np.int64)
+        runs = len(self._devices) * -(-self._count // (len(self._devices) * MOST_ENTRIES))
+        self._starts = np.linspace(0, self._count, min(runs, self._count) + 1).astype(np.int64)
         self._runs = [
-            KeyBlocks(keys[start:stop], self._centre, self._devices[number % len(self._devices)])
+            KeyBlocks(run_of(compared, start, stop), self._centre, self._devices[number % len(self._devices)])
             for number, (start, stop) in enumerate(zip(self._starts, self._starts[1:], strict=False))
         ]
 
@@ -80,7 +91,7 @@ class ExactSearch:
         Parameters
         ----------
         queries : float32 ``[n, dimension]``.
-        k : at most the number of keys.
+        k : at most the number of keys that count.
         progress : whether to show a bar.
 
         Returns
@@ -90,7 +101,7 @@ class ExactSearch:
         """
         compared, lock = Compared(queries, self._centre, self.sim_func, self._key_length), Lock()
         with tqdm(
-            total=len(self.keys), desc="Searching all keys", unit=" entries", unit_scale=True, disable=not progress
+            total=self._count, desc="Searching all keys", unit=" entries", unit_scale=True, disable=not progress
         ) as bar:
 
             def search_run(run: KeyBlocks) -> tuple[np.ndarray, np.ndarray]:
@@ -105,9 +116,13 @@ class ExactSearch:
                 return nearest.found()
 
             if len(self._runs) == 1:
-                return search_run(self._runs[0])
-            with ThreadPoolExecutor(len(self._devices)) as pool:
-                return self._merged(list(pool.map(search_run, self._runs)), k)
+                distances, found = search_run(self._runs[0])
+            else:
+                with ThreadPoolExecutor(len(self._devices)) as pool:
+                    distances, found = self._merged(list(pool.map(search_run, self._runs)), k)
+        if self._removed is not None:
+            found = np.where(found < 0, -1, self._removed.kept_entries(found))
+        return distances, found
 
     def distances(self, queries: np.ndarray, entries: np.ndarray) -> np.ndarray:
         """The distances of queries to given entries, see ``exact_distances``.
@@ -126,11 +141,12 @@ class ExactSearch:
         if all(run.resident is None for run in self._runs):
             return exact_distances(self.keys, queries, entries, self.sim_func)
         gathered, rest = np.full(entries.shape, np.inf, dtype=np.float32), entries
+        places = entries if self._removed is None else self._removed.ranks(entries)
         for run, start in zip(self._runs, self._starts, strict=False):
             if run.resident is not None:
-                is_here = (entries >= start) & (entries < start + len(run))
+                is_here = (places >= start) & (places < start + len(run))
                 rows, slots = is_here.nonzero()
-                pairs = torch.from_numpy(np.stack([rows, entries[rows, slots] - start])).to(run.device)
+                pairs = torch.from_numpy(np.stack([rows, places[rows, slots] - start])).to(run.device)
                 own = torch.from_numpy(queries).to(run.device)
                 constant = torch.zeros(len(own), dtype=torch.float64, device=run.device)
                 found = pair_distances(own, constant, run.resident, pairs[0], pairs[1], self.sim_func == "dot")

@@ -53,7 +53,7 @@ class ExactRetriever(Retriever):
         self.devices = find_devices(device)
         self.on_gpus = any(one.type != "cpu" for one in self.devices)
         self.searched_on = BETWEEN_DEVICES.join(map(str, self.devices))
-        self._search = ExactSearch(self._keys, self.sim_func, self.devices)
+        self._search = ExactSearch(self._keys, self.sim_func, self.devices, datastore.removed)
 
     def _checked(self, settings: SearchSettings) -> SearchSettings:
         return replace(super()._checked(settings), probe=None)
@@ -101,7 +101,7 @@ class ExactRetriever(Retriever):
         start = now()
         found = self._search.search(queries, self.k, progress=len(queries) >= WORTH_A_BAR)
         self.statistics.searches += len(queries)
-        self.statistics.entries_compared += len(queries) * len(self.datastore)
+        self.statistics.entries_compared += len(queries) * self.datastore.kept
         self.statistics.seconds["search"] += now() - start
         return found
 

@@ -16,9 +16,11 @@ import faiss  # noqa: E402
 from knn_lm_eval.errors import UserError  # noqa: E402
 from knn_lm_eval.search.exact import ExactSearch  # noqa: E402
 from knn_lm_eval.search.index_reading import read_index, reason_of  # noqa: E402
+from knn_lm_eval.search.selection import cannot_leave_out, check_left_out, search_parameters  # noqa: E402
 from knn_lm_eval.search.trial import try_first  # noqa: E402
 from knn_lm_eval.store.datastore import Datastore  # noqa: E402
 from knn_lm_eval.store.index_files import DEFAULT_INDEX, IndexFiles, IndexPart, find_parts  # noqa: E402
+from knn_lm_eval.store.removed import Removed  # noqa: E402
 from knn_lm_eval.store.verification import NO_CHECKSUM  # noqa: E402
 
 logger = logging.getLogger(__name__)
@@ -240,7 +242,9 @@ def _clone_to(gpus: list[int], index: faiss.Index) -> faiss.Index:
         return faiss.index_cpu_to_gpus_list(index, options, gpus)
 
 
-def search(index: faiss.Index, queries: np.ndarray, k: int, probe: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+def search(
+    index: faiss.Index, queries: np.ndarray, k: int, probe: int | None = None, removed: Removed | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Search for the ``k`` nearest entries of each query.
 
     Parameters
@@ -248,20 +252,45 @@ def search(index: faiss.Index, queries: np.ndarray, k: int, probe: int | None = 
     queries : float32 ``[n, dimension]``.
     probe : inverted lists that this search visits, whatever is set in the index; None takes what is set, as it must for
         an index on GPUs.
+    removed : entries that do not count, as the index numbers them; None where all do.
 
     Returns
     -------
     distances : float32 ``[n, k]``, the smaller the nearer (squared L2, or the negated inner product);
         infinity in empty slots.
     entries : int64 ``[n, k]``; -1 in empty slots.
+
+    Raises
+    ------
+    UserError
+        Where entries do not count, and faiss cannot leave them out of searches of such an index.
     """
     faiss.cvar.indexIVF_stats.reset()  # type: ignore[attr-defined]
     if (len(queries) >= FEW_QUERIES or queries.size > FEW_NUMBERS) and _compares_all(index):
-        return _search_all(index, queries, k)
+        return _search_all(index, queries, k, removed)
+    if removed is None:
+        return _search_by_faiss(index, queries, k, probe, None)
+    try:
+        found = [
+            (_search_by_faiss(part, queries, k, probe, removed.of_part(start)), start)
+            for part, start in split_parts(index)
+        ]
+    except RuntimeError as error:
+        raise cannot_leave_out(split_parts(index)[0][0], reason_of(error)) from error
+    distances, entries = _merged(index, found)
+    check_left_out(index, entries, removed)
+    return distances, entries
+
+
+def _search_by_faiss(
+    index: faiss.Index, queries: np.ndarray, k: int, probe: int | None, removed: Removed | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """As ``search``, by faiss's own; of one part, where entries do not count."""
     # Where somebody imports faiss.contrib.torch_utils, as the published code does, a search that takes no parameters
     # stands in the place of faiss's own, which then has this name.
     search_arrays = getattr(index, "search_numpy", index.search)
-    parameters, at_once = None if probe is None else _probe_parameters(index, probe), _queries_at_once(index, probe)
+    parameters = search_parameters(split_parts(index)[0][0], probe, removed)
+    at_once = _queries_at_once(index, probe)
     found = [
         search_arrays(queries[start : start + at_once], k, params=parameters)
         for start in range(0, max(len(queries), 1), at_once)
@@ -288,48 +317,43 @@ def _compares_all(index: faiss.Index) -> bool:
     return type(index) in (faiss.IndexFlat, faiss.IndexFlatL2, faiss.IndexFlatIP) and index.metric_type in NAMES
 
 
-def _search_all(index: faiss.Index, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+def _search_all(
+    index: faiss.Index, queries: np.ndarray, k: int, removed: Removed | None
+) -> tuple[np.ndarray, np.ndarray]:
     """As ``search``, of an index that compares all.
 
     Asked many at once, faiss takes |q|^2 - 2 qx + |x|^2 for (q - x)^2, which loses what is asked for where the vectors
     have a large common part; ``ExactSearch`` takes that off first.
     """
     if isinstance(index, faiss.IndexPreTransform):
-        return _search_all(below_transform(index), transformed(index, queries), k)
+        return _search_all(below_transform(index), transformed(index, queries), k, removed)
     if isinstance(index, faiss.IndexShards):
-        found = [(_search_all(part, queries, k), start) for part, start in split_parts(index)]
-        distances = np.stack([distances for (distances, _), _ in found])  # [parts, n, k]
-        entries = np.stack([np.where(part < 0, -1, part + start) for (_, part), start in found])  # [parts, n, k]
-        dot = index.metric_type == faiss.METRIC_INNER_PRODUCT
-        # As faiss merges parts, here and for shards, so that ties fall alike.
-        merge: Any = faiss.merge_knn_results
-        scores, entries = merge(-distances if dot else distances, entries, keep_max=dot)
-        return (-scores if dot else scores), entries
+        parts = split_parts(index)
+        within = [None if removed is None else removed.of_part(start, start + part.ntotal) for part, start in parts]
+        return _merged(
+            index, [(_search_all(p, queries, k, of), start) for (p, start), of in zip(parts, within, strict=True)]
+        )
     flat: Any = index
     vectors = faiss.rev_swig_ptr(flat.get_xb(), flat.ntotal * flat.d).reshape(flat.ntotal, flat.d)
     distances, entries = np.full((len(queries), k), np.inf, np.float32), np.full((len(queries), k), -1)
-    if there := min(k, flat.ntotal):
-        found_there = ExactSearch(vectors, NAMES[flat.metric_type]).search(queries, there)
+    if there := min(k, flat.ntotal if removed is None else removed.kept):
+        found_there = ExactSearch(vectors, NAMES[flat.metric_type], removed=removed).search(queries, there)
         distances[:, :there], entries[:, :there] = found_there
     return distances, entries
 
 
-def _probe_parameters(index: faiss.Index, probe: int) -> faiss.SearchParameters | None:
-    """What makes one search of ``index`` visit ``probe`` lists, whatever is set in it; None without lists.
-
-    Not for indexes on GPUs, whose copies and shards take no parameters.
-    """
-    library: Any = faiss  # whose type stubs lack some of what is used here
-    index = split_parts(index)[0][0]
-    if isinstance(index, faiss.IndexPreTransform):
-        below = _probe_parameters(faiss.downcast_index(index.index), probe)
-        return below and library.SearchParametersPreTransform(index_params=below)
-    if isinstance(index, faiss.IndexRefine):
-        below = _probe_parameters(faiss.downcast_index(index.base_index), probe)
-        return below and library.IndexRefineSearchParameters(k_factor=index.k_factor, base_index_params=below)
-    if isinstance(index, faiss.IndexIDMap):
-        return _probe_parameters(faiss.downcast_index(index.index), probe)
-    return library.SearchParametersIVF(nprobe=min(probe, index.nlist)) if isinstance(index, faiss.IndexIVF) else None
+def _merged(
+    index: faiss.Index, found: list[tuple[tuple[np.ndarray, np.ndarray], int]]
+) -> tuple[np.ndarray, np.ndarray]:
+    """What was found in an index's parts, ``[n, k]``, each with the entry that it calls 0, as faiss merges it."""
+    if len(found) == 1 and found[0][1] == 0:
+        return found[0][0]
+    distances = np.stack([distances for (distances, _), _ in found])  # [parts, n, k]
+    entries = np.stack([np.where(part < 0, -1, part + start) for (_, part), start in found])  # [parts, n, k]
+    dot = index.metric_type == faiss.METRIC_INNER_PRODUCT
+    merge: Any = faiss.merge_knn_results  # so that ties fall as in shards
+    scores, entries = merge(-distances if dot else distances, entries, keep_max=dot)
+    return (-scores if dot else scores), entries
 
 
 def vectors_compared(index: faiss.Index, queries: int) -> int:

@@ -30,11 +30,12 @@ from knn_lm_eval.search.faiss_index import (
     join_parts,
     read_index,
 )
+from knn_lm_eval.search.index_reading import reason_of
 from knn_lm_eval.search.list_files import ID_BYTES
 from knn_lm_eval.search.segments import join_segments
 from knn_lm_eval.store.index_files import IndexFiles, IndexJSON
 from knn_lm_eval.store.key_stream import key_chunks
-from knn_lm_eval.store.manifest import forget_derived, record_derived
+from knn_lm_eval.store.manifest import check_unchanged, forget_derived, record_derived
 from knn_lm_eval.system.checkpoints import SavedStates
 from knn_lm_eval.system.files import check_free_space, replace_file
 from knn_lm_eval.system.json_schema import Positive
@@ -87,7 +88,7 @@ class IndexBuild:
         self.seconds: dict[str, float] = {}
         name, digits = glob.escape(files.name), "[0-9]" * 6
         unfinished = [f"{name}{part}.faiss.part" for part in ("", ".[0-9][0-9][0-9]")]
-        unfinished += [f"{name}.faiss.part.{end}" for end in (digits, "joined")]
+        unfinished += [f"{name}.faiss.{middle}.part" for middle in (digits, "joined")]
         self.states = SavedStates(
             self.index.with_name(self.index.name + ".json"),
             settings,
@@ -110,7 +111,7 @@ class IndexBuild:
         if self.parts is not None:
             finals = [self.files.part(number) for number in range(self.parts)]
             return {final.with_name(final.name + ".part"): final for final in finals}
-        joined = self.index.with_name(self.index.name + ".joined")
+        joined = self.files.index.with_name(self.files.index.name + ".joined.part")
         return {self.index if self.in_memory else joined: self.files.index}
 
     def segments(self) -> list[Segment]:
@@ -121,7 +122,7 @@ class IndexBuild:
             starts = range(start, stop, self.segment or max(1, stop - start))
             for begin in starts:
                 number = len(found)
-                of_segment = self.index.with_name(f"{self.index.name}.{number:06d}")
+                of_segment = self.files.index.with_name(f"{self.files.index.name}.{number:06d}.part")
                 end = min(begin + starts.step, stop)
                 found.append(Segment(number, part, begin, end, finished if len(starts) == 1 else of_segment))
         return found
@@ -220,12 +221,22 @@ class IndexBuild:
     def install(self, metadata: dict[str, Any]) -> dict[str, Any]:
         """Give finished files their final names, in the place of an index of that name; returns the metadata.
 
-        The metadata goes last: whoever finds both finds a finished index. Wherever this ends, it can be done again.
+        Wherever this ends, it can be done again.
+        """
+        files = self.files
+        check_unchanged(files.folder, metadata["keys_sha256"], f"the index {files.name} was built")
+        forget_derived(files.folder, [files.metadata.name, *self._replaced()])
+        record_derived(files.folder, self.put_in_place(metadata))
+        self.states.remove()  # with it the trained index
+        return metadata
+
+    def put_in_place(self, metadata: dict[str, Any]) -> list[str]:
+        """As ``install``, of a store whose manifest does not know of an index of that name; returns the files' names.
+
+        The metadata goes last: whoever finds both finds a finished index.
         """
         files, written = self.files, self.finished_files()
-        finals = [final.name for final in written.values()]
-        old = {path.name for path in (files.index, *files.folder.glob(f"{files.name}.[0-9][0-9][0-9].faiss"))}
-        forget_derived(files.folder, [files.metadata.name, *old])
+        finals, replaced = [final.name for final in written.values()], self._replaced()
         files.metadata.unlink(missing_ok=True)
         for folder in files.laid_out():  # from the index that is replaced
             shutil.rmtree(folder, ignore_errors=True)
@@ -233,11 +244,14 @@ class IndexBuild:
             if finished.exists():
                 replace_file(finished, final)
         write_sealed_json(files.metadata, metadata)
-        for name in old - set(finals):
+        for name in replaced - set(finals):
             (files.folder / name).unlink(missing_ok=True)
-        record_derived(files.folder, [files.metadata.name, *finals])
-        self.states.remove()  # with it the trained index
-        return metadata
+        return [files.metadata.name, *finals]
+
+    def _replaced(self) -> set[str]:
+        """The files that an index of that name has, or had."""
+        files = self.files
+        return {path.name for path in (files.index, *files.folder.glob(f"{files.name}.[0-9][0-9][0-9].faiss"))}
 
     def _runs(self) -> list[tuple[int, int]]:
         """The first entry of each part, and the first behind it."""
@@ -288,8 +302,14 @@ def add_keys(index: faiss.Index, keys: np.ndarray) -> Iterator[int]:
 
 
 def read_trained(path: Path) -> faiss.Index:
-    """Read an index file to add to it: into memory, and without the tables of searches."""
-    return faiss.read_index(str(path), faiss.IO_FLAG_SKIP_PRECOMPUTE_TABLE)
+    """Read an unfinished index file to add to it: into memory, and without the tables of searches.
+
+    Raises UserError where it is damaged.
+    """
+    try:
+        return faiss.read_index(str(path), faiss.IO_FLAG_SKIP_PRECOMPUTE_TABLE)
+    except RuntimeError as error:
+        raise UserError(f"{path} is damaged ({reason_of(error)}); build the index anew, without --resume.") from error
 
 
 def write_index(index: faiss.Index, path: Path) -> None:

@@ -16,7 +16,7 @@ from knn_lm_eval.system.memory import allowed_bytes, resident_bytes, size_text
 MOST_IN_SEGMENT = 2**22  # entries
 GROWN = 2  # how much more room lists take while they grow
 CHUNK_ROWS = 4  # float32 keys for each that is added: itself, checked and transformed
-PAIR_BYTES = 160  # for each query and neighbour that are measured, at most
+PAIR_BYTES = 80  # for each query and neighbour that are measured
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Allowance:
     Attributes
     ----------
     free : bytes, beside what the process has already.
-    taken : what that is, where the user says how much there is in all.
+    taken : what that is.
     """
 
     free: int
@@ -35,9 +35,8 @@ class Allowance:
     @classmethod
     def of(cls, memory: int | None) -> Allowance:
         """Of ``memory`` bytes in all, or of half of what is available."""
-        resident = resident_bytes()
-        taken = 0 if memory is None or resident is None else resident["anonymous"]
-        return cls(allowed_bytes(memory) - taken, taken)
+        taken = (resident_bytes() or {"anonymous": 0})["anonymous"]
+        return cls(allowed_bytes(memory) - (0 if memory is None else taken), taken)
 
     def check_training(self, factory: str, dimension: int, sim_func: str, sample: int) -> None:
         """Raise UserError where training on so many keys takes more."""

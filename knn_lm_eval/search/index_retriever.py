@@ -179,6 +179,8 @@ class LocalRetriever(IndexRetriever):
         self._cpu_index, _ = open_index(self.datastore, self.name)
         assert settings.probe is not None
         set_probe(self._cpu_index, settings.probe)
+        if settings.gpu:
+            self.datastore.require_all("a search of an index on GPUs")
         self._index = to_gpus(self._cpu_index, settings.k) if settings.gpu else self._cpu_index
         self.on_gpus = self._index is not self._cpu_index
         # Beside faiss's own search, which any other index has.
@@ -216,9 +218,11 @@ class LocalRetriever(IndexRetriever):
         """As ``Retriever.find``."""
         statistics, start = self.statistics, now()
         if self._signs is not None and self.probe is not None:
-            distances, entries, compared = self._signs.search(queries, self.k, self.probe)
+            distances, entries, compared = self._signs.search(queries, self.k, self.probe, self.datastore.removed)
         else:
-            distances, entries = search(self._index, queries, self.k, None if self.on_gpus else self.probe)
+            distances, entries = search(
+                self._index, queries, self.k, None if self.on_gpus else self.probe, self.datastore.removed
+            )
             compared = vectors_compared(self._index, len(queries))
         statistics.searches += len(queries)
         statistics.entries_compared += compared

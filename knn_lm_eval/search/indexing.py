@@ -27,17 +27,17 @@ from knn_lm_eval.search.quality import measure_quality
 from knn_lm_eval.search.segments import can_be_joined
 from knn_lm_eval.search.training import sample_size, train_index
 from knn_lm_eval.store.datastore import Datastore
-from knn_lm_eval.store.index_files import DEFAULT_INDEX, IndexFiles
+from knn_lm_eval.store.index_files import DEFAULT_INDEX, MOST_PARTS, IndexFiles
 from knn_lm_eval.store.key_stream import keys_of
 from knn_lm_eval.system.files import disk_errors_in
 from knn_lm_eval.system.locks import locked
-from knn_lm_eval.system.ray_cluster import run_tasks
+from knn_lm_eval.system.ray_cluster import Head
+from knn_lm_eval.system.ray_jobs import Needs, run_jobs
 from knn_lm_eval.system.sampling import draw_entries
 
 logger = logging.getLogger(__name__)
 
 CHECKPOINT_SECONDS = 300
-MOST_PARTS = 1000  # their numbers have three digits
 
 
 def build_index(
@@ -97,11 +97,12 @@ def build_index(
         Ray task fails.
     """
     datastore.require_keys("building an index")
+    datastore.require_all("an index")
     factory = _checked_factory(datastore, factory, sim_func, budget, hardware, gpu_memory)
     _check_budget(budget, quality_queries, lm_microseconds)
     files = IndexFiles(datastore.path, name)
     files.check_new()
-    _check_parts(len(datastore), parts, ray)
+    check_parts(len(datastore), parts, ray)
     settings: dict[str, Any] = {
         "factory": factory,
         "sim_func": sim_func,
@@ -192,7 +193,7 @@ def _check_place(files: IndexFiles, overwrite: bool, build: IndexBuild) -> None:
         raise UserError(f"The index {files.index} exists already; choose another --name or give --overwrite{resume}.")
 
 
-def _check_parts(count: int, parts: int | None, ray: str | None) -> None:
+def check_parts(count: int, parts: int | None, ray: str | None) -> None:
     """Raise UserError where ``count`` entries do not make so many parts."""
     if ray is not None and parts is None:
         raise UserError("Ray builds an index part by part: say in how many, with --parts.")
@@ -235,8 +236,9 @@ def _write_segments(datastore: Datastore, build: IndexBuild, ray: str | None) ->
             for job in jobs.values():
                 _write_segment(*job, bar.update)
         else:
-            for number, _ in run_tasks(ray, _write_segment, jobs):
-                bar.update(segments[number].stop - segments[number].start)
+            for done in run_jobs(Head(ray), _write_segment, jobs, Needs(whole_node=True)):
+                if done is not None:
+                    bar.update(segments[done[0]].stop - segments[done[0]].start)
 
 
 def _write_segment(

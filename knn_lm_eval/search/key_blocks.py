@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from knn_lm_eval.store.key_stream import finite_keys
+from knn_lm_eval.store.removed import Keys, is_mapped
 from knn_lm_eval.system.memory import available_bytes
 
 BLOCK_BYTES = 2**23  # of keys as float32 at a time: what a CPU's caches hold
@@ -36,7 +37,7 @@ class Block(NamedTuple):
     halves: Tensor
 
 
-def centre_of(keys: np.ndarray) -> np.ndarray:
+def centre_of(keys: Keys) -> np.ndarray:
     """Near the mean of the keys, float32 ``[dimension]``, in numbers of 11 bits.
 
     So few bits that a float16 key less the centre is nearly always exact in float32.
@@ -60,7 +61,7 @@ class KeyBlocks:
     device : where the blocks are wanted.
     """
 
-    def __init__(self, keys: np.ndarray, centre: np.ndarray, device: torch.device) -> None:
+    def __init__(self, keys: Keys, centre: np.ndarray, device: torch.device) -> None:
         self._keys, self.device = keys, device
         self._centre = torch.from_numpy(centre).to(device)
         self._passes = 0
@@ -102,7 +103,7 @@ class KeyBlocks:
         if self.device.type == "cuda":
             return not self.fit
         available = available_bytes()
-        return isinstance(self._keys, np.memmap) and available is not None and 2 * self._keys.nbytes > available
+        return is_mapped(self._keys) and available is not None and 2 * self._keys.nbytes > available
 
     def __iter__(self) -> Iterator[Block]:
         """One pass over the keys; raises UserError where one is not finite."""
@@ -137,7 +138,7 @@ class KeyBlocks:
         """The keys as they are in the file, block by block, with the first entry of each."""
         starts = range(0, len(self), self.size)
         reader = _PinnedReader(self._keys, self.size, self.device) if self.device.type == "cuda" else None
-        reads_ahead = reader is not None or isinstance(self._keys, np.memmap)
+        reads_ahead = reader is not None or is_mapped(self._keys)
         with ThreadPoolExecutor(1) as thread:
 
             def begin(number: int) -> Future | None:
@@ -177,7 +178,7 @@ class _PinnedReader:
     device : the GPU.
     """
 
-    def __init__(self, keys: np.ndarray, size: int, device: torch.device) -> None:
+    def __init__(self, keys: Keys, size: int, device: torch.device) -> None:
         self._keys, self._device, self._turn = keys, device, 0
         self._stream = torch.cuda.Stream(device)
         shape = min(size, len(keys)), keys.shape[1]

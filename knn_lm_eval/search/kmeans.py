@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
+from typing import Any
 
 import faiss
 import numpy as np
@@ -11,12 +13,16 @@ from tqdm import tqdm
 
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.search.faiss_index import faiss_gpus
-from knn_lm_eval.store.key_stream import keys_of
+from knn_lm_eval.store.key_stream import ADD_CHUNK, keys_of
 from knn_lm_eval.system.checkpoints import SavedStates
+from knn_lm_eval.system.memory import size_text
 from knn_lm_eval.system.sampling import draw_entries
+
+logger = logging.getLogger(__name__)
 
 SAMPLE_PER_CLUSTER = 64  # keys to train on, by default; faiss asks for 39 to 256 per centroid
 FIRST_LEVEL_SAMPLE = 1024  # of two, keys to train on per cluster
+LEAST_PER_CLUSTER = 39
 MEMORY_SHARE = 0.8  # of the machine's, that k-means may take
 
 
@@ -40,14 +46,13 @@ def train_kmeans(
     Raises
     ------
     UserError
-        Where that takes more memory than the machine has, or a key holds NaN or infinity.
+        Where a key holds NaN or infinity.
     """
     state = states.load("centroids")
     centroids, done = state.get("centroids"), int(state.get("iterations", 0))
     if centroids is not None and done == iterations:
         return centroids
     dimension = keys.shape[1]
-    _check_memory(dimension, num_clusters, sample)
     # faiss would draw fewer than asked, or print warnings, outside of these bounds.
     bounds = {"min_points_per_centroid": 1, "max_points_per_centroid": sample}
     kmeans = faiss.Kmeans(dimension, num_clusters, niter=1, seed=seed, gpu=faiss_gpus(), **bounds)
@@ -64,19 +69,44 @@ def train_kmeans(
     return centroids
 
 
-def _check_memory(dimension: int, num_clusters: int, sample: int) -> None:
-    """Raise UserError where k-means would take more memory than the machine has."""
-    row = 4 * dimension  # bytes
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    held = 3 * num_clusters * row  # the centroids, their index, and their successors
-    if held + sample * row > MEMORY_SHARE * memory:
-        fits = int(MEMORY_SHARE * memory - held) // row
-        advice = f"--sample {fits} or less" if fits >= num_clusters else "fewer --num_clusters"
-        raise UserError(
-            f"k-means of {sample:,} keys into {num_clusters:,} clusters takes "
-            f"{(held + sample * row) / 2**30:.1f} GiB of memory, this machine has {memory / 2**30:.1f} GiB; "
-            f"choose {advice}."
-        )
+def sample_bytes(keys: np.ndarray) -> int:
+    """Bytes that k-means takes for each key that it trains on: as float32, and its cluster and distance."""
+    return int(4 * keys.shape[1] + 12)
+
+
+def sample_within(memory: int, sample: int, bytes_per_key: int, keys: np.ndarray, num_clusters: int) -> int:
+    """The sample that fits the memory: ``sample``, or fewer keys down to 39 per cluster, with a warning."""
+    least = min(LEAST_PER_CLUSTER * num_clusters, sample)
+    fits = max(least, (memory - _held_bytes(keys, num_clusters)) // bytes_per_key)
+    if fits < sample:
+        logger.warning(
+            "K-means trains on %d keys (%.0f per cluster) instead of %d: %s of memory hold no more.",
+            fits, fits / num_clusters, sample, size_text(memory),
+        )  # fmt: skip
+    return min(fits, sample)
+
+
+def check_memory(memory: int | None, sample: int, bytes_per_key: int, keys: np.ndarray, num_clusters: int) -> None:
+    """Raise UserError where k-means would take more than the memory; None is ``MEMORY_SHARE`` of the machine's."""
+    held = 12 * num_clusters * keys.shape[1] if memory is None else _held_bytes(keys, num_clusters)
+    of_machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    allowed = int(MEMORY_SHARE * of_machine) if memory is None else memory
+    if (needed := held + sample * bytes_per_key) <= allowed:
+        return
+    fits = (allowed - held) // bytes_per_key
+    advice = f"--sample {fits} or less" if fits >= num_clusters else "fewer --num_clusters"
+    has = f"this machine has {of_machine / 2**30:.1f} GiB" if memory is None else f"--memory is {size_text(memory)}"
+    more = "" if memory is None else f", or give --memory {size_text(needed)} or more"
+    raise UserError(
+        f"k-means of {sample:,} keys into {num_clusters:,} clusters takes {needed / 2**30:.1f} GiB of memory, {has}; "
+        f"choose {advice}{more}."
+    )
+
+
+def _held_bytes(keys: np.ndarray, num_clusters: int) -> int:
+    """What k-means takes beside its sample: the centroids, their index and their successors, and chunks of keys."""
+    row = 4 * keys.shape[1]
+    return int(3 * num_clusters * row + 3 * min(ADD_CHUNK, len(keys)) * row)
 
 
 def two_level_kmeans(vectors: np.ndarray, count: int, seed: int, spherical: bool = False) -> np.ndarray:
@@ -101,17 +131,31 @@ def two_level_kmeans(vectors: np.ndarray, count: int, seed: int, spherical: bool
     coarse.train(vectors)
     cluster = coarse.assign(vectors)[1]  # [n]
     sizes = np.bincount(cluster, minlength=coarse.k)  # [coarse clusters]
-    # Each gets the floor of its share, at least one if it has members; what that leaves or owes, the largest bear.
-    shares = np.maximum(sizes * count // len(vectors), sizes > 0)  # [coarse clusters]
+    shares = shares_of_cells(sizes, count)
+    order, ends = np.argsort(cluster, kind="stable"), np.cumsum(sizes)
+    centroids = []
+    for number in tqdm(np.flatnonzero(shares), desc="K-means within clusters", unit=" clusters"):
+        members = vectors[order[ends[number] - sizes[number] : ends[number]]]
+        centroids.append(centroids_within(members, int(shares[number]), seed, spherical=spherical))
+    return np.concatenate(centroids)
+
+
+def shares_of_cells(sizes: np.ndarray, count: int) -> np.ndarray:
+    """How many of ``count`` centroids each coarse cluster gets, int64, by its size; ``sizes.sum()`` is no smaller.
+
+    Each gets the floor of its share, at least one if it has members; what that leaves or owes, the largest bear.
+    """
+    shares = np.maximum(sizes * count // sizes.sum(), sizes > 0)  # [coarse clusters]
     while (left := count - shares.sum()) != 0:
         room = sizes - shares if left > 0 else shares - 1
         largest = np.argsort(-sizes, kind="stable")
         largest = largest[room[largest] > 0][: abs(left)]
         shares[largest] += np.sign(left)
-    order, ends = np.argsort(cluster, kind="stable"), np.cumsum(sizes)
-    centroids = []
-    for number in tqdm(np.flatnonzero(shares), desc="K-means within clusters", unit=" clusters"):
-        fine = faiss.Kmeans(vectors.shape[1], int(shares[number]), **settings)
-        fine.train(vectors[order[ends[number] - sizes[number] : ends[number]]])
-        centroids.append(np.asarray(fine.centroids))
-    return np.concatenate(centroids)
+    return shares
+
+
+def centroids_within(members: np.ndarray, count: int, seed: int, **settings: Any) -> np.ndarray:
+    """``count`` centroids of one coarse cluster's members, float32; ``settings`` are those of faiss's k-means."""
+    fine = faiss.Kmeans(members.shape[1], count, seed=seed, min_points_per_centroid=1, **settings)
+    fine.train(members)
+    return np.asarray(fine.centroids)

@@ -130,6 +130,10 @@ def join_blocks(data, at, sizes, firsts, entries, places, block_bytes, counts, k
     """
     segments, lists = at.shape
     per_block, halves = places.shape
+    whole = np.empty(halves // 2, dtype=np.bool_)  # code bytes that are bytes of the block as well
+    for byte in range(halves // 2):
+        lower, upper = places[:, 2 * byte], places[:, 2 * byte + 1]
+        whole[byte] = (lower >= 0).all() and (lower % 2 == 0).all() and (upper == lower + 1).all()
     begin = 0
     for i in range(lists):
         ids_out = begin + 8
@@ -152,11 +156,15 @@ def join_blocks(data, at, sizes, firsts, entries, places, block_bytes, counts, k
                 here, there = j % per_block, size % per_block
                 source = blocks + j // per_block * block_bytes
                 target = blocks_out + size // per_block * block_bytes
-                for half in range(halves):
-                    a, b = places[here, half], places[there, half]
-                    if a >= 0:
-                        value = (data[source + a // 2] >> (4 * (a % 2))) & 15
-                        out[target + b // 2] |= value << (4 * (b % 2))
+                for byte in range(halves // 2):
+                    if whole[byte]:
+                        out[target + places[there, 2 * byte] // 2] = data[source + places[here, 2 * byte] // 2]
+                        continue
+                    for half in range(2 * byte, 2 * byte + 2):
+                        a, b = places[here, half], places[there, half]
+                        if a >= 0:
+                            value = (data[source + a // 2] >> (4 * (a % 2))) & 15
+                            out[target + b // 2] |= value << (4 * (b % 2))
                 size += 1
         begin = blocks_out + code_bytes
     return DONE

@@ -43,6 +43,7 @@ from knn_lm_eval.system.sampling import draw_entries
 logger = logging.getLogger(__name__)
 
 PROBES = (1, 2, 4, 8, 16, 32, 64, 128)
+NOT_MEASURED: dict[str, Any] = {"probe": None, "quality": []}  # of a store whose entries have no others
 EXACT_QUERIES = 512  # at most, that are searched for among all keys; the rest is for the choice of the probe
 
 
@@ -70,7 +71,7 @@ class HeldOutQueries:
 
     Attributes
     ----------
-    datastore : the store, with keys.
+    datastore : the store.
     entries : int64 ``[n]``, ascending.
     keys : float32 ``[n, dimension]``.
     k, knn_temp : neighbours and temperature of p_kNN.
@@ -85,6 +86,7 @@ class HeldOutQueries:
     @classmethod
     def draw(cls, datastore: Datastore, count: int, k: int, knn_temp: float, seed: int) -> HeldOutQueries:
         """At random; ``k`` of the other entries, or all."""
+        datastore.require_all("measuring an index")
         entries = draw_entries(len(datastore), count, seed)  # [n]
         keys = finite_keys(datastore.require_keys("measuring an index")[entries])  # [n, dimension]
         return cls(datastore, entries, keys, min(k, len(datastore) - 1), knn_temp)
@@ -93,6 +95,10 @@ class HeldOutQueries:
         """So many of them, evenly spread over the store."""
         some = np.linspace(0, len(self.entries) - 1, min(count, len(self.entries))).astype(np.int64)
         return replace(self, entries=self.entries[some], keys=self.keys[some])
+
+    def compared(self, index: faiss.Index) -> HeldOutQueries:
+        """Those whose exact neighbours are looked for: all, or of an index with lists ``EXACT_QUERIES``."""
+        return self.first(EXACT_QUERIES if inverted_file(index) is not None else len(self.entries))
 
     def others(self, distances: np.ndarray, entries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """What was found without the query's own entry: the nearest ``[n, k]``.
@@ -164,22 +170,40 @@ def measure_quality(
 
     Returns
     -------
+    As ``compare_with_exact``.
+    """
+    held_out = HeldOutQueries.draw(datastore, queries, k, knn_temp, seed + 1)
+    if held_out.k < 1:
+        return NOT_MEASURED
+    compared = held_out.compared(index)
+    exact = search_exactly(datastore, compared.keys, held_out.k + 1, sim_func)
+    return compare_with_exact(index, held_out, compared, exact)
+
+
+def compare_with_exact(
+    index: faiss.Index, held_out: HeldOutQueries, compared: HeldOutQueries, exact: tuple[np.ndarray, np.ndarray]
+) -> dict[str, Any]:
+    """How well the index serves held-out queries, for each probe.
+
+    Parameters
+    ----------
+    index : as it was trained and filled; it may have another probe set afterwards.
+    held_out : the queries; ``k`` at least 1.
+    compared : those of them that are compared with exact search.
+    exact : distances float32 and entries int64 ``[compared, k + 1]`` that exact search finds for them.
+
+    Returns
+    -------
     ``{"probe": the one to use, "quality": [one row per probe]}``; a row has ``recall`` (the share of the exact
     ``k`` neighbours found), ``p_knn_error`` (mean absolute error of p_kNN of the query's own next token),
     ``p_knn`` (its mean by exact search) and ``microseconds`` per query; with lists also what ``add_costs`` notes, and
     ``exact_cost`` and ``exact_cost_bound``, the same beside exact search.
-    ``probe`` is None without lists. What is beside exact search is of ``EXACT_QUERIES`` of the queries.
+    ``probe`` is None without lists. What is beside exact search is of ``compared``.
     """
-    held_out = HeldOutQueries.draw(datastore, queries, k, knn_temp, seed + 1)
-    if held_out.k < 1:
-        return {"probe": None, "quality": []}
-    ivf = inverted_file(index)
+    ivf, datastore = inverted_file(index), held_out.datastore
     probes: list[int | None] = [p for p in PROBES if p <= ivf.nlist] if ivf is not None else [None]
-    compared = held_out.first(EXACT_QUERIES if ivf is not None else queries)
     is_compared = np.isin(held_out.entries, compared.entries)  # [n]
-    exact_distances, exact_entries = compared.others(
-        *search_exactly(datastore, compared.keys, held_out.k + 1, sim_func)
-    )
+    exact_distances, exact_entries = compared.others(*exact)
     exact_p = compared.p_knn(exact_distances, exact_entries)  # [compared]
     base = bigram_log_probs(datastore, held_out.entries)  # [n]
     knn_temps = temperatures(torch.from_numpy(exact_distances))
@@ -210,7 +234,7 @@ def measure_quality(
     return {
         "probe": good_enough(rows),
         "quality_k": held_out.k,
-        "quality_knn_temp": knn_temp,
+        "quality_knn_temp": held_out.knn_temp,
         "quality_queries": len(held_out.entries),
         "quality_exact_queries": len(compared.entries),
         "quality": rows,

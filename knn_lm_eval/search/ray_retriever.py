@@ -22,8 +22,9 @@ from knn_lm_eval.search.code_distances import CodeDistances
 from knn_lm_eval.search.exact_retriever import ExactRetriever
 from knn_lm_eval.search.faiss_index import open_index, set_probe
 from knn_lm_eval.search.index_retriever import IndexRetriever
-from knn_lm_eval.search.ray_shards import FoundArrays, Shards, count_nodes
+from knn_lm_eval.search.ray_shards import Shards, count_nodes
 from knn_lm_eval.search.retriever import EntryDistances, Found, Retriever, SearchSettings
+from knn_lm_eval.search.shard import FoundArrays
 from knn_lm_eval.store.datastore import Datastore
 from knn_lm_eval.store.index_files import DEFAULT_INDEX, EXACT, IndexPart
 from knn_lm_eval.store.manifest import KEYS
@@ -75,7 +76,7 @@ class ShardedRetriever(Retriever):
     def _find(self, queries: np.ndarray) -> FoundArrays:
         statistics, start = self.statistics, now()
         sent = self.shards.send(queries)
-        with self._restarts_counted():
+        with self._shards_counted():
             of_shards, compared = self.shards.search(sent, self.k, self.probe)
         found = self._merge(of_shards)
         statistics.searches += len(queries)
@@ -84,7 +85,7 @@ class ShardedRetriever(Retriever):
         self._enter_values(found.entries, found.values)
         if self.recompute_dists:
             start = now()
-            with self._restarts_counted():
+            with self._shards_counted():
                 distances, _ = self.shards.distances(sent, found.entries, self.sim_func)
             found = found._replace(distances=distances)
             statistics.seconds["distances"] += now() - start
@@ -95,7 +96,7 @@ class ShardedRetriever(Retriever):
 
         def ask(queries: np.ndarray, entries: np.ndarray, counts: np.ndarray) -> np.ndarray:
             entries = np.where(np.arange(entries.shape[1]) < counts[:, None], entries, -1)  # [n, m]
-            with self._restarts_counted():
+            with self._shards_counted():
                 distances, values = self.shards.distances(self.shards.send(queries), entries, sim_func)
             self._enter_values(entries, values)
             return distances
@@ -109,10 +110,15 @@ class ShardedRetriever(Retriever):
             self._values[entries[there]] = values[there]
 
     @contextmanager
-    def _restarts_counted(self) -> Iterator[None]:
-        before = self.shards.restarts
-        yield
-        self.statistics.restarts += self.shards.restarts - before
+    def _shards_counted(self) -> Iterator[None]:
+        shards, statistics = self.shards, self.statistics
+        before = shards.restarts, shards.bytes_sent, shards.bytes_received
+        try:
+            yield
+        finally:
+            statistics.restarts += shards.restarts - before[0]
+            statistics.bytes_sent += shards.bytes_sent - before[1]
+            statistics.bytes_received += shards.bytes_received - before[2]
 
 
 class RayRetriever(ShardedRetriever, IndexRetriever):
@@ -121,6 +127,7 @@ class RayRetriever(ShardedRetriever, IndexRetriever):
     Parameters
     ----------
     address : of the Ray cluster, see ``connect``.
+    replicas : actors that hold each part, on different nodes.
     others : as for ``IndexRetriever``.
 
     Raises
@@ -138,12 +145,13 @@ class RayRetriever(ShardedRetriever, IndexRetriever):
         recompute_dists: bool = False,
         index: str = DEFAULT_INDEX,
         address: str = "auto",
+        replicas: int = 1,
     ) -> None:
-        self.address = address
+        self.address, self.replicas = address, replicas
         super().__init__(datastore, index, k, probe, sim_func, recompute_dists)
 
     def _open(self, settings: SearchSettings) -> int | None:
-        self.shards = Shards(self.datastore.path, self.name, self.parts, self.address)
+        self.shards = Shards(self.datastore.path, self.name, self.parts, self.address, replicas=self.replicas)
         return self.shards.lists
 
     @cached_property
@@ -174,6 +182,7 @@ class RayExactRetriever(ShardedRetriever, ExactRetriever):
     Parameters
     ----------
     address : of the Ray cluster, see ``connect``.
+    replicas : actors that hold each run, on different nodes.
     others : as for ``ExactRetriever``.
 
     Raises
@@ -182,13 +191,20 @@ class RayExactRetriever(ShardedRetriever, ExactRetriever):
         Also for what ``Shards`` raises it for.
     """
 
-    def __init__(self, datastore: Datastore, k: int = 1024, sim_func: str | None = None, address: str = "auto") -> None:
+    def __init__(
+        self,
+        datastore: Datastore,
+        k: int = 1024,
+        sim_func: str | None = None,
+        address: str = "auto",
+        replicas: int = 1,
+    ) -> None:
         super().__init__(datastore, k, sim_func, "cpu")
         nodes = count_nodes(address)
         ends = [len(datastore) * number // nodes for number in range(nodes + 1)]
         keys = datastore.path / KEYS
         runs = [IndexPart(keys, start, stop, start) for start, stop in pairwise(ends) if stop > start]
-        self.shards = Shards(datastore.path, EXACT, runs, address, self.sim_func)
+        self.shards = Shards(datastore.path, EXACT, runs, address, self.sim_func, replicas)
 
     def _merge(self, of_shards: list[FoundArrays]) -> FoundArrays:
         return merge_exact(of_shards)

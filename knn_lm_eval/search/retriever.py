@@ -29,11 +29,14 @@ EntryDistances = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 
 @dataclass
 class RetrievalStatistics:
-    """What a retriever did: queries searched, vectors compared with them, shards that were started again, seconds."""
+    """What a retriever did: queries searched, vectors compared with them, shards that were started again and bytes that
+    went to and came from them, seconds."""
 
     searches: int = 0
     entries_compared: int = 0
     restarts: int = 0
+    bytes_sent: int = 0
+    bytes_received: int = 0
     seconds: dict[str, float] = field(default_factory=lambda: {"search": 0.0, "distances": 0.0, "values": 0.0})
 
 
@@ -76,10 +79,10 @@ class SearchSettings:
 
     def check(self, datastore: Datastore) -> None:
         """Raise UserError where one does not fit the store."""
-        if not 1 <= self.k <= len(datastore):
+        if not 1 <= self.k <= datastore.kept:
             raise UserError(
-                f"k={self.k} does not fit the datastore {datastore.path}, which has {len(datastore)} entries; "
-                f"choose 1 <= k <= {len(datastore)}."
+                f"k={self.k} does not fit the datastore {datastore.path}, which has {datastore.kept} entries; "
+                f"choose 1 <= k <= {datastore.kept}."
             )
         if self.probe is not None and self.probe < 1:
             raise UserError(f"probe={self.probe} must be at least 1.")

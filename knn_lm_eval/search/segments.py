@@ -144,6 +144,7 @@ class _Joining:
             places = _places(self.trained, self.layout.per_block, self.layout.code_bytes)
             if places is None:
                 raise UserError(f"{self.paths[0]} cannot be joined: this faiss packs its codes in an unknown way.")
+        list_bytes = self.bytes
         for begin, end in self._groups():
             at = self.starts[:, begin : end + 1]  # [segments, lists + 1]
             offsets = np.concatenate([[0], np.cumsum(at[:, -1] - at[:, 0])])  # [segments + 1]
@@ -152,7 +153,7 @@ class _Joining:
                 _read(path, start, data[first:stop].data)
             where = at[:, :-1] - at[:, :1] + offsets[:-1, None]  # [segments, lists]
             sizes = self._sizes(at, data, where)
-            out = np.zeros(int(self.bytes[begin:end].sum()), dtype=np.uint8)
+            out = np.zeros(int(list_bytes[begin:end].sum()), dtype=np.uint8)
             common = data, where, sizes, self.firsts, self.entries
             if places is None:
                 wrong = join_arrays(*common, self.layout.code_bytes, self.kept, self.ranks, out)

@@ -30,8 +30,10 @@ from tqdm import tqdm
 
 from knn_lm_eval.search.faiss_index import NAMES, below_transform, split_parts, transformed
 from knn_lm_eval.search.laid_out import LaidOut
+from knn_lm_eval.search.rabitq_lists import has_signs, signs_of_list
 from knn_lm_eval.search.sign_kernels import BLOCK, NOWHERE, lay_out, nearest_lists, products, scan
 from knn_lm_eval.store.datastore import Datastore
+from knn_lm_eval.store.removed import Removed
 from knn_lm_eval.store.verification import Limits
 from knn_lm_eval.system.arrays import map_npy
 from knn_lm_eval.system.files import check_free_space
@@ -49,7 +51,6 @@ MOST_ENTRIES = 2**32  # whose numbers are kept
 QUERIES_AT_ONCE = 256  # whose products with all centroids are held
 PER_THREAD = 8  # queries, at least, that it is worth a thread
 ENTRIES_AT_ONCE = 2**16  # that are laid out
-FACTOR_BYTES = 8  # of an entry, behind its signs
 QUANTIZERS = (faiss.IndexFlat, faiss.IndexFlatL2, faiss.IndexFlatIP)
 
 
@@ -108,19 +109,25 @@ class SignCodes:
         dot = index.metric_type == faiss.METRIC_INNER_PRODUCT
         return cls(index, first_id, dot, table, bias, centroids, moved, norms, **arrays)
 
-    def search(self, queries: np.ndarray, k: int, probe: int) -> tuple[np.ndarray, np.ndarray, int]:
-        """Distances float32 and entries int64 ``[n, k]``, and how many were compared; see ``faiss_index.search``."""
+    def search(
+        self, queries: np.ndarray, k: int, probe: int, kept: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray, int]:
+        """Distances float32 and entries int64 ``[n, k]``, and how many were compared; see ``faiss_index.search``.
+
+        ``kept`` has a bit for each of its entries, set for those that count; None where all do.
+        """
         distances = np.empty((len(queries), k), dtype=np.float32)
         entries = np.empty((len(queries), k), dtype=np.int64)
         probe = min(probe, len(self.centroids))
         size = min(QUERIES_AT_ONCE, max(PER_THREAD, -(-len(queries) // max(1, faiss.omp_get_max_threads()))))
         runs = [slice(start, start + size) for start in range(0, len(queries), size)]
+        bits = np.empty(0, dtype=np.uint8) if kept is None else kept
 
         def search_run(run: slice) -> int:
             there = self._transformed(np.ascontiguousarray(queries[run], dtype=np.float32))
             lists, found = self._nearest_lists(there, probe), (distances[run], entries[run])
             of_lists = self.centroids, self.centre, self.dot, self.sizes, self.starts
-            return scan(there, lists, *of_lists, self.codes, self.offsets, self.scales, self.entries, k, *found)
+            return scan(there, lists, *of_lists, self.codes, self.offsets, self.scales, self.entries, bits, k, *found)
 
         compared = _in_threads(search_run, runs)
         entries[entries >= 0] += self.first_id
@@ -188,9 +195,12 @@ class SignSearch:
             opened.append(SignCodes.of(one, first_id, {array: map_npy(of_part / f"{array}.npy") for array in ARRAYS}))
         return cls(opened)
 
-    def search(self, queries: np.ndarray, k: int, probe: int) -> tuple[np.ndarray, np.ndarray, int]:
+    def search(
+        self, queries: np.ndarray, k: int, probe: int, removed: Removed | None = None
+    ) -> tuple[np.ndarray, np.ndarray, int]:
         """As ``faiss_index.search``, with how many entries were compared; equally near ones by their numbers."""
-        found = [part.search(queries, k, probe) for part in self.parts]
+        kept = [None if removed is None else removed.of_part(part.first_id).kept_bits for part in self.parts]
+        found = [part.search(queries, k, probe, bits) for part, bits in zip(self.parts, kept, strict=True)]
         if len(found) == 1:
             return found[0]
         distances = np.concatenate([part for part, _, _ in found], axis=1)  # [n, parts * k]
@@ -206,9 +216,7 @@ def serves(index: faiss.Index) -> bool:
 
 
 def _serves(index: faiss.Index) -> bool:
-    ivf = below_transform(index)
-    is_rabitq = isinstance(ivf, (faiss.IndexIVFRaBitQ, faiss.IndexIVFRaBitQFastScan))
-    return is_rabitq and ivf.rabitq.nb_bits == 1 and index.metric_type in NAMES and _unpacks(ivf)
+    return index.metric_type in NAMES and has_signs(below_transform(index))
 
 
 def _linear(index: faiss.Index) -> tuple[np.ndarray | None, np.ndarray | None]:
@@ -248,7 +256,7 @@ def write(folder: Path, index: faiss.Index) -> None:
     arrays["sizes"][:], arrays["starts"][:], arrays["centre"][:], arrays["offsets"][:] = sizes, starts, centre, NOWHERE
     for i, size in enumerate(tqdm(sizes.tolist(), desc="Laying out codes for searches", unit=" lists")):
         for start in range(0, size, ENTRIES_AT_ONCE):
-            flat, factors, ids = _unpacked(ivf, i, start, min(size, start + ENTRIES_AT_ONCE))
+            flat, factors, ids = signs_of_list(ivf, i, start, min(size, start + ENTRIES_AT_ONCE))
             first = int(starts[i]) + start // BLOCK
             there = slice(first, first + -(-len(ids) // BLOCK))
             rows = slice(there.start * BLOCK, there.stop * BLOCK)
@@ -256,55 +264,3 @@ def write(folder: Path, index: faiss.Index) -> None:
             lay_out(flat, factors, ids, centroids[i], centre, dot, arrays["codes"][there], *of_entries)
     for array in arrays.values():
         array.flush()
-
-
-def _unpacked(ivf: Any, number: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The signs uint8 ``[n, code bytes]``, factors float32 ``[n, 2]`` and numbers int64 of some entries of a list.
-
-    Parameters
-    ----------
-    start, stop : which; the first is that of a block.
-    """
-    inverted: Any = ivf.invlists
-    size, code_bytes = inverted.list_size(number), -(-ivf.d // 8)
-    ids = faiss.rev_swig_ptr(inverted.get_ids(number), size)[start:stop]
-    if isinstance(ivf, faiss.IndexIVFRaBitQ):
-        raw = faiss.rev_swig_ptr(inverted.get_codes(number), size * ivf.code_size).reshape(size, -1)[start:stop]
-        factors = np.ascontiguousarray(raw[:, code_bytes : code_bytes + FACTOR_BYTES]).view(np.float32)
-        return np.ascontiguousarray(raw[:, :code_bytes]), factors, ids
-    packed = ivf.M2 // 2 * 32
-    stride = packed + 32 * FACTOR_BYTES
-    raw = faiss.rev_swig_ptr(inverted.get_codes(number), -(-size // 32) * stride).reshape(-1, stride)
-    raw = raw[start // 32 : -(-stop // 32)]  # [blocks, stride]
-    blocks = len(raw)
-    factors = np.ascontiguousarray(raw[:, packed:]).view(np.float32).reshape(-1, 2)[: stop - start]
-    # Byte 2 v + w of 16 is half a byte of code each of entry 8 w + v, and of entry 16 + 8 w + v in its upper half; then
-    # 16 bytes more hold the upper halves of the same bytes of code.
-    pairs = raw[:, :packed].reshape(blocks, -1, 2, 8, 2).transpose(0, 4, 3, 1, 2).reshape(blocks, 16, -1, 2)
-    first = (pairs[..., 0] & 15) | (pairs[..., 1] << 4)  # [blocks, 16, code bytes]
-    second = (pairs[..., 0] >> 4) | (pairs[..., 1] & 0xF0)  # [blocks, 16, code bytes]
-    flat = np.concatenate([first, second], axis=1).reshape(blocks * 32, -1)
-    return np.ascontiguousarray(flat[: stop - start, :code_bytes]), factors, ids
-
-
-def _unpacks(ivf: Any) -> bool:
-    """Whether the lists are packed as this faiss packs them, by a look at the longest."""
-    if isinstance(ivf, faiss.IndexIVFRaBitQ):
-        return ivf.code_size == -(-ivf.d // 8) + FACTOR_BYTES
-    packer, inverted = ivf.get_CodePacker(), ivf.invlists
-    if packer.nvec != 32 or packer.block_size != ivf.M2 // 2 * 32 + 32 * FACTOR_BYTES:
-        return False
-    sizes = [inverted.list_size(number) for number in range(ivf.nlist)]
-    number = int(np.argmax(sizes))
-    if not (size := sizes[number]):
-        return True
-    block_bytes, blocks = packer.block_size, -(-size // 32)
-    packed = faiss.rev_swig_ptr(inverted.get_codes(number), blocks * block_bytes).reshape(blocks, block_bytes)
-    for i in {0, size // 2, size - 1}:
-        block = i // 32
-        flat, factors, _ = _unpacked(ivf, number, block * 32, i + 1)
-        code = packer.unpack_1(packed[block : block + 1], i % 32)
-        signs, of_entry = code[: flat.shape[1]], code[-FACTOR_BYTES:]
-        if not np.array_equal(signs, flat[-1]) or of_entry.tobytes() != factors[-1].tobytes():
-            return False
-    return True

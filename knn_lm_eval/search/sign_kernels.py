@@ -173,7 +173,7 @@ def _base(query, centroid, dot):  # type: ignore[no-untyped-def]
 
 @compiled(nogil=True)
 def scan(  # type: ignore[no-untyped-def]
-    queries, lists, centroids, centre, dot, sizes, starts, codes, offsets, scales, entries, k, distances, found
+    queries, lists, centroids, centre, dot, sizes, starts, codes, offsets, scales, entries, kept, k, distances, found
 ):
     """Find the k nearest of the entries in some lists.
 
@@ -182,6 +182,7 @@ def scan(  # type: ignore[no-untyped-def]
     queries : float32 ``[n, dimension]``, as the lists hold vectors.
     lists : int64 ``[n, probe]``, which to visit, in any order; negative ones are left out.
     centroids, centre, dot, sizes, starts, codes, offsets, scales, entries : see ``SignCodes``.
+    kept : uint8 ``[entries / 8]``, a bit for each entry, set for those that count; none where all do.
     distances, found : float32 and int64 ``[n, k]``, filled here; infinity and -1 where there are no more.
 
     Returns
@@ -228,6 +229,11 @@ def scan(  # type: ignore[no-untyped-def]
                         near[e] = max(near[e], np.float32(0))
                     any_near |= near[e] <= threshold
                 if any_near:
+                    if len(kept):  # a second look, at those alone that are near
+                        for e in range(BLOCK):
+                            entry = entries[first + e]
+                            if near[e] <= threshold and not (kept[entry >> 3] >> (entry & 7)) & 1:
+                                near[e] = NOWHERE
                     for e in range(BLOCK):
                         key = np.uint64(_code_of(near_bits[e])) << np.uint64(32)
                         keys[count] = key | np.uint64(entries[first + e])

@@ -5,6 +5,8 @@ A datastore is a folder with
 - ``keys.npy``: float16 ``[count, dimension]``, the hidden state before each token, in text order;
 - ``values.npy``: int32 ``[count]``, the token itself, so the values are the tokenized text;
 - ``document_starts.npy``: int64 ``[documents]``, the entry at which each document begins, ascending;
+- ``removed.npy``, where documents were removed: int64, their numbers, ascending. Their entries are still in the other
+  files, and do not count;
 - where the keys are a projection of the hidden states, ``projection.npy``: float32 ``[width, dimension]``, what each
   hidden state was multiplied by; ``projection`` in the manifest says the width, as ``from``;
 - ``manifest.json``: what made it (model, windows, source), sizes and checksums of the files above.
@@ -27,14 +29,16 @@ nothing follows from that: it counts as one document.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from knn_lm_eval.errors import UserError
-from knn_lm_eval.store.manifest import DOCUMENT_STARTS, PROJECTION, VALUES, WEIGHTS, FileRecord, Manifest
+from knn_lm_eval.store.change import JOURNAL
+from knn_lm_eval.store.manifest import DOCUMENT_STARTS, PROJECTION, REMOVED, VALUES, WEIGHTS, FileRecord, Manifest
+from knn_lm_eval.store.removed import Removed
 from knn_lm_eval.store.verification import Expected, Limits, Verification
 from knn_lm_eval.system.arrays import map_npy
 
@@ -52,6 +56,7 @@ class Datastore:
     values : int32 ``[count]``.
     document_starts : int64 ``[documents]``.
     weights : int32 ``[count]``, how many entries each stands for; None for one each.
+    removed : the entries that do not count, of documents that were removed; None where all count.
     projection : float32 ``[width, dimension]``, what the LM's hidden states were multiplied by to become the keys;
         None where they are the keys.
     verification : how its files, and what is opened beside it (indexes, clusters), are verified, and what was.
@@ -63,6 +68,7 @@ class Datastore:
     values: np.ndarray
     document_starts: np.ndarray
     weights: np.ndarray | None = None
+    removed: Removed | None = None
     projection: np.ndarray | None = None
     verification: Verification = field(default_factory=Verification, compare=False)
 
@@ -81,8 +87,20 @@ class Datastore:
             Where there is no datastore, a dump was not finished, or a file is missing, cut or not what the
             manifest says.
         """
-        path, verification = Path(path), Verification(verify)
-        manifest = Manifest.read(path)
+        path = Path(path)
+        while True:
+            manifest = Manifest.read(path)
+            try:
+                return cls._open(path, manifest, verify)
+            except UserError:
+                # It may just have been changed by another process, so that some files are of before and some of after.
+                if not (path / JOURNAL).exists() and Manifest.read(path) == manifest:
+                    raise
+
+    @classmethod
+    def _open(cls, path: Path, manifest: Manifest, verify: str) -> Datastore:
+        """Open the store of this manifest."""
+        verification = Verification(verify)
         for name in manifest.files:
             check_size(path, name, manifest.files)
         count, keys = manifest.count, None
@@ -90,22 +108,35 @@ class Datastore:
         if manifest.keys is not None:
             opened = _open_raw if manifest.keys.is_raw else open_array
             keys = opened(path / manifest.keys.file, np.dtype(manifest.keys.dtype), (count, manifest.dimension))
+        starts = open_array(path / DOCUMENT_STARTS, np.int64, documents)
         opened_store = cls(
             path=path,
             manifest=manifest,
             keys=keys,
             values=open_array(path / VALUES, np.int32, (count,)),
-            document_starts=open_array(path / DOCUMENT_STARTS, np.int64, documents),
+            document_starts=starts,
             weights=open_array(path / WEIGHTS, np.int32, (count,)) if WEIGHTS in manifest.files else None,
             projection=_open_projection(path, manifest),
             verification=verification,
         )
         verification.check(own_files(path, manifest))
+        if REMOVED in manifest.files:
+            numbers = open_array(path / REMOVED, np.int64, None)
+            if numbers.ndim != 1 or (len(numbers) and not 0 <= numbers[0] <= numbers[-1] < len(starts)):
+                raise UserError(
+                    f"{path / REMOVED} is damaged: it names documents that the store has not; copy it again."
+                )
+            opened_store = replace(opened_store, removed=Removed.of_documents(np.unique(numbers), starts, count))
         return opened_store
 
     def __len__(self) -> int:
         """The number of entries."""
         return len(self.values)
+
+    @property
+    def kept(self) -> int:
+        """The number of entries that count: those that are not of removed documents."""
+        return len(self) if self.removed is None else self.removed.kept
 
     @property
     def dimension(self) -> int:
@@ -125,8 +156,18 @@ class Datastore:
     def require_keys(self, purpose: str) -> np.ndarray:
         """The keys; raises UserError where the store has none, which ``purpose`` needs."""
         if self.keys is None:
-            raise UserError(f"The datastore {self.path} has no keys, which {purpose} needs; import it with its keys.")
+            is_imported = "imported" in self.manifest.source
+            remedy = "import it with its keys" if is_imported else "dump it again, without --keys none"
+            raise UserError(f"The datastore {self.path} has no keys, which {purpose} needs; {remedy}.")
         return self.keys
+
+    def require_all(self, purpose: str) -> None:
+        """Raise UserError where documents were removed and are still in the files, which ``purpose`` would read."""
+        if self.removed is not None:
+            raise UserError(
+                f"The datastore {self.path} has {len(self.removed.documents):,} removed documents, and {purpose} would "
+                f"take them in: take them out of its files first, with compact_datastore."
+            )
 
     def require_text_order(self, purpose: str) -> None:
         """Raise UserError where entry i + 1 is not what followed entry i, which ``purpose`` needs."""
@@ -143,6 +184,7 @@ def own_files(path: Path, manifest: Manifest) -> list[Expected]:
         VALUES: Limits(0, manifest.model.get("vocabulary")),
         DOCUMENT_STARTS: Limits(0, manifest.count, ascending=True),
         WEIGHTS: Limits(1),
+        REMOVED: Limits(0, manifest.documents, ascending=True),
         PROJECTION: Limits(),
     }
     raw_dtype = None

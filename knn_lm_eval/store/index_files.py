@@ -28,6 +28,7 @@ from knn_lm_eval.system.seals import check_seal
 
 DEFAULT_INDEX = "index"
 EXACT = "exact"  # in the place of an index's name: all keys are compared, and no index is needed
+MOST_PARTS = 1000  # their numbers have three digits
 REMEDY = "fetch it or build the index again"
 
 
@@ -35,6 +36,11 @@ class _Run(TypedDict):
     start: Count
     stop: Count
     bytes: Count
+
+
+class _Measured(TypedDict):
+    keys_sha256: str
+    count: Count
 
 
 class _Required(TypedDict):
@@ -50,6 +56,7 @@ class IndexJSON(_Required, total=False):
     probe: Positive | None
     parts: list[_Run]
     part_ids: Literal["relative", "absolute"]
+    measured_with: _Measured
 
 
 @dataclass(frozen=True)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from knn_lm_eval.errors import UserError
+from knn_lm_eval.system.arrays import map_npy
 from knn_lm_eval.system.checkpoints import SavedStates
 
 ADD_CHUNK = 2**16  # keys at a time that are added to an index, or trained on
 SEARCH_CHUNK = 2**14  # keys at a time that are searched for
+FILL_CHUNK = 2**22
+NUMBERS = "entries.npy.part"
 
 
 def finite_keys(keys: np.ndarray) -> np.ndarray:
@@ -56,31 +60,54 @@ def number_entries(
     dtype: type[Any],
     step: Callable[[np.ndarray, int, np.ndarray], None],
     description: str,
+    size: int | None = None,
+    undo: Callable[[np.ndarray, int], None] | None = None,
 ) -> np.ndarray:
-    """Give each entry a number that follows from its key and from the numbers before it; saves its state now and then.
+    """Give each entry a number that follows from its key and from the numbers before it; notes now and then how far it
+    is.
+
+    The numbers are in a file beside ``states``, of which the operating system has in memory what there is room for.
 
     Parameters
     ----------
     keys : a store's, ``[count, dimension]``.
-    states : where the state ``entries`` is saved, and is gone on with.
+    states : where the state ``entries`` is saved, and is gone on with; its ``others`` are to have ``NUMBERS``.
     dtype : of the numbers.
-    step : called with all numbers, a first entry and the keys from there on, float32 ``[SEARCH_CHUNK or fewer,
-        dimension]``; fills in numbers.
+    step : called with all numbers, a first entry and the keys from there on, float32 ``[size or fewer, dimension]``;
+        fills in numbers, of these entries or, where there is an ``undo``, of any.
     description : for the progress bar.
+    size : entries at a time; None takes ``SEARCH_CHUNK``.
+    undo : called with all numbers and an entry, where an interrupted run is gone on with: takes back what ``step``
+        filled in since it was at that entry.
 
     Returns
     -------
-    ``dtype [count]``; -1 where ``step`` filled in none.
+    ``dtype [count]``, memory-mapped; -1 where ``step`` filled in none. The file goes with ``states.remove``.
     """
     state = states.load("entries")
-    numbers, done = state.get("numbers"), int(state.get("done", 0))
-    if numbers is None:
-        numbers = np.full(len(keys), -1, dtype=dtype)
+    path = states.folder / NUMBERS
+    if state and path.exists():
+        done, numbers = int(state["done"]), map_npy(path, states.instead, "r+")
+        if numbers.dtype != dtype or numbers.shape != (len(keys),):
+            raise UserError(f"{path} is damaged: it does not have a number for each entry; {states.instead}.")
+        if undo is not None:
+            undo(numbers, done)
+    else:
+        done, numbers = 0, filled_file(path, dtype, len(keys))
     with tqdm(total=len(keys), initial=done, desc=description, unit=" keys", unit_scale=True) as bar:
-        for chunk in key_chunks(keys, done, size=SEARCH_CHUNK):
+        for chunk in key_chunks(keys, done, size=size or SEARCH_CHUNK):
             step(numbers, done, chunk)
             done += len(chunk)
             bar.update(len(chunk))
             if states.is_due():
-                states.save("entries", numbers=numbers, done=done)
+                numbers.flush()
+                states.save("entries", done=done)
+    return numbers
+
+
+def filled_file(path: Path, dtype: type[Any], count: int, value: int = -1) -> np.memmap[Any, Any]:
+    """A new .npy file of ``count`` numbers, all the same, memory-mapped to be written to."""
+    numbers = np.lib.format.open_memmap(path, "w+", dtype, (count,))
+    for begin in range(0, count, FILL_CHUNK):
+        numbers[begin : begin + FILL_CHUNK] = value
     return numbers

@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple, TypedDict
 import numpy as np
 
 from knn_lm_eval.errors import UserError, shortened
+from knn_lm_eval.store.change import finish_change
 from knn_lm_eval.system.checkpoints import PROGRESS
 from knn_lm_eval.system.file_contents import contents_of, examine
 from knn_lm_eval.system.files import read_json
@@ -25,9 +26,11 @@ from knn_lm_eval.system.seals import check_seal, write_sealed_json
 
 FORMAT = "knn_lm_eval datastore"
 FORMAT_VERSION = 1
+# Of a store with removed documents, which an earlier version of this program would show.
+WITH_REMOVED = 2
 MANIFEST = "manifest.json"
 KEYS, VALUES, DOCUMENT_STARTS, WEIGHTS = "keys.npy", "values.npy", "document_starts.npy", "weights.npy"
-PROJECTION = "projection.npy"
+REMOVED, PROJECTION = "removed.npy", "projection.npy"
 # The JSON's names in the order in which a dump and an import write them.
 _HEAD = ("format", "format_version", "count", "dimension", "documents")
 _TAIL = ("fingerprint", "files", "created", "versions")
@@ -67,6 +70,16 @@ class ModelRecord(_ModelMaker):
 
     pretrained: str | None
     args: dict[str, Any]
+
+
+class AppendedRecord(TypedDict):
+    """Documents that came behind those of the dump: what they were, and from which one on up to the next."""
+
+    first: Count
+    stop: Count
+    source: dict[str, Any]
+    max_tokens: Count | None
+    created: str
 
 
 class _Fingerprint(TypedDict):
@@ -113,6 +126,7 @@ class ManifestJSON(_Required, total=False):
     fingerprint: _Fingerprint | None
     text_order: bool
     pruned_from: dict[str, Any] | None
+    appended: list[AppendedRecord]
     created: str | None
     versions: dict[str, Any]
     derived: dict[str, FileRecord]
@@ -152,6 +166,7 @@ class Manifest:
     projection : of what the keys are a projection; None where they are the LM's hidden states.
     text_order : whether the values are the text.
     pruned_from : how a pruned store was made, and of what.
+    appended : the documents that were appended to it, in order.
     files : the store's own files.
     created, versions : when, and by which programs.
     derived : files that were made from the store (indexes, clusterings), which may be missing.
@@ -177,6 +192,7 @@ class Manifest:
     fingerprint: dict[str, Any] | None = None
     text_order: bool = True
     pruned_from: dict[str, Any] | None = None
+    appended: list[AppendedRecord] = field(default_factory=list)
     created: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
     derived: dict[str, FileRecord] = field(default_factory=dict)
@@ -194,6 +210,7 @@ class Manifest:
         """
         folder = Path(folder)
         path = folder / MANIFEST
+        finish_change(folder)
         if not folder.is_dir():
             raise UserError(f"There is no datastore at {folder}: no such folder; make one with dump_datastore.")
         if not path.is_file():
@@ -203,10 +220,11 @@ class Manifest:
         content = read_json(path)
         if content.get("format") != FORMAT:
             raise UserError(f"{path} is not the manifest of a {FORMAT}.")
-        if content.get("format_version") != FORMAT_VERSION:
+        if content.get("format_version") not in (FORMAT_VERSION, WITH_REMOVED):
             raise UserError(
                 f"The datastore {folder} has format version {shortened(content.get('format_version'))}, this program "
-                f"reads version {FORMAT_VERSION}; use the program's version that made it, or dump it again."
+                f"reads versions {FORMAT_VERSION} and {WITH_REMOVED}; use the program's version that made it, or "
+                f"dump it again."
             )
         return cls.of_json(check_seal(path, content, "fetch or copy the datastore again"), path)
 
@@ -232,8 +250,10 @@ class Manifest:
         """What the file holds."""
         content = {name: getattr(self, name) for name in _field_names()}
         added = [name for name in content if name not in self.order and not _is_default(name, content[name])]
-        dropped = [name for name in ("keys", "projection", "derived") if _is_default(name, content[name])]
-        content |= {"format": FORMAT, "format_version": FORMAT_VERSION, **self.unknown}
+        may_go = ("keys", "projection", "appended", "derived")
+        dropped = [name for name in may_go if _is_default(name, content[name])]
+        version = WITH_REMOVED if REMOVED in self.files else FORMAT_VERSION
+        content |= {"format": FORMAT, "format_version": version, **self.unknown}
         content["keys"] = self.keys and self.keys._asdict()
         return {name: content[name] for name in (*self.order, *added) if name not in dropped}
 
@@ -274,7 +294,7 @@ def record_derived(folder: Path, names: Iterable[str]) -> None:
     names : the files' paths in it, with forward slashes.
     """
     records = {name: file_record(folder / name) for name in names}
-    with _changing(folder) as manifest:
+    with held_manifest(folder) as manifest:
         replace(manifest, derived=manifest.derived | records).write(folder)
 
 
@@ -283,13 +303,19 @@ def forget_derived(folder: Path, names: Iterable[str]) -> None:
     gone = set(names)
     if gone.isdisjoint(Manifest.read(folder).derived):
         return
-    with _changing(folder) as manifest:
+    with held_manifest(folder) as manifest:
         derived = {name: record for name, record in manifest.derived.items() if name not in gone}
         replace(manifest, derived=derived).write(folder)
 
 
+def check_unchanged(folder: Path, keys_sha256: str, made: str) -> None:
+    """Raise UserError where the store has other keys by now than those that something was ``made`` of."""
+    if Manifest.read(folder).keys_checksum != keys_sha256:
+        raise UserError(f"The datastore {folder} was changed while {made} of it; do it again.")
+
+
 @contextmanager
-def _changing(folder: Path) -> Iterator[Manifest]:
+def held_manifest(folder: Path) -> Iterator[Manifest]:
     """The manifest as it is, to be changed by one process at a time."""
     with locked(folder / f".{MANIFEST}.lock", str(folder / MANIFEST)):
         yield Manifest.read(folder)

@@ -10,6 +10,7 @@ perplexities are compared at each index's own best temperature and lmbda.
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -40,6 +41,8 @@ from knn_lm_eval.study.grid import Surface, find_best
 from knn_lm_eval.study.run import MAX_LENGTH, first_tokens, load_knn_hf
 from knn_lm_eval.system.arrays import read_npz
 from knn_lm_eval.system.files import disk_errors_in, replace_file
+
+logger = logging.getLogger(__name__)
 
 EXACT = "exact"
 KNN_TEMPS = tuple(float(f"{x:.3g}") for x in np.geomspace(0.5, 16, 11))
@@ -73,8 +76,8 @@ class Measurement:
     index, factory : its name and what it is; ``exact`` for exhaustive search.
     bytes_per_entry : of the index; for exact search, of the keys.
     microseconds : per query, of each round.
-    recall : the share of the k nearest entries that were found.
-    p_knn_error : mean absolute error of p_kNN of the text's own tokens.
+    recall : the share of the k nearest entries that were found; None where they are not known.
+    p_knn_error : mean absolute error of p_kNN of the text's own tokens; None likewise.
     perplexity : by text, and of all under ``all``.
     tuned, knn_temp, lmbda : the lowest perplexity of all texts over ``KNN_TEMPS`` and ``LMBDAS``, and where.
     """
@@ -85,8 +88,8 @@ class Measurement:
     probe: int | None
     k: int
     microseconds: list[float] = field(default_factory=list)
-    recall: float = 1.0
-    p_knn_error: float = 0.0
+    recall: float | None = None
+    p_knn_error: float | None = None
     perplexity: dict[str, float] = field(default_factory=dict)
     tuned: float = 0.0
     knn_temp: float = 1.0
@@ -101,8 +104,8 @@ class Measurement:
             "probe": self.probe,
             "k": self.k,
             "microseconds": round(median(self.microseconds), 1),
-            "recall": round(self.recall, 4),
-            "p_knn_error": round(self.p_knn_error, 5),
+            "recall": None if self.recall is None else round(self.recall, 4),
+            "p_knn_error": None if self.p_knn_error is None else round(self.p_knn_error, 5),
             **{f"perplexity {name}": round(value, 4) for name, value in self.perplexity.items()},
             "tuned perplexity": round(self.tuned, 4),
             "tuned knn_temp": self.knn_temp,
@@ -146,12 +149,24 @@ def collect_queries(lm: KNNHF, texts: dict[str, str]) -> Queries:
     return Queries(queries, targets, log_probs.double(), counts)
 
 
+@dataclass(frozen=True)
+class _ExactNeighbours:
+    """Distances and entries ``[tokens, k]`` of exact search, and the CPU seconds that it took."""
+
+    distances: Tensor
+    entries: Tensor
+    seconds: float
+
+    def nearest(self, k: int) -> tuple[Tensor, Tensor]:
+        return self.distances[:, :k], self.entries[:, :k]
+
+
 class IndexComparison:
     """Measures searches of one datastore against exact search.
 
     Parameters
     ----------
-    store : the datastore, with keys.
+    store : the datastore; without keys nothing is compared with exact search.
     queries : of the text to measure on.
     lmbda, knn_temp : of the mixture.
     sim_func : what nearness means.
@@ -171,9 +186,10 @@ class IndexComparison:
         cache: Path,
     ) -> None:
         self.store, self.queries, self.lmbda, self.knn_temp, self.cache = store, queries, lmbda, knn_temp, cache
+        store.require_all("a comparison of indexes")
         if max_k > len(store):
             raise UserError(f"k={max_k} does not fit the datastore {store.path}, which has {len(store)} entries.")
-        self._exact_distances, self._exact_entries, self._exact_seconds = self._exact_neighbours(sim_func, max_k)
+        self._exact = None if store.keys is None else self._exact_neighbours(sim_func, max_k)
 
     @property
     def base_perplexity(self) -> dict[str, float]:
@@ -183,9 +199,10 @@ class IndexComparison:
     def exact(self, k: int) -> Measurement:
         """Exhaustive search."""
         keys = self.store.require_keys("exact search")
+        assert self._exact is not None
         result = Measurement(EXACT, EXACT, keys.shape[1] * keys.itemsize, None, k)
-        result.microseconds = [1e6 * self._exact_seconds / len(self.queries.queries)]
-        self._judge(result, self._exact_found(k))
+        result.microseconds = [1e6 * self._exact.seconds / len(self.queries.queries)]
+        self._judge(result, self._found(*self._exact.nearest(k)))
         return result
 
     def measure(
@@ -214,11 +231,13 @@ class IndexComparison:
         yield from results
 
     def _judge(self, result: Measurement, found: Found) -> None:
-        exact = self._exact_found(result.k)
-        (log_p, surface), exact_log_p = self._log_p_knn(found), self._log_p_knn(exact)[0]
-        result.p_knn_error = float((log_p.exp().nan_to_num(0.0) - exact_log_p.exp()).abs().mean())
-        # Exact search leaves no slot empty, so that empty ones are never taken for found.
-        result.recall = knn_intersection_measure(exact.entries.numpy(), found.entries.numpy())
+        log_p, surface = self._log_p_knn(found)
+        if self._exact is not None:
+            exact = self._found(*self._exact.nearest(result.k))
+            exact_log_p = self._log_p_knn(exact)[0]
+            result.p_knn_error = float((log_p.exp().nan_to_num(0.0) - exact_log_p.exp()).abs().mean())
+            # Exact search leaves no slot empty, so that empty ones are never taken for found.
+            result.recall = knn_intersection_measure(exact.entries.numpy(), found.entries.numpy())
         mixed = mix(self.queries.lm_log_probs, log_p, self.lmbda)
         result.perplexity = perplexities(mixed, self.queries.texts)
         best = find_best([surface], len(log_p), 0.0)
@@ -242,22 +261,20 @@ class IndexComparison:
             surface.add(self.queries.lm_log_probs[rows], log_p[:, 1:])
         return torch.cat(parts), surface
 
-    def _exact_found(self, k: int) -> Found:
-        return self._found(self._exact_distances[:, :k], self._exact_entries[:, :k])
-
     def _found(self, distances: Tensor, entries: Tensor) -> Found:
         values = torch.from_numpy(self.store.values[np.maximum(entries.numpy(), 0)])
         return Found(distances, values, entries, entry_counts(self.store.weights, entries.numpy()))
 
-    def _exact_neighbours(self, sim_func: str, k: int) -> tuple[Tensor, Tensor, float]:
-        """Distances and entries ``[tokens, k or more]``, and the CPU seconds of the search, which may be kept ones."""
+    def _exact_neighbours(self, sim_func: str, k: int) -> _ExactNeighbours:
+        """``k`` or more, which may be kept ones."""
         queries = self.queries.queries.numpy()
         search = f"{self.store.keys_checksum} {sim_func} {hashlib.sha256(queries.tobytes()).hexdigest()}"
         path = self.cache / f"exact-{hashlib.sha256(search.encode()).hexdigest()[:16]}.npz"
         if path.is_file():
             kept = read_npz(path, "delete it")
             if kept["distances"].shape[1] >= k:
-                return torch.from_numpy(kept["distances"]), torch.from_numpy(kept["entries"]), float(kept["seconds"])
+                kept_arrays = torch.from_numpy(kept["distances"]), torch.from_numpy(kept["entries"])
+                return _ExactNeighbours(*kept_arrays, float(kept["seconds"]))
         start = time.process_time()
         distances, entries = search_exactly(self.store, queries, k, sim_func)
         seconds = time.process_time() - start
@@ -265,7 +282,7 @@ class IndexComparison:
             with open(path.with_suffix(".tmp"), "wb") as file:
                 np.savez(file, distances=distances, entries=entries, seconds=seconds)
             replace_file(path.with_suffix(".tmp"), path)
-        return torch.from_numpy(distances), torch.from_numpy(entries), seconds
+        return _ExactNeighbours(torch.from_numpy(distances), torch.from_numpy(entries), seconds)
 
 
 def perplexities(log_probs: Tensor, texts: dict[str, int]) -> dict[str, float]:
@@ -291,7 +308,7 @@ class IndexStudy:
     ----------
     settings : those that hold for all, with the store's entries and the LM's own perplexities.
     measured : an index with a setting each.
-    exact : exhaustive search, for each k.
+    exact : exhaustive search, for each k; none of a store without keys.
     front : of ``measured``, those that ``efficient`` leaves.
     """
 
@@ -364,6 +381,12 @@ def compare_indexes(
         "cpu_time": cpu_time,
         "base_perplexity": comparison.base_perplexity,
     }
+    if own.datastore.keys is None:
+        logger.warning(
+            "The datastore %s has no keys: its indexes are compared with each other, and not with exact search.",
+            own.datastore.path,
+        )
+        return IndexStudy(settings, measured, [], efficient(measured))
     return IndexStudy(settings, measured, [comparison.exact(k) for k in ks], efficient(measured))
 
 

@@ -68,6 +68,7 @@ class PublishedCode:
         logger.setLevel(logging.WARNING)
         self.lm, self.folder = lm, folder
         store, settings = lm.retriever.datastore, lm.settings
+        store.require_all("the published code")
         self.model: Any = lm.language_model.inner
         name = (str(folder), self.model.config.model_type, len(store), store.dimension)
         store.values.tofile(f"{get_dstore_path(*name)}_vals.npy")

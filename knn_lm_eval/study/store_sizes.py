@@ -92,7 +92,7 @@ def store_sizes(
     """
     lm = load_knn_hf(model_args)
     k = int(lm.settings["k"])
-    searched = min(searched or 4 * k, len(lm.retriever.datastore))
+    searched = min(searched or 4 * k, lm.retriever.datastore.kept)
     if searched < k:
         raise UserError(f"--searched {searched} is less than k={k}.")
     manager = find_tasks(model_args, metadata)
@@ -128,7 +128,7 @@ class StoreSizeScorer(PassageScorer):
         self._k, self._seed = lm.retriever.k, seed
         self._retriever = lm.retriever.with_settings(k=searched)
         self._widened: dict[tuple[int, int | None], Retriever] = {}
-        count = len(lm.retriever.datastore)
+        count = lm.retriever.datastore.kept
         self._base = SizePoint(0.0, 0)
         self._parts = [SizePoint(fraction, round(fraction * count)) for fraction in sorted(set(fractions))]
 
@@ -193,7 +193,7 @@ class StoreSizeScorer(PassageScorer):
         """A retriever for twice the neighbours, and from twice the lists where those searched hold no more; None where
         all of the store was searched."""
         k, probe = retriever.k, retriever.probe
-        wider_k = min(2 * k, len(retriever.datastore))
+        wider_k = min(2 * k, retriever.datastore.kept)
         wider_probe = 2 * probe if empty and probe is not None else probe
         if (wider := self._widened.get((k, wider_probe))) is None:
             wider = self._widened[k, wider_probe] = retriever.with_settings(k=wider_k, probe=wider_probe)

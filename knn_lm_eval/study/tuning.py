@@ -75,7 +75,7 @@ class Tuning:
 
     def edges(self) -> dict[str, float]:
         """The best setting's values that lie on the grid's edge, where better ones may lie beyond."""
-        names = on_edges(self.best, self.surfaces, len(self.datastore))
+        names = on_edges(self.best, self.surfaces, self.datastore.kept)
         return {name: self.best.settings[name] for name in names}
 
     def write_grid(self, path: Path) -> None:

@@ -6,21 +6,24 @@ A header is a Python literal, so a damaged one makes numpy raise almost anything
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 
 from knn_lm_eval.errors import UserError, shortened
 
 
-def map_npy(path: Path, remedy: str = "") -> np.ndarray:
-    """Memory-map a .npy file, read-only; raises UserError where it is none that can be, or cannot be read.
+def map_npy(path: Path, remedy: str = "", mode: Literal["r", "r+"] = "r") -> np.memmap[Any, Any]:
+    """Memory-map a .npy file, to be read only unless ``mode`` is ``r+``.
+
+    Raises UserError where it is none that can be mapped, or cannot be read.
 
     Parameters
     ----------
     remedy : what to do about it, for the sentence.
     """
     try:
-        array = np.lib.format.open_memmap(path, mode="r")
+        array = np.lib.format.open_memmap(path, mode=mode)
     except Exception as error:  # damage can look like anything
         raise UserError(_damaged(path, "a .npy array", error, remedy)) from error
     return array

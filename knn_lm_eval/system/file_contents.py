@@ -13,7 +13,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tokenize import TokenError
@@ -133,6 +133,34 @@ def examine(path: Path, raw_dtype: np.dtype | None = None, advance: Advance | No
     if _identity(path) == before:
         _note(before, contents)
     return contents
+
+
+def examine_joined(head: bytes, pieces: Sequence[tuple[Path, int]], dtype: np.dtype, name: str) -> Contents:
+    """What will be in a .npy file of numbers that are still in several.
+
+    Parameters
+    ----------
+    head : its header.
+    pieces : the files that have its numbers, in order, each with how many bytes there are before them.
+    name : what it will be called, for the bar.
+    """
+    digest, bounds = hashlib.sha256(head), _Bounds(dtype)
+    size = sum(path.stat().st_size - skip for path, skip in pieces)
+    with tqdm(total=size, unit="B", unit_scale=True, desc=f"Checksum of {name}", disable=size < WORTH_A_BAR) as bar:
+        for path, skip in pieces:
+            with open(path, "rb") as file:
+                file.seek(skip)
+                while data := file.read(BLOCK):
+                    digest.update(data)
+                    bounds.add(data)
+                    bar.update(len(data))
+    return Contents(digest.hexdigest(), bounds.found)
+
+
+def note_contents(path: Path, contents: Contents) -> None:
+    """Note what is in a file that was written just now, so that it is not read again for that."""
+    time.sleep(max(0, TICK - abs(time.time_ns() - path.stat().st_mtime_ns)) / 1e9)
+    _note(_identity(path), contents)
 
 
 def known(path: Path) -> Contents | None:

@@ -1,11 +1,15 @@
-"""Joining a Ray cluster, or starting a small one on this machine: what all that runs on Ray begins with."""
+"""Joining a Ray cluster, or starting a small one on this machine, and asking its head which nodes there are."""
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from knn_lm_eval.errors import UserError, naming_missing_packages
 
@@ -18,6 +22,27 @@ ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_memory_monitor_refresh_ms": "0",
 }
+LOOK_SECONDS = 1.0  # between two looks at who is there
+# Ray itself ends a process that has missed the head for 60 seconds, without a word that a user would understand.
+HEAD_SECONDS = 30.0
+
+
+class Patience:
+    """How long somebody has been waited for, looking at it every now and then.
+
+    Where this process itself was stopped, or did something else, that counts as one look: what it waits for may have
+    answered long ago.
+    """
+
+    def __init__(self) -> None:
+        self._spent, self._last = 0.0, time.monotonic()
+
+    def spent(self) -> float:
+        """Seconds; at most two ``LOOK_SECONDS`` more than at the last call."""
+        now = time.monotonic()
+        self._spent += min(now - self._last, 2 * LOOK_SECONDS)
+        self._last = now
+        return self._spent
 
 
 def connect(address: str) -> Any:
@@ -56,76 +81,95 @@ def connect(address: str) -> Any:
     return ray
 
 
-def run_tasks(
-    address: str, function: Callable[..., Any], jobs: Mapping[int, tuple[Any, ...]]
-) -> Iterator[tuple[int, Any]]:
-    """Call a function with each job's arguments, as Ray tasks: on each node one at a time, with all its CPUs.
+class Node(NamedTuple):
+    """A node that the head has not given up.
+
+    Attributes
+    ----------
+    id : Ray's, in hexadecimal.
+    name : its IP address.
+    resources : what Ray gives out there in all, by name: ``CPU``, ``GPU``.
+    """
+
+    id: str
+    name: str
+    resources: Mapping[str, float]
+
+
+class Head:
+    """A cluster's head, which is asked for the nodes by whoever waits for something else, and never waited for.
 
     Parameters
     ----------
-    address : as for ``connect``.
-    function : a module's own; the nodes must have the package.
-    jobs : the arguments, by the job's number.
+    address : see ``connect``.
 
-    Yields
-    ------
-    The number of each job and what the function returned, as they come.
-
-    Raises
-    ------
-    UserError
-        Where a task raises one, or dies again and again.
-    """
-    ray = connect(address)
-    cpus = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
-    task = ray.remote(function).options(num_cpus=min((n for n in cpus if n), default=1), scheduling_strategy="SPREAD")
-    numbers = {task.remote(*arguments): number for number, arguments in jobs.items()}
-    for finished in finished_tasks(ray, list(numbers)):
-        if finished is not None:
-            yield numbers[finished[0]], finished[1]
-
-
-def finished_tasks(
-    ray: Any,
-    tasks: Sequence[Any],
-    look_every: float | None = None,
-    then: str = "so did those that were started in its place",
-) -> Iterator[tuple[Any, Any] | None]:
-    """Wait for tasks; those that are left when something fails are cancelled.
-
-    Parameters
+    Attributes
     ----------
     ray : the module, connected.
-    tasks : what ``remote`` gave.
-    look_every : seconds after which to yield None where no task is done; None waits.
-    then : the rest of the sentence where a task died.
-
-    Yields
-    ------
-    Each of the tasks, when it is done, and what it returned.
+    address : as given.
+    nodes : those that were there at the last look.
 
     Raises
     ------
     UserError
-        Where a task raises one, or dies again and again.
+        As ``connect``, and where the head does not answer within ``HEAD_SECONDS``.
     """
-    waiting = list(tasks)
-    try:
-        while waiting:
-            done, _ = ray.wait(waiting, num_returns=1, timeout=look_every)
-            if done:
-                result = ray.get(done[0])
-                waiting.remove(done[0])
-                yield done[0], result
-            else:
-                yield None
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, UserError):
-            raise UserError(f"On a Ray node: {error.cause}") from error
-        raise
-    except ray.exceptions.RayError as error:
-        first_line = str(error).strip().splitlines()[0]
-        raise UserError(f"A Ray task died ({first_line}); {then}.") from error
-    finally:
-        for task in waiting:
-            ray.cancel(task)
+
+    def __init__(self, address: str) -> None:
+        self.ray, self.address = connect(address), address
+        self.nodes: list[Node] = []
+        self._ask()
+        self._asking.join(HEAD_SECONDS)
+        if self._asking.is_alive():
+            raise self._lost()
+
+    @property
+    def workers(self) -> list[Node]:
+        """The nodes that have a CPU to give."""
+        return [node for node in self.nodes if node.resources.get("CPU")]
+
+    def look(self) -> None:
+        """Ask for the nodes again, where the last question is answered; returns at once.
+
+        Raises
+        ------
+        UserError
+            Where the head has owed an answer for ``HEAD_SECONDS``.
+        """
+        if not self._asking.is_alive():
+            self._ask()
+        elif self._patience.spent() > HEAD_SECONDS:
+            raise self._lost()
+
+    def _ask(self) -> None:
+        self._patience = Patience()
+        self._asking = threading.Thread(target=self._answer, name="ray head", daemon=True)
+        self._asking.start()
+
+    def _answer(self) -> None:
+        self.nodes = [
+            Node(node["NodeID"], node["NodeManagerAddress"], node["Resources"])
+            for node in self.ray.nodes()
+            if node["Alive"]
+        ]
+
+    def _lost(self) -> UserError:
+        # Taking leave of the head in order would take minutes, and without that Ray's own end is a crash.
+        atexit.unregister(self.ray.shutdown)
+        _lost_heads.append(self.address)
+        return UserError(
+            f"The head of the Ray cluster (address={self.address}) has not answered for {HEAD_SECONDS:g} seconds: it "
+            f"is gone, or its link is cut; start the cluster again with `ray start --head`, and run again."
+        )
+
+
+_lost_heads: list[str] = []
+
+
+@atexit.register
+def _end_without_a_head() -> None:
+    """End this process at once where a head was lost; comes late, as it is registered before Ray is imported."""
+    if _lost_heads:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)

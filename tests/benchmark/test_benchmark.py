@@ -13,14 +13,15 @@ from typing import Any
 import lm_eval
 import pytest
 import yaml
-from helpers.places import LOCAL_TASKS, SCRIPTS
+from helpers.benchmarks import CHOICES, METHODS, figures, matrix_of
+from helpers.places import SCRIPTS
 from helpers.stores import change_json
-from helpers.tiny_model import EVAL_TEXT, MAX_LENGTH, TRAIN_TEXT
+from helpers.tiny_model import MAX_LENGTH, TRAIN_TEXT
 from lm_eval.tasks import TaskManager
 
 from knn_lm_eval import KNNHF, Datastore
 from knn_lm_eval.benchmark.estimate import estimate
-from knn_lm_eval.benchmark.matrix import Matrix, read_matrix
+from knn_lm_eval.benchmark.matrix import Matrix
 from knn_lm_eval.benchmark.runner import finished_results, run_matrix
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.lm.language_model import LanguageModel
@@ -32,65 +33,11 @@ from knn_lm_eval.report.comparison import compare
 from knn_lm_eval.report.results import read_folder
 from knn_lm_eval.search.indexing import build_index
 
-CHOICES = LOCAL_TASKS / "choose.jsonl"
-METHODS: dict[str, Any] = {
-    "base": {"model": "hf"},
-    "knn": {"k": 40, "lmbda": 0.6, "knn_temp": 2.0},
-    "retomaton": {"k": 40, "lmbda": 0.6, "knn_temp": 2.0, "retomaton": True},
-}
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets_cache")
-    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda _: None)  # takes a second
-
-
-@pytest.fixture
-def content(store: Datastore, model_folder: Path, tmp_path: Path) -> dict[str, Any]:
-    """A matrix of three methods and two tasks."""
-    law = tmp_path / "data" / "law"
-    law.mkdir(parents=True)
-    words = EVAL_TEXT.split()
-    sentences = [" ".join(words[start : start + 12]) for start in range(0, len(words), 12)]
-    (law / "test.en").write_text("\n".join(sentences) + "\n", encoding="utf-8")
-    tasks = tmp_path / "tasks"
-    tasks.mkdir()
-    task = yaml.safe_load((CHOICES.parent / "choose.yaml").read_text())
-    task["dataset_kwargs"]["data_files"]["test"] = str(CHOICES)
-    (tasks / "choose.yaml").write_text(yaml.safe_dump(task))
-    return {
-        "output": str(tmp_path / "results"),
-        "batch_size": 3,
-        "device": "cpu",
-        "include_path": str(tasks),
-        "metadata": {"data_dir": str(tmp_path / "data")},
-        "models": {"tiny": {"pretrained": str(model_folder), "max_length": MAX_LENGTH}},
-        "datastores": {"topics": str(store.path)},
-        "methods": METHODS,
-        "tasks": {"law": {"limit": 5}, "choose": {"task": "local_choose"}},
-    }
-
-
-def matrix_of(content: dict[str, Any], folder: Path) -> Matrix:
-    file = folder / "benchmark.yaml"
-    file.write_text(yaml.safe_dump(content, sort_keys=False))
-    return read_matrix(file)
-
 
 def run(matrix: Matrix) -> dict[str, str]:
     states: dict[str, str] = {}
     run_matrix(matrix, lambda outcome: states.update({str(outcome.cell.folder): outcome.state}))
     return states
-
-
-def figures(folder: Path) -> tuple[dict, list[dict]]:
-    """What must not depend on how an evaluation came about: metrics, and the samples by document."""
-    (file,) = folder.glob("*/results_*.json")
-    results = json.loads(file.read_text())
-    (samples,) = file.parent.glob("samples_*.jsonl")
-    lines = [json.loads(line) for line in samples.read_text().splitlines()]
-    return results["results"], sorted(lines, key=lambda sample: sample["doc_id"])
 
 
 def test_cells_that_share_a_pass_give_what_separate_runs_give(content, tmp_path, model_folder, store) -> None:

@@ -57,9 +57,12 @@ def knn_lm_distributions(
     lmbda: float,
     temperature: float,
     dot: bool = False,
+    directions: np.ndarray | None = None,
 ) -> np.ndarray:
-    """p(y) after each of ``tokens``: ``[len(tokens), vocabulary]`` (equation 3)."""
+    """p(y) after each of ``tokens``: ``[len(tokens), vocabulary]`` (equation 3); queries go along ``directions``."""
     p_lm, queries = lm_outputs(model, key_module, tokens)
+    if directions is not None:
+        queries = queries.astype(np.float64) @ directions
     p_knn = [knn_distribution(q, keys, values, k, temperature, p_lm.shape[1], dot) for q in queries]
     return (1 - lmbda) * p_lm + lmbda * np.array(p_knn)
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from knn_lm_eval.store.datastore import Datastore
-from knn_lm_eval.store.manifest import FORMAT, FORMAT_VERSION
+from knn_lm_eval.store.manifest import FORMAT, FORMAT_VERSION, KEYS, Manifest
 from knn_lm_eval.system.files import sha256, write_json
 
 
@@ -53,4 +55,16 @@ def make_store(folder: Path, count: int = 3000, dimension: int = 16, seed: int =
         folder / "manifest.json",
         {"format": FORMAT, "format_version": FORMAT_VERSION, **shape, "files": files},
     )
+    return Datastore.open(folder)
+
+
+def without_keys(store: Datastore, folder: Path) -> Datastore:
+    """A copy of a store, with its indexes and clusters, as if it had been dumped without keys."""
+    shutil.copytree(store.path, folder, ignore=shutil.ignore_patterns("keys.npy", "*.codes", "*.scan", ".*"))
+    files = {name: record for name, record in store.manifest.files.items() if name != KEYS}
+    replace(store.manifest, keys=None, key_dtype=None, files=files, derived={}).write(folder)
+    named = Manifest.read(folder).keys_checksum
+    for path in [*folder.glob("*.json"), *folder.glob("clusters/*/*.json")]:
+        if "keys_sha256" in json.loads(path.read_text()):
+            change_json(path, keys_sha256=named)
     return Datastore.open(folder)

@@ -25,8 +25,9 @@ from hypothesis import strategies as st
 from scipy.spatial.distance import cdist
 
 from knn_lm_eval.errors import UserError
-from knn_lm_eval.make import clustering
-from knn_lm_eval.make.clustering import cluster_greedy_merge, cluster_kmeans, members_by_cluster
+from knn_lm_eval.make import clustering, member_lists
+from knn_lm_eval.make.clustering import cluster_greedy_merge, cluster_kmeans
+from knn_lm_eval.make.member_lists import count_members, sort_members
 from knn_lm_eval.make.members import import_members, load_sparse_matrix
 from knn_lm_eval.make.merging import merge_neighbours, number_clusters
 from knn_lm_eval.search.faiss_index import open_index, search
@@ -37,6 +38,7 @@ from knn_lm_eval.store.clusters import Clusters, cluster_dtype
 from knn_lm_eval.store.datastore import Datastore
 from knn_lm_eval.store.manifest import FORMAT, FORMAT_VERSION
 from knn_lm_eval.system.files import sha256, write_json
+from knn_lm_eval.system.sampling import draw_entries
 
 SCRIPT = SCRIPTS / "cluster_datastore.py"
 ARRAYS = ("cluster_of_entry.npy", "member_starts.npy", "members.npy")
@@ -79,14 +81,21 @@ def assert_consistent(clusters: Clusters) -> None:
 
 
 @settings(deadline=None)  # the first call compiles
-@given(st.integers(1, 8).flatmap(lambda n: st.tuples(st.just(n), st.lists(st.integers(-1, n - 1), max_size=40))))
-def test_members_are_the_inverse_of_the_entries_clusters(case: tuple[int, list[int]]) -> None:
+@given(
+    st.integers(1, 8).flatmap(lambda n: st.tuples(st.just(n), st.lists(st.integers(-1, n - 1), max_size=40))),
+    st.sampled_from([1, 40, 2**20]),
+)
+def test_members_are_the_inverse_of_the_entries_clusters(case: tuple[int, list[int]], memory: int) -> None:
     num_clusters, cluster_of_entry = case
-    starts, members = members_by_cluster(np.array(cluster_of_entry, dtype=np.int32), num_clusters)
-    assert starts.dtype == np.int64 and members.dtype == np.int32 and starts[0] == 0
+    clusters, starts = np.array(cluster_of_entry, dtype=np.int32), np.empty(num_clusters + 1, dtype=np.int64)
     expected = [[i for i, c in enumerate(cluster_of_entry) if c == cluster] for cluster in range(num_clusters)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(member_lists, "READ_CHUNK", 7)
+        count_members(clusters, starts, memory)
+        assert starts[0] == 0
+        members = np.empty(starts[-1], dtype=np.int32)
+        sort_members(clusters, starts, members, memory)
     assert [part.tolist() for part in np.split(members, starts[1:-1])] == expected
-    assert starts[-1] == len(members)
 
 
 def greedy_merge(values: list[int], neighbours: list[list[int]]) -> list[int]:
@@ -165,10 +174,22 @@ def test_kmeans_assigns_each_entry_to_its_nearest_centroid(
     np.testing.assert_allclose(chosen, distances.min(axis=1), rtol=1e-5, atol=1e-4)
 
 
+def test_very_many_clusters_are_made_in_two_levels(datastore: Datastore, monkeypatch) -> None:
+    monkeypatch.setattr(clustering, "MOST_COMPARED", 150)
+    assert "levels" not in cluster_kmeans(datastore, "few", num_clusters=150).metadata
+    clusters = cluster_kmeans(datastore, "many", num_clusters=151)
+    assert clusters.metadata["levels"] == 2 and clusters.metadata["sample"] == COUNT == len(clusters.members)
+    assert_consistent(clusters)
+    keys = datastore.keys.astype(np.float64)
+    means = np.stack([keys[clusters.cluster_of_entry == cluster].mean(axis=0) for cluster in range(151)])
+    nearest = cdist(keys, means).argmin(axis=1)
+    assert (clusters.cluster_of_entry == nearest).mean() > 0.8
+
+
 def test_kmeans_is_faiss_kmeans_on_a_random_sample(datastore: Datastore, centroids: list[np.ndarray]) -> None:
     for seed in (1, 2):
         cluster_kmeans(datastore, num_clusters=20, sample=500, iterations=6, seed=seed, overwrite=True)
-    sample = np.sort(np.random.default_rng(1).choice(COUNT, 500, replace=False, shuffle=False))
+    sample = draw_entries(COUNT, 500, 1)
     kmeans = faiss.Kmeans(16, 20, niter=6, seed=1, min_points_per_centroid=1)
     kmeans.train(datastore.keys[sample].astype(np.float32))
     np.testing.assert_allclose(centroids[0], kmeans.centroids, rtol=1e-5, atol=1e-5)
@@ -196,7 +217,7 @@ def test_the_summary_counts_what_it_says(datastore: Datastore, tmp_path: Path) -
 
 RUN = """
 import sys
-from knn_lm_eval.make import clustering
+from knn_lm_eval.make import clustering, member_lists
 from knn_lm_eval.store import key_stream
 from knn_lm_eval.system import checkpoints as states
 from knn_lm_eval.store.datastore import Datastore

@@ -280,6 +280,14 @@ def test_hub_wikitext_rows_give_the_raw_file(tmp_path: Path) -> None:
             ["--model_args", "pretrained=MODEL", "--text", "TRAIN", "--key_module", "layers.9.mlp"],
             "LlamaForCausalLM has no module 'layers.9.mlp'",
         ),
+        (
+            ["--model_args", "pretrained=NOWHERE", "--text", "TRAIN", "--factory", "IVF4,SQ8"],
+            "--factory is for --keys none; where keys are kept, build_index makes the index.",
+        ),
+        (
+            ["--model_args", "pretrained=NOWHERE", "--text", "TRAIN", "--keys", "none", "--factory", "IVF4,SQ99"],
+            "faiss knows no index 'IVF4,SQ99'",
+        ),
     ],
 )
 def test_user_mistakes_end_with_one_sentence(

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -21,6 +22,8 @@ from knn_lm_eval.errors import UserError
 from knn_lm_eval.lm.loading import CausalHFLM
 from knn_lm_eval.make.dump import Dump, dump_datastore, finish_dump
 from knn_lm_eval.make.dump_progress import entries_done, not_done, share_of
+from knn_lm_eval.make.index_plan import IndexPlan
+from knn_lm_eval.make.key_reading import KeyReader
 from knn_lm_eval.make.text import TextSource
 from knn_lm_eval.make.windows import Window
 from knn_lm_eval.store.datastore import Datastore
@@ -92,20 +95,20 @@ def test_a_share_goes_on_where_it_ended(
     dump = Dump(lm, tmp_path, **WINDOWS)
     dump.prepare(TextSource(text_file).pieces(), resume=False)
     read: list[int] = []
-    keys_of = Dump._keys_of
+    of_chunk = KeyReader.of_chunk
 
-    def ends_after_five_chunks(self: Dump, chunk: list[Window], *rest: object) -> np.ndarray:
+    def ends_after_five_chunks(self: KeyReader, chunk: list[Window], *rest: Any) -> np.ndarray:
         if len(read) == 5:
             raise KeyboardInterrupt
         read.append(chunk[0].start)
-        return keys_of(self, chunk, *rest)
+        return of_chunk(self, chunk, *rest)
 
-    monkeypatch.setattr(Dump, "_keys_of", ends_after_five_chunks)
+    monkeypatch.setattr(KeyReader, "of_chunk", ends_after_five_chunks)
     with pytest.raises(KeyboardInterrupt):
         dump.write_share(1, 3)
     assert len(alone) // 4 < read[0] < len(alone) // 2 < len(alone) and entries_done(tmp_path) > 0
     monkeypatch.setattr(
-        Dump, "_keys_of", lambda self, chunk, *rest: read.append(chunk[0].start) or keys_of(self, chunk, *rest)
+        KeyReader, "of_chunk", lambda self, chunk, *rest: read.append(chunk[0].start) or of_chunk(self, chunk, *rest)
     )
     for share in (2, 1, 0):
         dump.write_share(share, 3)
@@ -134,6 +137,37 @@ def test_two_processes_write_what_one_writes(
     assert run.returncode == 0, run.stderr
     assert_same_files(output, alone)
     assert run.stdout.count("Next: lm_eval") == 1
+
+
+@pytest.fixture(scope="module")
+def keyless(tmp_path_factory: pytest.TempPathFactory, model_folder: Path, text_file: Path) -> Datastore:
+    """What one process makes without keys: an index in parts."""
+    lm, folder = CausalHFLM(str(model_folder), device="cpu"), tmp_path_factory.mktemp("stores") / "keyless"
+    index = IndexPlan(factory="IVF4,SQ8", parts=3)
+    return dump_datastore(lm, TextSource(text_file).pieces(), folder, **WINDOWS, keys="none", index=index)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("processes", "more"), [(2, []), (1, ["--ray", "local", "--workers", "2"])], ids=["two", "ray"]
+)
+@pytest.mark.xdist_group("ray")
+def test_several_make_the_index_without_keys_that_one_makes(
+    tmp_path: Path, model_folder: Path, text_file: Path, keyless: Datastore, processes: int, more: list[str]
+) -> None:
+    if more:
+        pytest.importorskip("ray")
+    output = tmp_path / "store"
+    words = ["--keys", "none", "--factory", "IVF4,SQ8", "--parts", "3", *more]
+    run = subprocess.run(
+        command(processes, model_folder, text_file, output, *words), env=ENVIRONMENT, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("without keys. Next: lm_eval") == run.stdout.count("against exact search") == 1
+    assert {path.name for path in output.iterdir()} == {path.name for path in keyless.path.iterdir()}
+    for file in ("values.npy", "document_starts.npy", *(f"index.{number:03d}.faiss" for number in range(3))):
+        assert (output / file).read_bytes() == (keyless.path / file).read_bytes(), file
+    Datastore.open(output, verify="always")
 
 
 @pytest.mark.slow

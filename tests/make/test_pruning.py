@@ -16,6 +16,8 @@ import torch
 from helpers.oracle import continuation_score, knn_lm_distributions, lm_outputs
 from helpers.places import SCRIPTS
 from helpers.tiny_model import EVAL_TEXT, TRAIN_TEXT, make_llama
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from lm_eval.api.instance import Instance
 
 from knn_lm_eval.errors import UserError
@@ -25,7 +27,7 @@ from knn_lm_eval.make import merging, pruning
 from knn_lm_eval.make.clustering import cluster_greedy_merge, cluster_kmeans
 from knn_lm_eval.make.confidence import LOG_PROBS, lm_log_probs
 from knn_lm_eval.make.dump import dump_datastore
-from knn_lm_eval.make.pruning import prune_confidence, prune_greedy_merge, prune_random
+from knn_lm_eval.make.pruning import largest_of_smallest, prune_confidence, prune_greedy_merge, prune_random
 from knn_lm_eval.make.text import cut_into_documents
 from knn_lm_eval.model.knn_hf import KNNHF
 from knn_lm_eval.search.faiss_index import open_index, search
@@ -169,6 +171,25 @@ def test_of_equal_confidence_the_first_stay(store: Datastore, lm: CausalHFLM, tm
     record_derived(store.path, [LOG_PROBS])
     third = prune_confidence(store, tmp_path / "third", no_lm, keep=1 / 3)
     assert_is_part(third, store, np.arange(round(len(store) / 3)))
+
+
+@settings(deadline=None)
+@given(
+    st.lists(
+        st.sampled_from([-np.inf, -3.5, -3.25, -1e-30, -0.0, 0.0, 2.0]) | st.floats(width=32, allow_nan=False),
+        min_size=1,
+    ),
+    st.data(),
+)
+def test_the_smallest_numbers_are_found_without_sorting(numbers: list[float], data: st.DataObject) -> None:
+    array, wanted = np.array(numbers, dtype=np.float32), data.draw(st.integers(1, len(numbers)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pruning, "READ_CHUNK", 3)
+        largest, last = largest_of_smallest(array, wanted)
+    order = np.argsort(array, kind="stable")[:wanted]
+    assert (largest, last) == (array[order[-1]], order[-1])
+    kept = (array < largest) | ((array == largest) & (np.arange(len(array)) <= last))
+    assert np.flatnonzero(kept).tolist() == sorted(order)
 
 
 def test_confidence_needs_a_store_that_says_how_it_was_read(grouped: Datastore, tmp_path: Path) -> None:

@@ -12,12 +12,14 @@ import numpy as np
 import pytest
 from helpers.tiny_model import TRAIN_TEXT
 
+from knn_lm_eval.errors import UserError
 from knn_lm_eval.lm.loading import CausalHFLM
 from knn_lm_eval.lm.reading import Reader
 from knn_lm_eval.make import merging
 from knn_lm_eval.make.clustering import cluster_kmeans
 from knn_lm_eval.make.confidence import lm_log_probs
 from knn_lm_eval.make.dump import Dump
+from knn_lm_eval.make.key_reading import KeyReader
 from knn_lm_eval.make.pruning import prune_greedy_merge
 from knn_lm_eval.make.text import cut_into_documents
 from knn_lm_eval.search import indexing
@@ -25,6 +27,7 @@ from knn_lm_eval.search.indexing import build_index
 from knn_lm_eval.store import key_stream
 from knn_lm_eval.store.datastore import Datastore
 from knn_lm_eval.system import checkpoints
+from knn_lm_eval.system.files import write_json
 
 
 @pytest.fixture
@@ -65,7 +68,7 @@ def read(path: Path) -> dict[str, Any]:
 def test_of_a_dump(lm: CausalHFLM, tmp_path: Path, stop) -> None:
     dump = Dump(lm, tmp_path, batch_size=1, max_length=16, stride=12)
     dump.prepare(cut_into_documents(TRAIN_TEXT.splitlines(keepends=True), "line"), resume=False)
-    stop(Dump, "_keys_of", 3, lambda: dump.write_share(1, 2))
+    stop(KeyReader, "of_chunk", 3, lambda: dump.write_share(1, 2))
     names = {"progress.json", "progress.1.json", "keys.npy.part", "values.npy", "document_starts.npy"}
     assert {path.name for path in tmp_path.iterdir()} == names
     progress = read(tmp_path / "progress.json")
@@ -81,19 +84,22 @@ def test_of_a_dump(lm: CausalHFLM, tmp_path: Path, stop) -> None:
 def test_of_a_clustering(own_store: Datastore, stop) -> None:
     stop(key_stream, "finite_keys", 3, lambda: cluster_kmeans(own_store, num_clusters=9, sample=400, iterations=2))
     folder = own_store.path / "clusters" / "kmeans"
-    assert {path.name for path in folder.iterdir()} == {"progress.json", "centroids.npz.part", "entries.npz.part"}
+    names = {"progress.json", "centroids.npz.part", "entries.npz.part", "entries.npy.part"}
+    assert {path.name for path in folder.iterdir()} == names
     settings = {"method": "kmeans", "num_clusters": 9, "sample": 400, "iterations": 2, "seed": 1}
     assert read(folder / "progress.json") == {"settings": settings | {"keys_sha256": own_store.keys_checksum}}
     with np.load(folder / "centroids.npz.part") as state:
         assert state["centroids"].shape == (9, 32) and state["iterations"] == 2
     with np.load(folder / "entries.npz.part") as state:
-        assert state["done"] == 1000 and (state["numbers"][:1000] >= 0).all() and (state["numbers"][1000:] < 0).all()
+        assert state["done"] == 1000
+    numbers = np.load(folder / "entries.npy.part")
+    assert (numbers[:1000] >= 0).all() and (numbers[1000:] < 0).all()
 
 
 def test_of_a_merging(own_store: Datastore, tmp_path: Path, stop) -> None:
     stop(merging, "search", 2, lambda: prune_greedy_merge(own_store, tmp_path / "small", neighbours=4))
     folder = tmp_path / ".small.merging"
-    assert {path.name for path in folder.iterdir()} == {"progress.json", "entries.npz.part"}
+    assert {path.name for path in folder.iterdir()} == {"progress.json", "entries.npz.part", "entries.npy.part"}
     how = {"method": "greedy_merge", "neighbours": 4, "index": "index", "factory": "Flat", "probe": None}
     assert read(folder / "progress.json") == {"settings": how | {"keys_sha256": own_store.keys_checksum}}
 
@@ -116,6 +122,26 @@ def test_of_an_index(own_store: Datastore, stop, parts: int | None) -> None:
     assert state["settings"] == settings
     build_index(own_store, resume=True, **work)
     assert not list(own_store.path.glob("other*part*"))
+
+
+def test_of_an_index_of_an_earlier_version_there_is_nothing_to_go_on_with(own_store: Datastore, stop, caplog) -> None:
+    work = {"factory": "IVF4,SQ8", "name": "other", "quality_queries": 0}
+    stop(indexing, "_write_segment", 0, lambda: build_index(own_store, **work))
+    notes = own_store.path / "other.faiss.part.json"
+    write_json(notes, {name: value for name, value in read(notes).items() if name != "segment"})
+    build_index(own_store, resume=True, **work)
+    assert "other.faiss.part is of an earlier version: it is begun anew" in caplog.text
+    assert {path.name for path in own_store.path.glob("other*")} == {"other.faiss", "other.json"}
+
+
+def test_a_damaged_unfinished_index_is_named(own_store: Datastore, stop) -> None:
+    work = {"factory": "IVF4,SQ8", "name": "other", "quality_queries": 0}
+    stop(indexing, "_write_segment", 0, lambda: build_index(own_store, **work))
+    trained = own_store.path / "other.faiss.part"
+    trained.write_bytes(trained.read_bytes()[:100])
+    with pytest.raises(UserError, match="other.faiss.part is damaged .*; build the index anew, without --resume"):
+        build_index(own_store, resume=True, **work)
+    build_index(own_store, **work)
 
 
 def test_begun_anew_nothing_of_the_unfinished_index_is_left(own_store: Datastore, stop) -> None:

@@ -319,7 +319,7 @@ def test_an_interrupted_build_resumes_to_the_same_index(tmp_path: Path, monkeypa
     if factory == "Flat":
         assert faiss.read_index(str(broken.path / "index.faiss.part")).ntotal > 0
     else:
-        assert faiss.read_index(str(broken.path / "index.faiss.part.000000")).ntotal == 1000
+        assert faiss.read_index(str(broken.path / "index.faiss.000000.part")).ntotal == 1000
     assert not (broken.path / "index.faiss").exists()
     monkeypatch.setattr(key_stream, "finite_keys", original)
     build_index(broken, factory, resume=True)

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -20,14 +21,14 @@ from lm_eval.api.instance import Instance
 
 from knn_lm_eval import KNNHF, UserError
 from knn_lm_eval.make.clustering import cluster_kmeans
-from knn_lm_eval.search import ray_shards
+from knn_lm_eval.search import ray_seats
 from knn_lm_eval.search.code_distances import CodeDistances
 from knn_lm_eval.search.exact_retriever import ExactRetriever
 from knn_lm_eval.search.index_retriever import LocalRetriever
 from knn_lm_eval.search.indexing import build_index
 from knn_lm_eval.search.ray_retriever import RayExactRetriever, RayRetriever
-from knn_lm_eval.search.ray_shards import Shard
 from knn_lm_eval.search.retriever import Retriever
+from knn_lm_eval.search.shard import Shard
 from knn_lm_eval.store.datastore import Datastore
 from knn_lm_eval.store.manifest import file_record
 from knn_lm_eval.system.ray_cluster import ENVIRONMENT, connect
@@ -95,17 +96,17 @@ def text_store(tmp_path_factory: pytest.TempPathFactory, store: Datastore) -> Da
 
 def kill_during_a_search(retriever: RayRetriever, monkeypatch: pytest.MonkeyPatch, number: int = 0) -> None:
     """Have the shard die while its queries are on their way: it is stopped from now on, or it might answer before."""
-    shards = retriever.shards
-    ask = shards.ask
-    pid = ray.get(shards.actors[number].__ray_call__.remote(lambda _: os.getpid()))
+    seats = retriever.shards.seats
+    ask = seats.ask
+    pid = ray.get(seats.of_shards[number][0].actor.is_there.remote()).pid
     os.kill(pid, signal.SIGSTOP)
 
     def kill_and_ask(calls: dict) -> dict:
-        monkeypatch.setattr(shards, "ask", ask)
+        monkeypatch.setattr(seats, "ask", ask)
         os.kill(pid, signal.SIGKILL)
         return ask(calls)
 
-    monkeypatch.setattr(shards, "ask", kill_and_ask)
+    monkeypatch.setattr(seats, "ask", kill_and_ask)
 
 
 def test_parts_built_by_ray_equal_those_built_here(address: str, in_parts: Datastore) -> None:
@@ -130,7 +131,8 @@ def test_what_is_wrong_with_the_store_is_said_by_the_task(address: str, tmp_path
 def test_shards_lie_on_both_nodes(opened: Callable) -> None:
     _, retriever = opened("rabitq")
     actors = ray._private.state.actors()
-    nodes = {actors[shard._actor_id.hex()]["Address"]["NodeID"] for shard in retriever.shards.actors}
+    seats = [seat for seats in retriever.shards.seats.of_shards for seat in seats]
+    nodes = {actors[seat.actor._actor_id.hex()]["Address"]["NodeID"] for seat in seats}
     assert len(nodes) == 2
 
 
@@ -205,7 +207,7 @@ def test_an_evaluation_gives_the_same_numbers_though_a_shard_dies(
 def test_a_shard_that_is_lost_for_good_ends_the_run(
     address: str, in_parts: Datastore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ray_shards, "RESTARTS", 0)
+    monkeypatch.setattr(ray_seats, "RESTARTS", 0)
     retriever = RayRetriever(in_parts, k=5, index="whole", address=address)
     kill_during_a_search(retriever, monkeypatch)
     with pytest.raises(UserError, match=r"The shard with whole\.faiss \(Ray at .*, last on the node .*\) is lost"):
@@ -218,12 +220,41 @@ def test_a_shard_that_does_not_start_again_in_time_ends_the_run(
     retriever = RayRetriever(in_parts, k=5, index="whole", address=address)
     expected = retriever.find(QUERIES)
     kill_during_a_search(retriever, monkeypatch)
-    monkeypatch.setattr(ray_shards, "PLACE_SECONDS", 0.1)  # importing torch and faiss takes longer
+    monkeypatch.setattr(ray_seats, "START_SECONDS", 0.2)  # importing torch and faiss takes longer
     with pytest.raises(UserError, match=r"whole\.faiss .*: it has not started on any node within 0\.2 seconds"):
         retriever.find(QUERIES)
-    monkeypatch.setattr(ray_shards, "PLACE_SECONDS", 60.0)
+    monkeypatch.setattr(ray_seats, "START_SECONDS", 60.0)
     np.testing.assert_array_equal(retriever.find(QUERIES)[0], expected[0])
     assert retriever.statistics.restarts == 1
+
+
+def test_with_replicas_a_run_goes_on_where_one_dies(
+    address: str, in_parts: Datastore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    retriever = RayRetriever(in_parts, k=5, index="rabitq", address=address, replicas=2)
+    seats = retriever.shards.seats.of_shards
+    assert [len({seat.node.id for seat in of_shard}) for of_shard in seats] == [2, 2]
+    expected = LocalRetriever(in_parts, k=5, index="rabitq").find(QUERIES)
+    monkeypatch.setattr(ray_seats, "SILENT_SECONDS", 4.0)
+    stopped = ray.get(seats[0][1].actor.is_there.remote()).pid  # the first question to this shard goes there
+    os.kill(stopped, signal.SIGSTOP)
+    try:
+        for _ in range(3):
+            for mine, theirs in zip(retriever.find(QUERIES), expected, strict=True):
+                np.testing.assert_array_equal(mine, theirs)
+    finally:
+        os.kill(stopped, signal.SIGKILL)
+    deadline = time.monotonic() + 60
+    while retriever.statistics.restarts == 0 and time.monotonic() < deadline:
+        retriever.find(QUERIES)
+    assert retriever.statistics.restarts == 1
+
+
+def test_more_replicas_than_nodes_are_refused(address: str, in_parts: Datastore) -> None:
+    with pytest.raises(UserError, match=r"replicas=3 takes as many nodes with a CPU, and the Ray cluster .* has 2"):
+        RayRetriever(in_parts, k=5, index="rabitq", address=address, replicas=3)
+    with pytest.raises(UserError, match="replicas=2 is for Ray"):
+        KNNHF("none", datastore=in_parts.path, k=5, replicas=2)
 
 
 def test_a_node_that_does_not_see_the_folder_says_so(in_parts: Datastore, tmp_path: Path) -> None:
@@ -249,7 +280,7 @@ def test_nodes_compare_all_keys_without_an_index(address: str, in_parts: Datasto
     torch.testing.assert_close(found.distances, expected.distances, rtol=1e-6, atol=1e-6)
     assert torch.equal(found.entries, expected.entries) and torch.equal(found.values, expected.values)
     assert torch.equal(found.counts, expected.counts)
-    assert remote.statistics.entries_compared == 64 * len(in_parts) and len(remote.shards.actors) == 2
+    assert remote.statistics.entries_compared == 64 * len(in_parts) and len(remote.shards.seats.of_shards) == 2
     entries, counts = np.arange(64 * 5).reshape(64, 5) * 9, np.arange(64) % 6
     there = np.arange(5) < counts[:, None]
     distances = [retriever.with_distances()[1](QUERIES, entries, counts)[there] for retriever in (remote, local)]

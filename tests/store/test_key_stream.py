@@ -65,3 +65,39 @@ def test_numbers_of_entries_go_on_where_they_were_saved(tmp_path: Path, monkeypa
     resumed = run(True)
     assert begun_at == [*range(0, 641, 64), *range(640, 1000, 64)]
     np.testing.assert_array_equal(resumed, run(False))
+
+
+def test_what_was_filled_in_since_the_last_note_is_undone(tmp_path: Path, monkeypatch) -> None:
+    """Whatever of the file reached the disk: a step may change the numbers of any entry."""
+    monkeypatch.setattr(key_stream, "SEARCH_CHUNK", 64)
+    stop_at: list[int] = []
+
+    def take(numbers: np.ndarray, begin: int, chunk: np.ndarray) -> None:
+        """Each entry takes one that nobody took yet."""
+        for entry in range(begin, begin + len(chunk)):
+            other = int(abs(chunk[entry - begin, 0]) * 1000) % len(numbers)
+            if numbers[other] < 0:
+                numbers[other] = entry
+        if begin in stop_at:
+            stop_at.clear()
+            raise KeyboardInterrupt
+
+    def undo(numbers: np.ndarray, entry: int) -> None:
+        numbers[numbers >= entry] = -1
+
+    def run(resume: bool) -> np.ndarray:
+        states = SavedStates(tmp_path / "progress.json", {"what": "taking"}, others=["*.npy.part"])
+        states.begin_or_resume(resume)
+        numbers = np.array(number_entries(KEYS, states, np.int32, take, "Taking", undo=undo))
+        states.remove()
+        assert not list(tmp_path.iterdir())
+        return numbers
+
+    whole = run(False)
+    assert 100 < (whole >= 0).sum() < len(KEYS)
+    for seconds in (0, 1000):  # between notes
+        monkeypatch.setattr(checkpoints, "CHECKPOINT_SECONDS", seconds)
+        stop_at.append(640)
+        with pytest.raises(KeyboardInterrupt):
+            run(False)
+        np.testing.assert_array_equal(run(True), whole)

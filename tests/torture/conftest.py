@@ -18,6 +18,7 @@ import yaml
 from helpers.forks import Child
 from helpers.tiny_model import EVAL_TEXT, MAX_LENGTH
 
+from knn_lm_eval.make.removing import remove_documents
 from knn_lm_eval.store.datastore import Datastore
 from knn_lm_eval.system.files import sha256
 
@@ -37,7 +38,10 @@ def original(tmp_path: Path, clustered: Datastore, train_file: Path, model_folde
     """What that folder holds at first."""
     folder = tmp_path / "original"
     shutil.copytree(clustered.path, folder / "store", ignore=shutil.ignore_patterns("lm_log_probs*", "*.codes"))
+    shutil.copytree(folder / "store", folder / "lessened")
+    remove_documents(folder / "lessened", [1])
     shutil.copy(train_file, folder / "train.txt")
+    (folder / "more.txt").write_text(EVAL_TEXT + "\n")
     (folder / "data").mkdir()
     words = EVAL_TEXT.split()
     for file in ("dev.en", "test.en"):

@@ -29,6 +29,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from knn_lm_eval import KNNHF, UserError
 from knn_lm_eval.make.pruning import prune_greedy_merge
+from knn_lm_eval.make.removing import remove_documents
 from knn_lm_eval.model.params import Params
 from knn_lm_eval.search.indexing import build_index
 from knn_lm_eval.store.datastore import Datastore
@@ -44,6 +45,7 @@ USES: dict[str, dict[str, Any]] = {
     "RetoMaton": {"index": "pq", "retomaton": True, "clusters": "kmeans", "min_knns": 3},
     "exact": {"index": "parts", "recompute_dists": True},
     "pruned": {"index": "index", "store": "pruned"},
+    "lessened": {"index": "exact", "store": "lessened", "params": False},
 }
 
 
@@ -64,6 +66,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory, clustered: Datastore) -> Pa
     Params({"lmbda": 0.4, "knn_temp": 2.0, "k": 12}, {"keys_sha256": store.keys_checksum}).write(
         store.path / "params.json"
     )
+    shutil.copytree(
+        folder / "store", folder / "lessened", ignore=shutil.ignore_patterns("*.faiss", "*.codes", "*.scan")
+    )
+    remove_documents(folder / "lessened", [1])
     pruned = prune_greedy_merge(store, folder / "pruned", neighbours=5)
     build_index(pruned, "Flat", quality_queries=0)
     return folder
@@ -146,8 +152,8 @@ def restore(folder: Path, whole: Path, state: dict[str, tuple[int, int, int]]) -
 
 def uses_of(name: str) -> list[str]:
     """The uses that read a file, by its path; one of several where they read it alike."""
-    if name.startswith("pruned"):
-        return ["pruned"]
+    if name.startswith(("pruned", "lessened")):
+        return [name.split("/")[0]]
     file = name.removeprefix("store/")
     if file.startswith(("pq.", "clusters/")):
         return ["RetoMaton"]

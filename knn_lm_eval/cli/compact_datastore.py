@@ -1,0 +1,31 @@
+"""Take removed documents out of a datastore's files: its arrays, indexes and clusters."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from knn_lm_eval.cli.main import SAME_COMMAND, verb
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--datastore", type=Path, required=True, help="the datastore's folder")
+    return parser.parse_args()
+
+
+@verb(parse_arguments, kept=SAME_COMMAND)
+def main(arguments: argparse.Namespace) -> None:
+    from knn_lm_eval.make.compacting import compact_datastore
+    from knn_lm_eval.store.datastore import Datastore
+
+    before = Datastore.open(arguments.datastore)
+    store = compact_datastore(arguments.datastore)
+    removed = before.removed
+    if removed is None:
+        print(f"{store.path}: no document is removed; there is nothing to take out.")
+    else:
+        print(
+            f"{store.path}: {len(removed.documents):,} documents with {len(removed):,} entries are taken out; it has "
+            f"{len(store):,} entries of {len(store.document_starts):,} documents."
+        )

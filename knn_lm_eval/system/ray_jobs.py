@@ -1,0 +1,173 @@
+"""Long work, cut into jobs, on a Ray cluster: each job is an actor's, which says all along that it is there."""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import Any
+
+from knn_lm_eval.errors import UserError
+from knn_lm_eval.system.ray_actors import GET_SECONDS, Living, Pulse, first_line, kill_actor, start_actor
+from knn_lm_eval.system.ray_cluster import LOOK_SECONDS, Head, Node
+
+RETRIES = 3  # of a job whose process or node died
+START_SECONDS = 1200.0  # a node may have to be bought first, or others' work to end
+# A silent node's work may go on, and write: it is begun elsewhere only once Ray has given the node up, and ended it.
+SILENT_SECONDS = 300.0
+
+
+class Worker(Living):
+    """An actor that does one job."""
+
+    def run(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+        """What the function returns."""
+        return function(*arguments)
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a job takes of its node.
+
+    Attributes
+    ----------
+    gpus : GPUs.
+    whole_node : all CPUs, so that a node has one job at a time; otherwise one CPU.
+    """
+
+    gpus: int = 0
+    whole_node: bool = False
+
+    def cpus(self, node: Node) -> int:
+        """How many of a node's CPUs."""
+        return int(node.resources["CPU"]) if self.whole_node else 1
+
+    def places(self, nodes: list[Node]) -> list[Node]:
+        """A node for each job that fits side by side, the nodes in turn."""
+        of_nodes = []
+        for node in nodes:
+            fitting = int(node.resources["CPU"]) // max(1, self.cpus(node))
+            if self.gpus:
+                fitting = min(fitting, int(node.resources.get("GPU", 0)) // self.gpus)
+            of_nodes.append([node] * fitting)
+        return [node for turn in zip_longest(*of_nodes) for node in turn if node is not None]
+
+
+class _Running:
+    """A job at work."""
+
+    def __init__(
+        self, head: Head, node: Node, needs: Needs, function: Callable[..., Any], job: tuple[Any, ...]
+    ) -> None:
+        self.node = node
+        self.actor = start_actor(head.ray, Worker, (), node, num_cpus=needs.cpus(node), num_gpus=needs.gpus)
+        self.pulse = Pulse(head.ray, self.actor)
+        self.result = self.actor.run.options(name=function.__name__).remote(function, job)
+
+
+def run_jobs(
+    head: Head,
+    function: Callable[..., Any],
+    jobs: Mapping[int, tuple[Any, ...]],
+    needs: Needs,
+    retries: int = RETRIES,
+    then: str = "so did those that were started in its place",
+) -> Iterator[tuple[int, Any] | None]:
+    """Call a function with each job's arguments on a cluster's nodes, as many at a time as there are places.
+
+    Parameters
+    ----------
+    function : a module's own; the nodes must have the package.
+    jobs : the arguments, by the job's number.
+    retries : how often a job whose process or node died is begun again.
+    then : the rest of the sentence where it died once more.
+
+    Yields
+    ------
+    The number of each job and what the function returned, as they come; None about once a second between.
+
+    Raises
+    ------
+    UserError
+        Where no node has what a job needs, a job raises one, its worker dies again and again, does not start within
+        ``START_SECONDS`` or is silent for ``SILENT_SECONDS``, or the head is lost. What is left is ended.
+    """
+    waiting, running, deaths = deque(jobs), dict[int, _Running](), Counter[int]()
+    try:
+        while waiting or running:
+            for node in _free(needs.places(head.workers), running):
+                if waiting:
+                    number = waiting.popleft()
+                    running[number] = _Running(head, node, needs, function, jobs[number])
+            if not running:
+                raise UserError(
+                    f"No node of the Ray cluster (address={head.address}) has {_in_words(needs)} to give; see what "
+                    f"`ray status` says, and start nodes that have."
+                )
+            references = {job.result: number for number, job in running.items()}
+            for reference in head.ray.wait(list(references), num_returns=1, timeout=LOOK_SECONDS)[0]:
+                number = references[reference]
+                try:
+                    result = head.ray.get(reference, timeout=GET_SECONDS)
+                except head.ray.exceptions.RayTaskError as error:
+                    if isinstance(error.cause, UserError):
+                        raise UserError(f"On a Ray node: {error.cause}") from error
+                    raise
+                except head.ray.exceptions.RayError as error:
+                    deaths[number] += 1
+                    _check_deaths(deaths[number], retries, running.pop(number), error, then)
+                    waiting.appendleft(number)
+                else:
+                    kill_actor(head.ray, running.pop(number).actor)
+                    yield number, result
+            head.look()
+            _check_silence(head, running)
+            yield None
+    finally:
+        for job in running.values():
+            kill_actor(head.ray, job.actor)
+
+
+def _free(places: list[Node], running: Mapping[int, _Running]) -> list[Node]:
+    """The places where nothing runs."""
+    taken = Counter(job.node.id for job in running.values())
+    free = []
+    for node in places:
+        if taken[node.id]:
+            taken[node.id] -= 1
+        else:
+            free.append(node)
+    return free
+
+
+def _check_deaths(deaths: int, retries: int, job: _Running, error: Exception, then: str) -> None:
+    if deaths > retries:
+        raise UserError(f"A Ray task died on the node {job.node.name} ({first_line(error)}); {then}.") from error
+
+
+def _check_silence(head: Head, running: Mapping[int, _Running]) -> None:
+    """Raise UserError where a job's worker is silent for too long; one that died is found by who waits for it."""
+    silences = {}
+    for number, job in running.items():
+        try:
+            silences[number] = job.pulse.silence()
+        except head.ray.exceptions.RayError:
+            continue
+    started = any(job.pulse.life is not None for job in running.values())
+    for number, silence in silences.items():
+        job = running[number]
+        if job.pulse.life is not None and silence > SILENT_SECONDS:
+            raise UserError(
+                f"The Ray node {job.node.name} has not answered for {SILENT_SECONDS:g} seconds, though Ray has not "
+                f"given it up; see to the node, and go on with --resume."
+            )
+        if not started and silence > START_SECONDS:
+            raise UserError(
+                f"No node of the Ray cluster (address={head.address}) has started a task within {START_SECONDS:g} "
+                f"seconds: others use them, or they are too busy; see what `ray status` says, and go on with --resume."
+            )
+
+
+def _in_words(needs: Needs) -> str:
+    return "a CPU" + (f" and {needs.gpus} GPU{'s' if needs.gpus > 1 else ''}" if needs.gpus else "")

@@ -1,0 +1,173 @@
+"""A benchmark's cells spread: over shares for array jobs, and over the tasks of a Ray cluster."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+from helpers.benchmarks import METHODS, figures, matrix_of
+from helpers.places import SCRIPTS
+from hypothesis import given
+from hypothesis import strategies as st
+
+from knn_lm_eval.benchmark.matrix import Cell, Matrix
+from knn_lm_eval.benchmark.runner import run_matrix
+from knn_lm_eval.benchmark.spreading import Share, parse_share, passes, share_of
+from knn_lm_eval.errors import UserError
+
+ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(SCRIPTS.parent), os.environ.get("PYTHONPATH", "")])}
+
+
+def some_cells(sizes: list[int]) -> Matrix:
+    """A matrix of that many methods for each of several tasks."""
+    cells = [
+        Cell("m", None, f"method{number}", f"task{task}", "hf", {}, {"task": "t", "metadata": {}}, 0)
+        for task, size in enumerate(sizes)
+        for number in range(size)
+    ]
+    return Matrix(Path("output"), cells, 1, None, [])
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=8), st.integers(1, 40))
+def test_each_cell_is_in_one_share_and_passes_are_cut_only_where_they_must_be(sizes: list[int], shares: int) -> None:
+    matrix = some_cells(sizes)
+    parts = [share_of(matrix, Share(number, shares)).cells for number in range(1, shares + 1)]
+    assert sorted(map(str, sum(parts, []))) == sorted(map(str, matrix.cells))
+    assert all(part == [cell for cell in matrix.cells if cell in part] for part in parts)  # in the matrix's order
+    assert sum(bool(part) for part in parts) == min(shares, len(matrix.cells))
+    if shares <= len(sizes):
+        assert sum(len(passes(part)) for part in parts) == len(sizes)
+        largest = sorted(map(len, parts))
+        assert largest[-1] - largest[0] <= max(sizes)
+
+
+@pytest.mark.parametrize("text", ["", "3", "0/4", "5/4", "-1/4", "1/0", "a/b", "1/4/5", "1.5/4", "٣/٤", "1/9999999999"])
+def test_what_is_no_share_is_said(text: str) -> None:
+    with pytest.raises(UserError, match="is no share of the cells; give its number and how many there are: 3/16"):
+        parse_share(text)
+    assert parse_share(" 3/16 ") == Share(3, 16) and str(Share(3, 16)) == "3/16"
+
+
+@pytest.fixture
+def plain(content: dict, tmp_path: Path) -> Matrix:
+    """The matrix, run by one process elsewhere."""
+    content["tasks"] = {"law": {"limit": 3}, "choose": {"task": "local_choose"}}
+    matrix = matrix_of(content | {"output": str(tmp_path / "plain")}, tmp_path)
+    assert {outcome.state for outcome in run_matrix(matrix, lambda _: None)} == {"done"}
+    matrix_of(content, tmp_path)  # the file that commands read
+    return replace(matrix, output=Path(content["output"]))
+
+
+def settled(folder: Path) -> dict:
+    """A cell's results without times, places and dates."""
+    (file,) = folder.glob("*/results_*.json")
+    results = json.loads(file.read_text())
+    for name in [name for name in results if name not in ("results", "configs", "versions", "n-samples", "config")]:
+        del results[name]
+    results["config"].get("knn", {}).pop("seconds", None)
+    for name in ("device", "model_dtype"):
+        results["config"].pop(name, None)
+    return results
+
+
+def assert_equals_plain(matrix: Matrix, plain: Path) -> None:
+    for cell in matrix.cells:
+        assert figures(matrix.output / cell.folder) == figures(plain / cell.folder), cell
+        ours, theirs = settled(matrix.output / cell.folder), settled(plain / cell.folder)
+        assert ours == theirs, cell
+    assert not list(matrix.output.rglob(".*"))
+
+
+def command(folder: Path, *arguments: str) -> list[str]:
+    return [sys.executable, str(SCRIPTS / "benchmark.py"), str(folder / "benchmark.yaml"), *arguments]
+
+
+def started(folder: Path, *arguments: str) -> subprocess.Popen:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command(folder, *arguments), env=ENVIRONMENT, **pipes)
+
+
+def test_shares_side_by_side_give_what_one_process_gives(plain: Matrix, tmp_path: Path) -> None:
+    jobs = [started(tmp_path, "--cells", f"{number}/3") for number in (1, 2, 3)]
+    jobs.append(started(tmp_path, "--cells", "2/3"))  # a share twice at once does no harm
+    said = [job.communicate(timeout=600) for job in jobs]
+    assert [job.returncode for job in jobs] == [0] * 4, said
+    assert sum(int(out.partition(": ")[2].partition(" of 6")[0]) for out, _ in said[:3]) == 6
+    assert_equals_plain(plain, tmp_path / "plain")
+    after = subprocess.run(command(tmp_path, "--cells", "9/9"), env=ENVIRONMENT, capture_output=True, text=True)
+    assert after.returncode == 0 and "Share 9/9: 0 of 6 cells." in after.stdout, after.stderr
+    assert "Of all shares' cells, 6 of 6 are there." in after.stdout
+    assert {outcome.state for outcome in run_matrix(plain, lambda _: None)} == {"finished"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--cells", "4/3"), "'4/3' is no share of the cells"),
+        (("--workers", "2"), "--workers is for --ray"),
+        (("--ray", "local", "--workers", "0"), "--workers 0 must be at least 1"),
+    ],
+)
+def test_mistakes_are_said_in_one_sentence(content: dict, tmp_path: Path, arguments: tuple, message: str) -> None:
+    matrix_of(content, tmp_path)
+    run = subprocess.run(command(tmp_path, *arguments), env=ENVIRONMENT, capture_output=True, text=True)
+    assert run.returncode == 1 and message in run.stderr and run.stderr.count("\n") == 1, run.stderr
+
+
+def is_at_work(process: psutil.Process) -> bool:
+    try:
+        return "_run_part" in " ".join(process.cmdline()) and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def killed_worker(driver: subprocess.Popen, when: Callable[[], bool]) -> psutil.Process | None:
+    while driver.poll() is None:
+        workers = [child for child in psutil.Process(driver.pid).children(recursive=True) if is_at_work(child)]
+        if workers and when():
+            workers[0].send_signal(signal.SIGKILL)
+            return workers[0]
+        time.sleep(0.01)
+    return None
+
+
+@pytest.mark.xdist_group("ray")  # one Ray at a time
+@pytest.mark.slow
+def test_tasks_of_a_cluster_give_what_one_process_gives_also_where_one_is_killed(
+    plain: Matrix, content: dict, tmp_path: Path
+) -> None:
+    pytest.importorskip("ray")
+    file = tmp_path / "benchmark.yaml"
+    methods = METHODS | {"greedy": {"k": 10**9}}
+    file.write_text(yaml.safe_dump(content | {"methods": methods}, sort_keys=False))
+    driver = started(tmp_path, "--ray", "local", "--workers", "2")
+    assert killed_worker(driver, lambda: len(list(plain.output.rglob("results_*.json"))) > 0) is not None
+    out, errors = driver.communicate(timeout=600)
+    assert driver.returncode == 1, errors
+    assert "6 of 8 cells are in" in out and out.count(": done\n") + out.count(": finished\n") == 6
+    failed = [line for line in errors.splitlines() if line.startswith("failed: ")]
+    assert len(failed) == 2 and all("greedy" in line and "does not fit the datastore" in line for line in failed)
+    assert_equals_plain(plain, tmp_path / "plain")
+    file.write_text(yaml.safe_dump(content, sort_keys=False))
+    again = subprocess.run(command(tmp_path, "--ray", "local"), env=ENVIRONMENT, capture_output=True, text=True)
+    assert again.returncode == 0 and again.stdout.count(": finished\n") == 6, again.stderr
+
+
+def test_a_node_that_does_not_see_a_path_says_which(plain: Matrix, tmp_path: Path) -> None:
+    from knn_lm_eval.benchmark.ray_cells import _named_paths, _run_part
+
+    named = _named_paths(plain)
+    (datastore,) = {cell.args["datastore"] for cell in plain.cells if cell.datastore}
+    assert {str(Path.cwd()), str(plain.output), datastore, str(tmp_path / "tasks")} <= set(named)
+    with pytest.raises(UserError, match="The node .* does not see /elsewhere/store: all nodes must see .* same paths"):
+        _run_part(plain, os.getcwd(), [*named, "/elsewhere/store"])
