@@ -43,7 +43,7 @@ def check_search(store: Datastore, index: str, chosen: np.ndarray) -> None:
     """Neighbours are entries with the values that they are said to have, in the order of their true distances, nearly;
     pointers' distances are those that the search found."""
     queries = store.require_keys("checking")[chosen].astype(np.float32)  # [n, dimension]
-    retriever = LocalRetriever(store, index, k=min(K, len(store)))
+    retriever = LocalRetriever(store, min(K, len(store)), index=index)
     exact = retriever.with_settings(recompute_dists=True)
     distances, entries = retriever.find(queries)  # [n, k]
     found = entries >= 0
