@@ -6,7 +6,7 @@
 #   [ENTRIES=100000000] scripts/large.sh FOLDER TEXT DATASTORE...
 #
 # DATASTOREs are of one LM, such as dump_datastore --keys 64 makes, TEXT is for scoring. Also read: FACTORY (auto), PARTS,
-# CLUSTERS (a hundredth of the entries), MEMORY (such as
+# QUERIES (to measure the index with), CLUSTERS (a hundredth of the entries), SAMPLE (to train them on), MEMORY (such as
 # 8GiB; half of what is available), TOKENS (1024, scored), REPEATS (3), MODEL_ARGS (for scoring).
 # The table is printed and written to FOLDER/large.md.
 set -euo pipefail
@@ -32,11 +32,12 @@ score() {
 
 step "grow" knn-lm-eval grow_datastore "$@" --output "$folder/store" --entries "$entries"
 step "build_index" knn-lm-eval build_index --datastore "$folder/store" --factory "${FACTORY:-auto}" \
-    ${PARTS:+--parts "$PARTS"} ${MEMORY:+--memory "$MEMORY"}
+    ${PARTS:+--parts "$PARTS"} ${QUERIES:+--quality_queries "$QUERIES"} ${MEMORY:+--memory "$MEMORY"}
 step "verify" knn-lm-eval verify_datastore "$folder/store"
 score "kNN-LM, laying out codes" ""
 score "kNN-LM" ""
-step "cluster" knn-lm-eval cluster_datastore --datastore "$folder/store" --num_clusters "$clusters"
+step "cluster" knn-lm-eval cluster_datastore --datastore "$folder/store" --method kmeans \
+    --num_clusters "$clusters" ${SAMPLE:+--sample "$SAMPLE"} ${MEMORY:+--memory "$MEMORY"}
 score "RetoMaton, laying out codes" ",retomaton=True,clusters=kmeans"
 score "RetoMaton" ",retomaton=True,clusters=kmeans"
 step "check" python "$tests/helpers/large_check.py" "$folder/store" --clusters kmeans

@@ -42,7 +42,8 @@ def test_all_that_is_done_with_a_large_store(
     source = project_datastore(store, tmp_path / "source", numbers)
     text = tmp_path / "text.txt"
     text.write_text(EVAL_TEXT, encoding="utf-8")
-    sizes = {"ENTRIES": str(entries), "MEMORY": "1GiB", "TOKENS": "100", "REPEATS": "1", "MODEL_ARGS": "k=64"}
+    sizes = {"ENTRIES": str(entries), "MEMORY": "1GiB", "QUERIES": "64"}
+    sizes |= {"TOKENS": "60", "REPEATS": "1", "MODEL_ARGS": "k=64"}
     command = ["bash", str(SCRIPTS / "large.sh"), str(tmp_path / "large"), str(text), str(source.path)]
     done = subprocess.run(command, env=os.environ | sizes | settings, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

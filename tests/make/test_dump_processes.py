@@ -294,7 +294,7 @@ def test_ray_tasks_write_what_one_process_writes_also_where_one_is_killed(
 
 def is_writing(process: psutil.Process) -> bool:
     try:
-        return "_write_share" in " ".join(process.cmdline()) and process.status() != psutil.STATUS_ZOMBIE
+        return "ray::Worker" in " ".join(process.cmdline()) and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
 
