@@ -31,9 +31,10 @@ from knn_lm_eval.search.exact_retriever import ExactRetriever
 from knn_lm_eval.search.faiss_index import open_index
 from knn_lm_eval.search.index_retriever import LocalRetriever
 from knn_lm_eval.search.indexing import build_index
+from knn_lm_eval.search.packing import packed_queries
 from knn_lm_eval.search.ray_retriever import merge_exact, merge_found
-from knn_lm_eval.search.ray_shards import ExactShard, Shard
 from knn_lm_eval.search.retriever import Retriever
+from knn_lm_eval.search.shard import ExactShard, Shard, of_shard
 from knn_lm_eval.store.change import JOURNAL
 from knn_lm_eval.store.clusters import Clusters
 from knn_lm_eval.store.datastore import Datastore
@@ -368,13 +369,16 @@ def test_shards_leave_them_out(folder: Path) -> None:
     store = remove_documents(folder, [*range(8), 11])  # all of the first run, and more
     queries = np.array(store.require_keys("the test")[::50], dtype=np.float32)
     parts = find_parts(store, "parts")[1]
-    found = [Shard(folder, part, "parts", 1).search(queries, 12, 3)[1] for part in parts]
+    sent = packed_queries(queries)
+    found = [of_shard(Shard(folder, part, "parts", 1).search(sent, 12, 3)[0], part.first_id) for part in parts]
     expected = LocalRetriever(store, 12, 3, index="parts").find(queries)
     merged = merge_found(found, False)
     assert (merged.entries == expected[1]).all() and np.array_equal(merged.distances, expected[0])
     half = int(store.document_starts[8])
     runs = [IndexPart(folder / "keys.npy", *run) for run in ((0, half, 0), (half, len(store), half))]
-    exact = [ExactShard(folder, run, "exact", 1, "l2").search(queries, 12, None)[1] for run in runs]
+    exact = [
+        of_shard(ExactShard(folder, run, "exact", 1, "l2").search(sent, 12, None)[0], run.first_id) for run in runs
+    ]
     assert (exact[0].entries == -1).all()
     assert (merge_exact(exact).entries == ExactRetriever(store, 12).find(queries)[1]).all()
 

@@ -22,6 +22,7 @@ from knn_lm_eval.lm.loading import CausalHFLM
 from knn_lm_eval.lm.projection import Projection
 from knn_lm_eval.make import dump as dumping
 from knn_lm_eval.make.dump import Dump, dump_datastore, finish_dump
+from knn_lm_eval.make.key_reading import KeyReader
 from knn_lm_eval.make.text import cut_into_documents
 from knn_lm_eval.search.indexing import build_index
 from knn_lm_eval.store.datastore import Datastore
@@ -153,21 +154,29 @@ def test_shares_write_what_one_process_writes(lm: CausalHFLM, narrow: Datastore,
         assert (tmp_path / name).read_bytes() == (narrow.path / name).read_bytes(), name
 
 
-@pytest.mark.parametrize("ends_in", ["_write_projection", "_keys_of"])
+@pytest.mark.parametrize(
+    "owner, ends_in, call", [(Dump, "_write_projection", 1), (KeyReader, "of_chunk", 2)], ids=["projection", "keys"]
+)
 def test_an_interrupted_dump_is_gone_on_with(
-    lm: CausalHFLM, narrow: Datastore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ends_in: str
+    lm: CausalHFLM,
+    narrow: Datastore,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    owner: type,
+    ends_in: str,
+    call: int,
 ) -> None:
-    wanted, calls = getattr(Dump, ends_in), []
+    wanted, calls = getattr(owner, ends_in), []
 
-    def ends(self: Dump, *arguments: object) -> object:
+    def ends(self: object, *arguments: object) -> object:
         calls.append(arguments)
         result = wanted(self, *arguments)
-        if len(calls) == (1 if ends_in == "_write_projection" else 3):
+        if len(calls) == call:
             raise KeyboardInterrupt
         return result
 
     with monkeypatch.context() as patch:
-        patch.setattr(Dump, ends_in, ends)
+        patch.setattr(owner, ends_in, ends)
         with pytest.raises(KeyboardInterrupt):
             dump(lm, tmp_path / "s")
     with pytest.raises(UserError, match=r"begun with keys=12, now it is keys=13"):
