@@ -41,8 +41,8 @@ class Allowance:
     def check_training(self, factory: str, dimension: int, sim_func: str, sample: int) -> None:
         """Raise UserError where training on so many keys takes more."""
         needed = training_bytes(factory, dimension, sim_func, sample)
-        if needed > self.free:
-            less = " or a smaller --train_sample" if sample else ""
+        if sample and needed > self.free:
+            less = " or a smaller --train_sample"
             self._refuse(f"Training {factory} on {sample:,} keys of {dimension} numbers", needed, less)
 
     def entries_in_segment(self, trained: faiss.Index) -> int:
@@ -68,7 +68,7 @@ class Allowance:
     def check_quality(self, queries: int, k: int, dimension: int) -> None:
         """Raise UserError where comparing so many queries' neighbours takes more."""
         needed = queries * (k * PAIR_BYTES + 4 * 4 * dimension)
-        if needed > self.free:
+        if queries and needed > self.free:
             self._refuse(f"Measuring the index with {queries:,} queries", needed, " or fewer --quality_queries")
 
     def _refuse(self, what: str, needed: int, instead: str = "") -> None:

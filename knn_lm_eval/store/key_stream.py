@@ -13,8 +13,8 @@ from knn_lm_eval.errors import UserError
 from knn_lm_eval.system.arrays import map_npy
 from knn_lm_eval.system.checkpoints import SavedStates
 
-ADD_CHUNK = 2**16  # keys at a time that are added to an index, or trained on
-SEARCH_CHUNK = 2**14  # keys at a time that are searched for
+ADD_CHUNK = 2**16  # keys at a time that are added to an index
+SEARCH_CHUNK = 2**14  # keys at a time that are searched for, or taken from here and there
 FILL_CHUNK = 2**22
 NUMBERS = "entries.npy.part"
 

@@ -18,7 +18,7 @@ from knn_lm_eval.make.clustering import cluster_kmeans
 from knn_lm_eval.make.dump import dump_datastore
 from knn_lm_eval.make.text import cut_into_documents
 from knn_lm_eval.model.knn_hf import KNNHF
-from knn_lm_eval.search import indexing
+from knn_lm_eval.search import index_build, training
 from knn_lm_eval.search.exact_retriever import ExactRetriever
 from knn_lm_eval.search.faiss_index import (
     GPU_MAX_K,
@@ -69,7 +69,8 @@ def test_building_as_on_gpus_gives_the_same_index(
 ) -> None:
     """Everything but the GPU itself, in whose place a copy on the CPU stands."""
     build_index(own_store, factory, name="cpu", quality_queries=0)
-    monkeypatch.setattr(indexing, "faiss_gpus", lambda: 1)
+    for module in (training, index_build):
+        monkeypatch.setattr(module, "faiss_gpus", lambda: 1)
     monkeypatch.setattr(faiss, "index_cpu_to_all_gpus", faiss.clone_index, raising=False)
     build_index(own_store, factory, name="gpu", quality_queries=0)
     cpu, gpu = open_index(own_store, "cpu")[0], open_index(own_store, "gpu")[0]
@@ -174,7 +175,8 @@ def test_more_neighbours_than_gpus_find_are_refused(own_store: Datastore) -> Non
 def test_an_index_trained_and_filled_with_gpus_is_as_good(own_store: Datastore, factory: str) -> None:
     with_gpus = build_index(own_store, factory, name="gpu", k=50)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(indexing, "faiss_gpus", lambda: 0)
+        for module in (training, index_build):
+            patch.setattr(module, "faiss_gpus", lambda: 0)
         without = build_index(own_store, factory, name="cpu", k=50)
     assert with_gpus["quality"][-1]["recall"] > without["quality"][-1]["recall"] - 0.03
 

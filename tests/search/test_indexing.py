@@ -17,7 +17,7 @@ from helpers.stores import change_json, make_store
 
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.make.lm_speed import lm_microseconds
-from knn_lm_eval.search import index_memory, indexing, probe_choice, quality
+from knn_lm_eval.search import index_memory, indexing, probe_choice, quality, training
 from knn_lm_eval.search.choosing import Budget, choose_factory
 from knn_lm_eval.search.exact_distances import exact_distances
 from knn_lm_eval.search.faiss_index import open_index, search
@@ -298,6 +298,7 @@ def test_probe_given_beats_the_recommended_one(pristine: Datastore) -> None:
 @pytest.mark.parametrize("factory", ["Flat", "IVF16,SQ8", "RR16,IVF16,RaBitQfs"])
 def test_an_interrupted_build_resumes_to_the_same_index(tmp_path: Path, monkeypatch, factory: str) -> None:
     monkeypatch.setattr(key_stream, "ADD_CHUNK", 500)
+    monkeypatch.setattr(key_stream, "SEARCH_CHUNK", 500)
     monkeypatch.setattr(indexing, "CHECKPOINT_SECONDS", -1)
     whole, broken = make_store(tmp_path / "a"), make_store(tmp_path / "b")
     build_index(whole, factory)
@@ -385,6 +386,7 @@ def test_numbers_of_parts_that_cannot_be_are_refused(own_store: Datastore, parts
 def test_other_settings_do_not_resume(tmp_path: Path, monkeypatch) -> None:
     store = make_store(tmp_path / "s")
     monkeypatch.setattr(key_stream, "ADD_CHUNK", 500)
+    monkeypatch.setattr(key_stream, "SEARCH_CHUNK", 500)
     monkeypatch.setattr(indexing, "CHECKPOINT_SECONDS", -1)
     monkeypatch.setattr(indexing, "measure_quality", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
     with pytest.raises(KeyboardInterrupt):
@@ -405,7 +407,7 @@ def test_a_finished_index_is_replaced_only_when_asked(own_store: Datastore) -> N
 @pytest.mark.parametrize("factory", ["IVF64,Flat", "IVF64_HNSW8,Flat", "PCAR8,IVF64,SQ8"])
 def test_many_lists_are_placed_in_two_levels(tmp_path: Path, monkeypatch, factory: str) -> None:
     store = make_store(tmp_path / "s")
-    monkeypatch.setattr(indexing, "TWO_LEVELS_ABOVE", 32)
+    monkeypatch.setattr(training, "TWO_LEVELS_ABOVE", 32)
     build_index(store, factory)
     index, metadata = open_index(store)
     ivf = faiss.extract_index_ivf(index)
