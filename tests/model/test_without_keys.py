@@ -22,6 +22,7 @@ from knn_lm_eval.make.projecting import project_datastore
 from knn_lm_eval.make.pruning import prune_confidence, prune_greedy_merge, prune_random
 from knn_lm_eval.methods.automaton import AutomatonSettings
 from knn_lm_eval.search.indexing import build_index
+from knn_lm_eval.store.clusters import Clusters
 from knn_lm_eval.store.whole_store import verify_store
 from knn_lm_eval.study.foss_curve import CurveScorer
 from knn_lm_eval.study.grid import Grid
@@ -93,7 +94,8 @@ def test_studies(keyed: Datastore, keyless: Datastore) -> None:
 
     def curve(store: Datastore) -> list[Any]:
         lm = KNNHF(datastore=store.path, **COMMON)
-        scorer = CurveScorer(lm, [2, math.inf], [None, "kmeans"], AutomatonSettings(30, 4.0))
+        clusters = Clusters.open(store, "kmeans")
+        scorer = CurveScorer(lm, [2, math.inf], [None, clusters], AutomatonSettings(30, 4.0))
         with lm.scored_by(scorer):
             rolling(lm)
         return [point.row() for point in scorer.points]
