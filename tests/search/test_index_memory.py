@@ -22,23 +22,27 @@ from knn_lm_eval.store import key_stream
 from knn_lm_eval.system.memory import parse_bytes
 from knn_lm_eval.system.sampling import draw_entries
 
-LIMIT = 3 * 2**27
+LIMIT = 2**29
+FOR_FILES = 2**26  # of it, for pages of files while they are read and written
 CHILD = """
 import json, sys
 from knn_lm_eval.search.indexing import build_index
 from knn_lm_eval.store.datastore import Datastore
 from knn_lm_eval.system.memory import resident_bytes
 
-build_index(Datastore.open(sys.argv[1], verify="never"), sys.argv[2], memory=int(sys.argv[3]), quality_queries=16, k=99)
+build_index(Datastore.open(sys.argv[1], verify="never"), sys.argv[2], memory=int(sys.argv[3]), quality_queries=4, k=99)
 print(json.dumps(resident_bytes()))
 """
 
 
 @needs_groups
 def test_an_index_larger_than_a_memory_limit(tmp_path: Path) -> None:
-    """All of the process is within it, and pages of files as well."""
-    store = grow_datastore([make_store(tmp_path / "s", 20_000, 32)], tmp_path / "store", 3_200_000)
-    command = [sys.executable, "-c", CHILD, str(store.path), "IVF64,Flat", str(LIMIT)]
+    """All of the process is within it, and pages of files as well.
+
+    Few queries, for each list that they look into is read from the disk anew.
+    """
+    store = grow_datastore([make_store(tmp_path / "s", 20_000, 32)], tmp_path / "store", 4_000_000)
+    command = [sys.executable, "-c", CHILD, str(store.path), "IVF1024,Flat", str(LIMIT - FOR_FILES)]
     process, most = run_within(LIMIT, command)
     assert process.returncode == 0, process.stderr[-3000:]
     index = store.path / "index.faiss"
