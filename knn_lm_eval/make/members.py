@@ -65,7 +65,7 @@ def import_members(datastore: Datastore, name: str, pickle_file: str | Path, ove
         raise UserError(f"{pickle_file} has entry {entry} in more than one cluster; each may be in one only.")
     if outside := int((cluster_of_entry < 0).sum()):
         logger.warning("%d of %d entries are in no cluster of %s.", outside, len(datastore), pickle_file)
-    with unfinished.begun():
+    with unfinished.begun(rows):
         return unfinished.finish(cluster_of_entry, rows, file_sha256=sha256(pickle_file))
 
 
