@@ -13,7 +13,7 @@ from knn_lm_eval.cli.main import WITH_RESUME, verb
 OPTIONS = {
     "kmeans": ("num_clusters", "sample", "iterations", "seed", "resume", "memory"),
     "greedy_merge": ("k", "index", "probe", "resume", "memory"),
-    "import": (),
+    "import": ("memory",),
 }
 
 
@@ -39,7 +39,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--probe", type=int, help="greedy_merge: inverted lists visited per search (default: the index's)"
     )
-    add_memory(parser, "kmeans, with its sample of keys, or greedy_merge, with its index,", "what it takes")
+    add_memory(
+        parser,
+        "kmeans, with its sample of keys, or greedy_merge, with its index, or members, which are read whole,",
+        "what it takes",
+    )
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted clustering")
     parser.add_argument("--overwrite", action="store_true", help="replace the clusters of that name")
     return parser.parse_args()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -10,15 +11,20 @@ import numpy as np
 from knn_lm_eval.compiling import compiled
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.make.clustering import UnfinishedClusters
-from knn_lm_eval.make.sparse_pickle import SparseMatrix, load_sparse_matrix
+from knn_lm_eval.make.sparse_pickle import SparseMatrix, bytes_to_load, load_sparse_matrix
 from knn_lm_eval.store.clusters import Clusters, cluster_dtype
 from knn_lm_eval.store.datastore import Datastore
-from knn_lm_eval.system.files import sha256
+from knn_lm_eval.system.files import check_free_space, disk_errors_in, sha256
+from knn_lm_eval.system.memory import allowed_bytes, size_text
 
 logger = logging.getLogger(__name__)
 
+CHUNK = 2**24  # entries
 
-def import_members(datastore: Datastore, name: str, pickle_file: str | Path, overwrite: bool = False) -> Clusters:
+
+def import_members(
+    datastore: Datastore, name: str, pickle_file: str | Path, overwrite: bool = False, memory: int | None = None
+) -> Clusters:
     """Take over the clusters of a published ``members*.pkl``: a pickled scipy matrix ``[clusters, entries]``
     whose elements other than 0 say which entry is in which cluster.
 
@@ -30,16 +36,18 @@ def import_members(datastore: Datastore, name: str, pickle_file: str | Path, ove
     name : the clustering's name.
     pickle_file : see ``load_sparse_matrix``.
     overwrite : replace a finished clustering of that name.
+    memory : bytes that it may take, the pickle included, which is read whole; None is half of what is available.
 
     Raises
     ------
     UserError
         Where the pickle is not such a matrix, has more columns than the store has entries, or has an entry in
-        two clusters; where the name is taken or the disk is full.
+        two clusters; where the name is taken, or ``memory`` is too little, or the disk is full.
     """
     pickle_file = Path(pickle_file)
     settings = {"method": "import", "file": pickle_file.name}
-    unfinished = UnfinishedClusters(datastore, name, settings, overwrite)
+    unfinished = UnfinishedClusters(datastore, name, settings, overwrite, memory=memory)
+    check_memory(pickle_file, memory)
     matrix = load_sparse_matrix(pickle_file)
     rows, columns = matrix.shape
     if columns > len(datastore):
@@ -52,13 +60,30 @@ def import_members(datastore: Datastore, name: str, pickle_file: str | Path, ove
             f"{pickle_file} has {rows:,} clusters, and the datastore {datastore.path} only {len(datastore):,} entries: "
             f"it was made for another datastore."
         )
-    cluster_of_entry = np.full(len(datastore), -1, dtype=cluster_dtype(rows))
-    if (entry := _place_rows(cluster_of_entry, matrix)) >= 0:
-        raise UserError(f"{pickle_file} has entry {entry} in more than one cluster; each may be in one only.")
-    if outside := int((cluster_of_entry < 0).sum()):
-        logger.warning("%d of %d entries are in no cluster of %s.", outside, len(datastore), pickle_file)
-    with unfinished.begun():
-        return unfinished.finish(cluster_of_entry, rows, file_sha256=sha256(pickle_file))
+    # The entries' clusters lie in a file that has no name, so that nothing of it stays, wherever this ends.
+    with disk_errors_in(datastore.path), tempfile.TemporaryFile(dir=datastore.path) as file:
+        dtype = np.dtype(cluster_dtype(rows))
+        check_free_space(datastore.path, dtype.itemsize * len(datastore), "the entries' clusters")
+        cluster_of_entry = np.memmap(file, dtype, "w+", shape=(len(datastore),))
+        for begin in range(0, len(datastore), CHUNK):
+            cluster_of_entry[begin : begin + CHUNK] = -1
+        if (entry := _place_rows(cluster_of_entry, matrix)) >= 0:
+            raise UserError(f"{pickle_file} has entry {entry} in more than one cluster; each may be in one only.")
+        if outside := len(datastore) - np.count_nonzero(matrix.data):  # no entry is in two
+            logger.warning("%d of %d entries are in no cluster of %s.", outside, len(datastore), pickle_file)
+        del matrix
+        with unfinished.begun():
+            return unfinished.finish(cluster_of_entry, rows, file_sha256=sha256(pickle_file))
+
+
+def check_memory(pickle_file: Path, memory: int | None) -> None:
+    """Raise UserError where reading published clusters takes more than ``memory``, as ``import_members`` has it."""
+    needed, allowed = bytes_to_load(pickle_file), allowed_bytes(memory)
+    if needed > allowed:
+        raise UserError(
+            f"{pickle_file} is read whole, which takes about {size_text(needed)} of memory, and {size_text(allowed)} "
+            f"may be taken: give --memory {size_text(needed)} or more."
+        )
 
 
 def _place_rows(cluster_of_entry: np.ndarray, matrix: SparseMatrix) -> int:
