@@ -8,6 +8,7 @@ from pathlib import Path
 
 from knn_lm_eval.cli.arguments import add_datastore, add_memory, check_options
 from knn_lm_eval.cli.main import WITH_RESUME, verb
+from knn_lm_eval.errors import counted
 
 # Which arguments go with which method; the functions know the defaults.
 OPTIONS = {
@@ -68,7 +69,8 @@ def main(arguments: argparse.Namespace) -> None:
     else:
         clusters = (cluster_kmeans if method == "kmeans" else cluster_greedy_merge)(datastore, **settings)
     summary = clusters.metadata["summary"]
-    print(f"{clusters.path}: {len(clusters):,} clusters of {len(clusters.members):,} entries")
+    members = counted(len(clusters.members), "entry", "entries")
+    print(f"{clusters.path}: {counted(len(clusters), 'cluster')} of {members}")
     if len(clusters.members):
         print(
             f"sizes: mean {summary['mean']:,}, median {summary['median']:,.0f}, largest {summary['max']:,}; "

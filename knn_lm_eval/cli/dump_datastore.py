@@ -21,7 +21,7 @@ from knn_lm_eval.cli.arguments import (
     whole_number,
 )
 from knn_lm_eval.cli.main import WITH_RESUME, verb
-from knn_lm_eval.errors import UserError
+from knn_lm_eval.errors import UserError, counted
 
 if TYPE_CHECKING:
     from knn_lm_eval.make.index_plan import IndexPlan
@@ -183,8 +183,8 @@ def read_lm(arguments: argparse.Namespace) -> tuple[dict[str, Any], str | None, 
 
 def report(store: Datastore, index: IndexPlan | None) -> None:
     made = (
-        f"{store.path}: {len(store):,} entries of {store.dimension} numbers from {len(store.document_starts):,} "
-        f"documents"
+        f"{store.path}: {counted(len(store), 'entry', 'entries')} of {store.dimension} numbers from "
+        f"{counted(len(store.document_starts), 'document')}"
     )
     if index is None:
         print(

@@ -128,7 +128,8 @@ def test_mistakes_are_said_in_one_sentence(content: dict, tmp_path: Path, argume
 
 def is_at_work(process: psutil.Process) -> bool:
     try:
-        return "ray::Worker" in " ".join(process.cmdline()) and process.status() != psutil.STATUS_ZOMBIE
+        title = " ".join(process.cmdline())  # before the job begins, and then
+        return ("ray::Worker" in title or "_run_part" in title) and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
 
