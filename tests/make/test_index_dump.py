@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -26,12 +27,14 @@ from knn_lm_eval.make.windows import Window
 from knn_lm_eval.model.knn_hf import KNNHF
 from knn_lm_eval.search import index_build, indexing, quality, training
 from knn_lm_eval.search.index_build import IndexBuild
+from knn_lm_eval.search.index_memory import Allowance
 from knn_lm_eval.search.indexing import build_index
 from knn_lm_eval.search.passing_keys import NearestOfRuns
 from knn_lm_eval.store import key_stream
 from knn_lm_eval.store.datastore import Datastore
 from knn_lm_eval.store.key_stream import finite_keys
 from knn_lm_eval.store.manifest import Manifest
+from knn_lm_eval.system.memory import parse_bytes
 
 WINDOWS: dict[str, Any] = {"max_length": 48, "stride": 36, "batch_size": 2}
 PLAN: dict[str, Any] = {"factory": "IVF8,SQ8", "quality_queries": 200, "k": 40}
@@ -290,6 +293,53 @@ def test_what_the_disk_has_no_room_for_is_said_before_the_lm_reads(
 
 
 @pytest.mark.parametrize(
+    ("plan", "sample", "what"),
+    [
+        ({"quality_queries": 0}, 1000, "Training IVF8,SQ8 on 1,000 keys of 32 numbers"),
+        ({"quality_queries": 0, "factory": "IVF4,SQ8"}, 300, "Adding keys to IVF4,SQ8, 200 at a time,"),
+        ({}, 300, "Measuring the index with 200 queries"),
+    ],
+)
+def test_memory_that_is_too_little_is_said_before_the_lm_reads(
+    tmp_path: Path, lm: CausalHFLM, monkeypatch: pytest.MonkeyPatch, plan: dict[str, Any], sample: int, what: str
+) -> None:
+    monkeypatch.setattr(training, "LEAST_SAMPLE", sample)
+    given: dict[str, Any] = {"keys": "none", "index": IndexPlan(**PLAN | plan), **WINDOWS}
+    with monkeypatch.context() as patch:
+        patch.setattr(KeyReader, "of_batch", None)
+        with pytest.raises(UserError, match=f"^{what} takes about 1MiB of memory, and 0MiB may be taken: ") as error:
+            dump_datastore(lm, pieces(), tmp_path, **given, memory=2**20)
+    enough = re.search("give --memory ([0-9.]+[MG]iB) or more, or another --factory[.]$", str(error.value))
+    assert enough is not None
+    memory = parse_bytes(enough[1]) + 2**25  # what this test itself takes meanwhile
+    assert len(dump_datastore(lm, pieces(), tmp_path, **given, resume=True, memory=memory))
+
+
+def test_the_index_does_not_depend_on_the_memory(
+    tmp_path: Path, lm: CausalHFLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With less, segments have fewer entries, but for those that are begun, which it is too little for."""
+    found: list[int] = []
+    plan, remove = IndexPlan(factory="IVF4,SQ8", quality_queries=0), IndexDump.remove
+    monkeypatch.setattr(IndexDump, "remove", lambda self: found.append(len(self.segments)) or remove(self))
+
+    def dump_within(free: int, folder: str, resume: bool = False) -> None:
+        monkeypatch.setattr(Allowance, "of", lambda memory: Allowance(free, 0))
+        dump_datastore(lm, pieces(), tmp_path / folder, **WINDOWS, keys="none", index=plan, resume=resume)
+
+    little = 165_000
+    dump_within(2**30, "much")
+    dump_within(little, "little")
+    assert found[0] * 3 - 2 <= found[1] <= found[0] * 3
+    assert (tmp_path / "much" / "index.faiss").read_bytes() == (tmp_path / "little" / "index.faiss").read_bytes()
+    with monkeypatch.context() as patch, pytest.raises(TypeError):
+        patch.setattr(KeyReader, "of_batch", None)
+        dump_within(2**30, "begun")
+    with pytest.raises(UserError, match="Adding keys to IVF4,SQ8, 600 at a time, takes about"):
+        dump_within(little, "begun", resume=True)
+
+
+@pytest.mark.parametrize(
     ("plan", "sentence"),
     [
         ({"factory": "IVF8,Nonsense"}, "faiss knows no index 'IVF8,Nonsense'"),
@@ -322,6 +372,8 @@ def test_other_settings_do_not_resume(tmp_path: Path, lm: CausalHFLM, monkeypatc
 def test_an_index_is_for_dumps_without_keys(tmp_path: Path, lm: CausalHFLM) -> None:
     with pytest.raises(UserError, match="An index is made where keys=none"):
         dump_datastore(lm, pieces(), tmp_path, **WINDOWS, index=IndexPlan())
+    with pytest.raises(UserError, match="which memory is for; with keys, use build_index"):
+        dump_datastore(lm, pieces(), tmp_path, **WINDOWS, memory=2**30)
 
 
 def test_a_text_of_one_token_and_one_of_few(tmp_path: Path, lm: CausalHFLM) -> None:
