@@ -18,7 +18,6 @@ LEAST_SAMPLE = 2**16
 RABITQ_IN_TWO_LEVELS_FROM = 512  # lists: as good as by plain k-means, in a third of the time or less
 ITERATIONS, MANY_ITERATIONS = 10, 25  # of k-means in each of two levels; many beyond ``TWO_LEVELS_ABOVE``
 FAISS_PER_LIST = 256  # of which faiss trains on a part, if there are more
-RABITQ = (faiss.IndexIVFRaBitQ, faiss.IndexIVFRaBitQFastScan)
 MOST_FOR_CODES = 2**17  # at least what faiss trains product and scalar quantizers on
 
 
@@ -80,7 +79,7 @@ def train_index(factory: str, vectors: np.ndarray, sim_func: str, seed: int) -> 
         if ivf is not None and _in_two_levels(ivf) and not faiss_gpus():
             _place_lists(index, ivf, vectors, seed)
             # RaBitQ learns nothing from vectors, to which faiss would look for the lists all the same.
-            index.train(vectors[:1] if isinstance(ivf, RABITQ) else vectors)
+            index.train(vectors[:1] if _is_rabitq(ivf) else vectors)
         else:
             index.train(vectors)
         if ivf is not None:
@@ -91,8 +90,12 @@ def train_index(factory: str, vectors: np.ndarray, sim_func: str, seed: int) -> 
 
 def _in_two_levels(ivf: faiss.IndexIVF) -> bool:
     """Whether k-means is done in two levels on CPUs; what trains its own quantizer is left to faiss."""
-    least = RABITQ_IN_TWO_LEVELS_FROM if isinstance(ivf, RABITQ) else TWO_LEVELS_ABOVE + 1
+    least = RABITQ_IN_TWO_LEVELS_FROM if _is_rabitq(ivf) else TWO_LEVELS_ABOVE + 1
     return ivf.nlist >= least and ivf.quantizer.is_trained
+
+
+def _is_rabitq(ivf: faiss.IndexIVF) -> bool:
+    return isinstance(faiss.downcast_index(ivf), (faiss.IndexIVFRaBitQ, faiss.IndexIVFRaBitQFastScan))
 
 
 def _place_lists(index: faiss.Index, ivf: faiss.IndexIVF, vectors: np.ndarray, seed: int) -> None:
