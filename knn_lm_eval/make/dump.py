@@ -45,7 +45,7 @@ from knn_lm_eval.make.finished_dump import UNFINISHED_KEYS, finish_dump, train_i
 from knn_lm_eval.make.index_dump import IndexDump
 from knn_lm_eval.make.index_plan import IndexPlan
 from knn_lm_eval.make.key_file import KeyFile
-from knn_lm_eval.make.key_reading import KeyReader
+from knn_lm_eval.make.key_reading import KeyReader, ReadBefore
 from knn_lm_eval.make.text import Piece
 from knn_lm_eval.make.tokens import write_values
 from knn_lm_eval.make.windows import Window, WindowSettings, chunks, cut_windows
@@ -327,7 +327,8 @@ class Dump:
                 disable=not show_progress,
             ) as bar:
                 if not self.keeps_keys:
-                    IndexDump(self.output).write_share(self._reader(), share, shares, bar)
+                    into = IndexDump(self.output)
+                    into.write_share(self._reader(into.sample), share, shares, bar)
                     return
                 of_text = chunks(cut_windows(starts, len(values), self.windows), self.windows)
                 todo = share_of(not_done(of_text, notes["runs_done"]), left, share, shares)
@@ -346,12 +347,12 @@ class Dump:
                     (self.output / FAILED).touch()
                 raise
 
-    def _reader(self) -> KeyReader:
+    def _reader(self, read_before: ReadBefore | None = None) -> KeyReader:
         """What reads the text, with keys as they are kept."""
         model = self.model
         if self.is_projected:
             model = model.projected(Projection(map_npy(self.output / PROJECTION, START_ANEW)))
-        return KeyReader(model, self.lm.prefix_token_id, self.windows, self.dimension, self._text()[0])
+        return KeyReader(model, self.lm.prefix_token_id, self.windows, self.dimension, self._text()[0], read_before)
 
     def _write_chunks(self, todo: Iterable[list[Window]], keys: KeyFile, noted: SavedStates, bar: tqdm) -> None:
         """Write the keys of the chunks that ``noted`` does not say are done, each at its place, until one fails."""

@@ -149,8 +149,8 @@ class IndexDump:
             noted.unlink(missing_ok=True)
         if left:
             self._check_space(left, shares)
-            if not file.has_room():
-                file.make_room(anew=True)
+        if self.build.metadata() is None and not file.has_room():
+            file.make_room(anew=True)
 
     def _entries_within(self, memory: int | None, least: int) -> int:
         """How many entries a segment can have; raises UserError where what is still to be done takes more memory."""
@@ -209,7 +209,7 @@ class IndexDump:
 
     def read_sample(self, reader: KeyReader, share: int, shares: int) -> None:
         """Read one of ``shares`` parts of the sample that was not read when ``prepare`` ended."""
-        if not self.is_trained:
+        if self.build.metadata() is None:
             noted = states_of_share(self.work / f"sampled.{share}.json")
             done = self.states.notes()["sampled"]
             self.sample.read_share(reader, share, shares, done, noted, self.output / FAILED)
@@ -261,7 +261,7 @@ class IndexDump:
 
         Parameters
         ----------
-        reader : reads the text.
+        reader : reads the text, and takes the sample's keys over.
         bar : shows how many entries are done.
         """
         notes = self.states.notes()

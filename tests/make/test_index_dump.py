@@ -5,25 +5,27 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from helpers.tiny_model import EVAL_TEXT, TRAIN_TEXT
 from lm_eval.api.instance import Instance
 
 from knn_lm_eval.errors import UserError
+from knn_lm_eval.lm.language_model import LanguageModel
 from knn_lm_eval.lm.loading import CausalHFLM
-from knn_lm_eval.make import dump, index_dump
+from knn_lm_eval.make import dump, index_dump, key_reading
 from knn_lm_eval.make.dump import Dump, dump_datastore, finish_dump, train_index_of
 from knn_lm_eval.make.dump_progress import entries_done
 from knn_lm_eval.make.index_dump import IndexDump
 from knn_lm_eval.make.index_plan import IndexPlan
 from knn_lm_eval.make.key_reading import KeyReader, entries_in
 from knn_lm_eval.make.text import cut_into_documents
-from knn_lm_eval.make.windows import Window
+from knn_lm_eval.make.windows import BATCHES_PER_CHUNK, Window
 from knn_lm_eval.model.knn_hf import KNNHF
 from knn_lm_eval.search import index_build, indexing, quality, training
 from knn_lm_eval.search.index_build import IndexBuild
@@ -243,23 +245,52 @@ def test_an_interrupted_one_goes_on_to_the_same_bytes(
     assert_same(tmp_path / "store", alone)
 
 
+def batches_read(monkeypatch: pytest.MonkeyPatch) -> list[list[Window]]:
+    """What the LM reads from now on."""
+    read: list[list[Window]] = []
+    keys_of_windows = key_reading.keys_of_windows
+
+    def note(model: LanguageModel, prefix: int, values: np.ndarray, batch: list[Window]) -> Iterator[torch.Tensor]:
+        read.append(batch)
+        return keys_of_windows(model, prefix, values, batch)
+
+    monkeypatch.setattr(key_reading, "keys_of_windows", note)
+    return read
+
+
+def test_the_lm_reads_each_token_once(keyless, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = batches_read(monkeypatch)
+    store = keyless()
+    starts = [window.start for batch in read for window in batch]
+    assert len(starts) == len(set(starts)) and sum(map(entries_in, read)) == len(store)
+
+
+def test_a_sample_that_is_gone_is_read_again(
+    tmp_path: Path, lm: CausalHFLM, alone: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "store"
+
+    def begun() -> Dump:
+        return Dump(lm, folder, **WINDOWS, keys="none", index=IndexPlan(**PLAN))
+
+    begun().prepare(pieces(), resume=False)
+    begun().read_sample(0, 1)
+    train_index_of(folder)
+    (folder / index_dump.WORK / "sample.npy.part").unlink()
+    dump_datastore(lm, [], folder, **WINDOWS, keys="none", index=IndexPlan(**PLAN), resume=True)
+    assert_same(folder, alone)
+
+
 @pytest.mark.parametrize("shares", [2, 5])
 def test_several_processes_make_the_same(
     tmp_path: Path, lm: CausalHFLM, alone: Path, monkeypatch: pytest.MonkeyPatch, shares: int
 ) -> None:
     folder = tmp_path / "store"
-    read: list[int] = []
-    of_batch = KeyReader.of_batch
+    read = batches_read(monkeypatch)
 
     def begun() -> Dump:
         return Dump(lm, folder, **WINDOWS, keys="none", index=IndexPlan(**PLAN))
 
-    def count_read(self: KeyReader, batch: list[Window]) -> np.ndarray:
-        if self.read_before is None or self.read_before.of_batch(batch) is None:
-            read.append(entries_in(batch))
-        return of_batch(self, batch)
-
-    monkeypatch.setattr(KeyReader, "of_batch", count_read)
     begun().prepare(pieces(), resume=False, shares=shares)
     for share in reversed(range(shares)):
         begun().read_sample(share, shares)
@@ -276,7 +307,8 @@ def test_several_processes_make_the_same(
     count = len(np.load(folder / "values.npy"))
     assert entries_done(folder) == count
     # Nothing is read twice but what lies across the ends of shares.
-    assert sum(read) <= count + 4 * WINDOWS["batch_size"] * WINDOWS["max_length"] * 5
+    longest = (BATCHES_PER_CHUNK * WINDOWS["batch_size"] + 1) * WINDOWS["max_length"]
+    assert count <= sum(map(entries_in, read)) <= count + (shares - 1) * longest
     finish_dump(folder)
     assert_same(folder, alone)
 
