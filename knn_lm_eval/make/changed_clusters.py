@@ -28,15 +28,15 @@ logger = logging.getLogger(__name__)
 
 
 def extend_clusters(
-    store: Datastore, name: str, keys: np.ndarray, values: np.ndarray, keys_sha256: str, folder: Path
+    store: Datastore, name: str, new: Datastore, values: np.ndarray, keys_sha256: str, folder: Path
 ) -> list[str]:
-    """Write the clustering ``name`` with the entries of new keys, as its folder will be.
+    """Write the clustering ``name`` with new entries, as its folder will be.
 
     Memory: 8 bytes a centroid's number, and the clustering's arrays.
 
     Parameters
     ----------
-    keys : float16 or float32 ``[n, dimension]``, of the new entries.
+    new : the n new entries, with keys where the store has some.
     values : int32 ``[count + n]``, of all.
     keys_sha256 : of all keys, as they will be.
     folder : the new folder, which is made.
@@ -46,9 +46,9 @@ def extend_clusters(
     The names of its files.
     """
     clusters = Clusters.open(store, name)
-    of_new = np.full(len(keys), -1, dtype=clusters.cluster_of_entry.dtype)
-    if clusters.metadata.get("method") == "kmeans" and store.keys is not None:
-        _assign(store.keys, clusters, keys, of_new)
+    of_new = np.full(len(new), -1, dtype=clusters.cluster_of_entry.dtype)
+    if clusters.metadata.get("method") == "kmeans" and store.keys is not None and new.keys is not None:
+        _assign(store.keys, clusters, new.keys, of_new)
     else:
         logger.warning(
             "The new entries are in none of the clusters %r, which take all entries to be made: cluster the datastore "
