@@ -25,6 +25,7 @@ from knn_lm_eval.lm.language_model import LanguageModel
 from knn_lm_eval.lm.loading import CausalHFLM
 from knn_lm_eval.make.changed_clusters import extend_clusters
 from knn_lm_eval.make.changed_store import Changed
+from knn_lm_eval.make.clustered_keys import only_index
 from knn_lm_eval.make.dump import dump_datastore
 from knn_lm_eval.make.index_plan import IndexPlan
 from knn_lm_eval.make.text import Piece
@@ -149,14 +150,7 @@ def _growing(store: Datastore) -> list[str]:
 
 
 def _only_index(store: Datastore) -> str:
-    """The name of the index of a store without keys; raises UserError where it does not have one."""
-    names = index_names(store)
-    if len(names) != 1:
-        raise UserError(
-            f"The datastore {store.path} has no keys, and {len(names)} indexes: new entries can be appended to one "
-            f"that has a single index, into which they are dumped."
-        )
-    return names[0]
+    return only_index(store, "new entries can be appended to one that has a single index, into which they are dumped")
 
 
 def _is_last(store: Datastore, settings: dict[str, Any]) -> bool:
