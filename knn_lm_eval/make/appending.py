@@ -275,11 +275,11 @@ def _add_tail(store: Datastore, changed: Changed, name: str, source: Path) -> Co
 def worth_training(store: Datastore) -> list[str]:
     """The indexes of which a large share of the entries is newer than their training, each in a sentence."""
     sentences = []
+    remedy = "dump all text again" if store.keys is None else "build it again (build_index --overwrite)"
     for name in index_names(store):
         measured = find_parts(store, name)[0].get(MEASURED_WITH)
         if measured and (share := len(store) / max(1, measured["count"]) - 1) >= LARGE_SHARE:
             sentences.append(
-                f"The index {name!r} has {share:.0%} more entries than it was trained and measured with: build it "
-                f"again (build_index --overwrite)."
+                f"The index {name!r} has {share:.0%} more entries than it was trained and measured with: {remedy}."
             )
     return sentences

@@ -122,8 +122,10 @@ def check_growable_without_keys(store: Datastore, name: str) -> None:
     files, listed = IndexFiles(store.path, name), ListFile.open(parts[0].path)
     if "parts" in metadata:
         _check_more_parts(files, parts)
-    if listed is None or not can_be_joined(listed.index) or metadata.get("part_ids") == "absolute":
-        kind = "parts that number entries as the store does" if listed is not None else metadata["factory"]
+    kind = None if listed is not None and can_be_joined(listed.index) else metadata["factory"]
+    if metadata.get("part_ids") == "absolute":
+        kind = "parts that number entries as the store does"
+    if kind is not None:
         raise UserError(
             f"The index {files.index} ({kind}) cannot take in entries segment by segment, which appending to a "
             f"datastore without keys needs; dump all text again with dump_datastore."
