@@ -41,6 +41,7 @@ class DecodedKeys:
     dtype = np.dtype(np.float32)
 
     def __init__(self, index: faiss.Index) -> None:
+        self._index = index  # which its parts are lent by
         self._parts = split_parts(index)
         _check_decodable(self._parts[0][0])
         self._ends = np.cumsum([part.ntotal for part, _ in self._parts])

@@ -72,6 +72,7 @@ def test_keys_are_what_faiss_makes_of_the_codes(kind: str, sizes: list[int], see
         index = parts[0] if len(parts) == 1 else join_parts(parts, relative_ids=True)
         patch.setattr(decoded_keys, "LEAST_AT_ONCE", at_once)  # bytes: ranges of a few entries
         decoded = DecodedKeys(index)
+        del index  # it is kept
         decoded.lay_out(Path(folder, "codes.npy.part"), memory=0)
         assert decoded.shape == keys.shape and len(decoded) == len(keys)
         assert np.array_equal(decoded[:], expected)
@@ -81,7 +82,7 @@ def test_keys_are_what_faiss_makes_of_the_codes(kind: str, sizes: list[int], see
         if "RaBitQfs" not in kind and len(parts) == 1:
             in_memory = faiss.read_index(f"{folder}/0.faiss")
             assert np.array_equal(decoded[:], in_memory.reconstruct_n(0, len(keys)))
-        del index, parts, decoded
+        del parts, decoded
 
 
 def test_rabitq_in_blocks_stands_for_the_same_keys() -> None:
