@@ -88,6 +88,9 @@ def _check_decodable(index: faiss.Index) -> None:
         raise UserError(f"Keys cannot be made of the codes of {type(below).__name__}, which has no inverted lists.")
     if hasattr(below, "rabitq") and index.metric_type != faiss.METRIC_L2:  # the lengths are not among its factors
         raise UserError(f"Keys cannot be made of the codes of {type(below).__name__} for inner products.")
+    library: Any = faiss  # whose type stubs lack some of what is used here
+    if isinstance(below, library.IndexIVFPQFastScan):  # which crashes where it was read from a file (faiss 1.15)
+        raise UserError(f"faiss cannot make keys of the codes of {type(below).__name__}.")
     try:
         _decoded(index, np.zeros((1, index.sa_code_size()), dtype=np.uint8))
     except RuntimeError as error:

@@ -26,14 +26,12 @@ KINDS = [
     "IVF4_HNSW8,SQfp16",
     "IVF4,PQ4x4",
     "IVF4,PQ2x6",
-    "IVF4,PQ4x4fs",
-    "IVF4,PQ4x4fsr",
     "IVF4,RaBitQ",
     "IVF4,RaBitQfs",
     "IVF4,RaBitQfs2",
     "RR16,IVF4,SQ8",
     "RR16,IVF300,RaBitQfs",
-    "OPQ4_8,IVF4,PQ4x4fs",
+    "OPQ4_8,IVF4,PQ4x4",
     "PCAR8,IVF4,RaBitQ",
 ]
 RNG = np.random.default_rng(1)
@@ -101,6 +99,12 @@ def test_rabitq_in_blocks_stands_for_the_same_keys() -> None:
 def test_no_lists(kind: str) -> None:
     with pytest.raises(UserError, match="no inverted lists"):
         DecodedKeys(faiss.index_factory(DIMENSION, kind))
+
+
+@pytest.mark.parametrize("kind", ["IVF4,PQ4x4fs", "OPQ4_8,IVF4,PQ4x4fsr"])
+def test_fast_scans_of_product_quantizers(kind: str) -> None:
+    with pytest.raises(UserError, match="cannot make keys of the codes of IndexIVFPQFastScan"):
+        DecodedKeys(trained(kind))
 
 
 def test_rabitq_for_inner_products() -> None:
