@@ -98,6 +98,8 @@ def _check_decodable(index: faiss.Index) -> None:
 
 
 def _decoded(index: faiss.Index, codes: np.ndarray) -> np.ndarray:
+    if not len(codes):  # of which some kinds make an error
+        return np.empty((0, index.d), dtype=np.float32)
     return np.asarray(index.sa_decode(np.ascontiguousarray(codes)))
 
 

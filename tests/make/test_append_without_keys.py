@@ -131,7 +131,7 @@ def test_the_index_is_that_of_a_store_with_keys(
     assert all(verdict.fault is None for verdict in verify_store(keyless))
     assert not (keyless / "keys.npy").exists() and not (keyless / ".appending").exists()
     assert score(keyless, lm) == score(keyed, lm)
-    assert [sentence[-20:] for sentence in worth_training(stores[0])] == [" dump all text again."]
+    assert [sentence[-20:] for sentence in worth_training(stores[0])] == ["dump all text again."]
 
 
 @pytest.mark.parametrize("plan", PLANS, ids=lambda plan: plan["factory"])
