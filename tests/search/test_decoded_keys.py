@@ -73,14 +73,19 @@ def test_keys_are_what_faiss_makes_of_the_codes(kind: str, sizes: list[int], see
         del index  # it is kept
         decoded.lay_out(Path(folder, "codes.npy.part"), memory=0)
         assert decoded.shape == keys.shape and len(decoded) == len(keys)
-        assert np.array_equal(decoded[:], expected)
         some = np.sort(rng.choice(len(keys), len(keys) // 2, replace=False))
-        assert np.array_equal(decoded[some], expected[some]) and np.array_equal(decoded[3:20], expected[3:20])
+        for rows in (slice(None), slice(3, 20), some):
+            assert same(decoded[rows], expected[rows])
         # faiss itself makes other keys of RaBitQ's codes where they lie in blocks than where they do not.
         if "RaBitQfs" not in kind and len(parts) == 1:
             in_memory = faiss.read_index(f"{folder}/0.faiss")
-            assert np.array_equal(decoded[:], in_memory.reconstruct_n(0, len(keys)))
+            assert same(decoded[:], in_memory.reconstruct_n(0, len(keys)))
         del parts, decoded
+
+
+def same(keys: np.ndarray, expected: np.ndarray) -> bool:
+    """But for the last bit, which in a rotation depends on how many are rotated together."""
+    return keys.shape == expected.shape and np.allclose(keys, expected, atol=1e-5)
 
 
 def test_rabitq_in_blocks_stands_for_the_same_keys() -> None:
