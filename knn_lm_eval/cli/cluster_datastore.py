@@ -12,7 +12,7 @@ from knn_lm_eval.errors import counted
 
 # Which arguments go with which method; the functions know the defaults.
 OPTIONS = {
-    "kmeans": ("num_clusters", "sample", "iterations", "seed", "resume", "memory"),
+    "kmeans": ("num_clusters", "sample", "iterations", "seed", "index", "resume", "memory"),
     "greedy_merge": ("k", "index", "probe", "resume", "memory"),
     "import": ("memory",),
 }
@@ -36,7 +36,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--iterations", type=int, help="k-means: how many (default: 20)")
     parser.add_argument("--seed", type=int, help="k-means: of the sample and the first centroids (default: 1)")
     parser.add_argument("--k", type=int, help="greedy_merge: neighbours that an entry may absorb (default: 9)")
-    parser.add_argument("--index", help="greedy_merge: the index to search for them (default: index)")
+    parser.add_argument(
+        "--index",
+        help="greedy_merge: the index to search for them (default: index); kmeans: the index whose codes stand for the "
+        "keys (default: the keys themselves or, of a datastore without keys, its index)",
+    )
     parser.add_argument(
         "--probe", type=int, help="greedy_merge: inverted lists visited per search (default: the index's)"
     )

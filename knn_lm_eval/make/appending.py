@@ -3,6 +3,8 @@
 The new text is dumped into a hidden folder of the store's, by the LM and in the windows of the store; then what changes
 of the store is prepared beside it, and takes its place all at once. Keys are added to their file, not copied. Until
 then the store is as it was, and a dump that was interrupted goes on.
+
+Where the store has no keys, the new text is dumped without keys as well, into an index that is trained as the store's.
 """
 
 from __future__ import annotations
@@ -23,13 +25,22 @@ from knn_lm_eval.lm.language_model import LanguageModel
 from knn_lm_eval.lm.loading import CausalHFLM
 from knn_lm_eval.make.changed_clusters import extend_clusters
 from knn_lm_eval.make.changed_store import Changed
+from knn_lm_eval.make.clustered_keys import only_index
 from knn_lm_eval.make.dump import dump_datastore
+from knn_lm_eval.make.index_plan import IndexPlan
 from knn_lm_eval.make.text import Piece
-from knn_lm_eval.search.changed_index import MEASURED_WITH, extend_index
+from knn_lm_eval.search.changed_index import (
+    MEASURED_WITH,
+    check_growable_without_keys,
+    emptied,
+    extend_index,
+    join_index,
+)
+from knn_lm_eval.search.index_build import write_index
 from knn_lm_eval.store.change import one_change_of
 from knn_lm_eval.store.clusters import cluster_names
 from knn_lm_eval.store.datastore import Datastore
-from knn_lm_eval.store.index_files import find_parts, index_names
+from knn_lm_eval.store.index_files import IndexFiles, find_parts, index_names
 from knn_lm_eval.store.manifest import (
     DOCUMENT_STARTS,
     KEYS,
@@ -47,6 +58,7 @@ from knn_lm_eval.system.processes import Processes
 logger = logging.getLogger(__name__)
 
 WAITING = ".appending"
+TRAINED = "trained.faiss"  # in the new documents' dump, where the store has no keys
 # The share of new entries from which on an index is worth being trained anew: see docs/measurements/indexes.md.
 LARGE_SHARE = 0.5
 
@@ -110,14 +122,15 @@ def _check(store: Datastore, lm: CausalHFLM) -> None:
     """Raise UserError where new entries would not be as the store's are."""
     manifest = store.manifest
     store.require_text_order("appending")
-    store.require_keys("appending")
-    if manifest.windows is None or manifest.keys is None or manifest.keys.is_raw:
+    if manifest.windows is None or (manifest.keys is not None and manifest.keys.is_raw):
         raise UserError(
             f"The datastore {store.path} was imported and does not say in which windows the LM read its text, which "
             f"appending needs; dump the text with dump_datastore."
         )
-    shared = [name for name in (KEYS, VALUES, DOCUMENT_STARTS) if (store.path / name).stat().st_nlink > 1]
-    if shared or any((store.path / name).is_symlink() for name in (KEYS, VALUES, DOCUMENT_STARTS)):
+    if store.keys is None:
+        check_growable_without_keys(store, _only_index(store))
+    paths = [store.path / name for name in _growing(store)]
+    if any(path.is_symlink() or path.stat().st_nlink > 1 for path in paths):
         raise UserError(
             f"Arrays of the datastore {store.path} are links, and another datastore may have the same files, to which "
             f"entries would be added; copy it first."
@@ -129,6 +142,15 @@ def _check(store: Datastore, lm: CausalHFLM) -> None:
         )
     model = LanguageModel(lm.model, manifest.key_type, lm.mixed_precision_dtype, manifest.key_module)
     check_store_model(manifest, model, lm.tokenizer, str(lm.pretrained))
+
+
+def _growing(store: Datastore) -> list[str]:
+    """The arrays that grow."""
+    return [*([] if store.keys is None else [KEYS]), VALUES, DOCUMENT_STARTS]
+
+
+def _only_index(store: Datastore) -> str:
+    return only_index(store, "new entries can be appended to one that has a single index, into which they are dumped")
 
 
 def _is_last(store: Datastore, settings: dict[str, Any]) -> bool:
@@ -157,6 +179,7 @@ def _dumped(
         return Datastore.open(output)
     windows = store.manifest.windows
     assert windows is not None
+    index = None if store.keys is not None else processes.first_does(lambda: _trained_plan(store, output))
     return dump_datastore(
         lm,
         pieces,
@@ -167,10 +190,22 @@ def _dumped(
         stride=windows["stride"],
         batch_size=windows["batch_size"],
         max_tokens=max_tokens,
+        keys="all" if index is None else "none",
+        index=index,
         projection_of=None if store.projection is None else store.path,
         resume=(output / PROGRESS).exists(),
         processes=processes,
     )
+
+
+def _trained_plan(store: Datastore, output: Path) -> IndexPlan:
+    """The index that new documents of a store without keys go into: trained as the store's own."""
+    name = _only_index(store)
+    metadata, parts = find_parts(store, name)
+    output.mkdir(parents=True, exist_ok=True)
+    if not (output / TRAINED).exists():
+        write_index(emptied(parts[0]), output / TRAINED)
+    return IndexPlan(metadata["factory"], name, metadata["sim_func"], quality_queries=0, trained=TRAINED)
 
 
 def _append(store: Datastore, new: Datastore, changed: Changed, source: dict[str, Any]) -> None:
@@ -180,16 +215,20 @@ def _append(store: Datastore, new: Datastore, changed: Changed, source: dict[str
     _check_room(store, new)
     starts = changed.new / DOCUMENT_STARTS
     np.save(starts, new.document_starts + len(store))
-    tails = {KEYS: new.path / KEYS, VALUES: new.path / VALUES, DOCUMENT_STARTS: starts}
+    tails = {name: starts if name == DOCUMENT_STARTS else new.path / name for name in _growing(store)}
     contents = {name: _add_tail(store, changed, name, tail) for name, tail in tails.items()}
-    changed.keys_sha256 = contents[KEYS].sha256
-    keys = new.require_keys("appending")
+    changed.keys_sha256 = contents[VALUES if store.keys is None else KEYS].sha256
     for name in index_names(store):
-        changed.place_index(extend_index(store, name, keys, changed.keys_sha256, changed.new))
+        to = changed.keys_sha256, changed.new
+        if new.keys is None:
+            segment = IndexFiles(new.path, name).index
+            changed.place_index(join_index(store, name, segment, len(new), *to))
+        else:
+            changed.place_index(extend_index(store, name, new.keys, *to))
     values = np.concatenate([store.values, new.values]) if cluster_names(store) else store.values
     for name in cluster_names(store):
         in_folder = changed.new / "clusters" / name
-        changed.place_clusters(name, extend_clusters(store, name, keys, values, changed.keys_sha256, in_folder))
+        changed.place_clusters(name, extend_clusters(store, name, new, values, changed.keys_sha256, in_folder))
     changed.place_params()
     documents = len(store.document_starts)
     record = AppendedRecord(
@@ -236,11 +275,11 @@ def _add_tail(store: Datastore, changed: Changed, name: str, source: Path) -> Co
 def worth_training(store: Datastore) -> list[str]:
     """The indexes of which a large share of the entries is newer than their training, each in a sentence."""
     sentences = []
+    remedy = "dump all text again" if store.keys is None else "build it again (build_index --overwrite)"
     for name in index_names(store):
         measured = find_parts(store, name)[0].get(MEASURED_WITH)
         if measured and (share := len(store) / max(1, measured["count"]) - 1) >= LARGE_SHARE:
             sentences.append(
-                f"The index {name!r} has {share:.0%} more entries than it was trained and measured with: build it "
-                f"again (build_index --overwrite)."
+                f"The index {name!r} has {share:.0%} more entries than it was trained and measured with: {remedy}."
             )
     return sentences

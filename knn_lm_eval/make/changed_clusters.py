@@ -1,7 +1,8 @@
 """The clusterings of a store that changes: its new entries assigned, or those that are not kept taken out.
 
 No cluster is made anew. By k-means a new entry belongs to the nearest centroid, which is the mean of the cluster's
-members: the ones that k-means ended with are not kept. Greedy merging goes through all entries in order, and published
+members: the ones that k-means ended with are not kept. Where the store has no keys, those count that its index's codes
+stand for, as they did when it was clustered. Greedy merging goes through all entries in order, and published
 clusters were made elsewhere: there new entries are in no cluster.
 """
 
@@ -16,11 +17,12 @@ from tqdm import tqdm
 
 from knn_lm_eval.compiling import compiled
 from knn_lm_eval.make.cluster_summary import summarize
+from knn_lm_eval.make.clustered_keys import ClusteredKeys
 from knn_lm_eval.make.member_lists import write_arrays
 from knn_lm_eval.search.faiss_index import faiss_gpus
 from knn_lm_eval.store.clusters import ARRAYS, METADATA, Clusters
 from knn_lm_eval.store.datastore import Datastore
-from knn_lm_eval.store.key_stream import SEARCH_CHUNK, key_chunks
+from knn_lm_eval.store.key_stream import SEARCH_CHUNK, KeyRows, key_chunks
 from knn_lm_eval.system.memory import allowed_bytes
 from knn_lm_eval.system.seals import write_sealed_json
 
@@ -28,27 +30,29 @@ logger = logging.getLogger(__name__)
 
 
 def extend_clusters(
-    store: Datastore, name: str, keys: np.ndarray, values: np.ndarray, keys_sha256: str, folder: Path
+    store: Datastore, name: str, new: Datastore, values: np.ndarray, keys_sha256: str, folder: Path
 ) -> list[str]:
-    """Write the clustering ``name`` with the entries of new keys, as its folder will be.
+    """Write the clustering ``name`` with new entries, as its folder will be.
 
     Memory: 8 bytes a centroid's number, and the clustering's arrays.
 
     Parameters
     ----------
-    keys : float16 or float32 ``[n, dimension]``, of the new entries.
+    new : the n new entries, with keys where the store has some, else with an index of the same name.
     values : int32 ``[count + n]``, of all.
     keys_sha256 : of all keys, as they will be.
-    folder : the new folder, which is made.
+    folder : the new folder, which is made; what is laid out of codes lies beside it.
 
     Returns
     -------
     The names of its files.
     """
     clusters = Clusters.open(store, name)
-    of_new = np.full(len(keys), -1, dtype=clusters.cluster_of_entry.dtype)
-    if clusters.metadata.get("method") == "kmeans" and store.keys is not None:
-        _assign(store.keys, clusters, keys, of_new)
+    of_new = np.full(len(new), -1, dtype=clusters.cluster_of_entry.dtype)
+    if clusters.metadata.get("method") == "kmeans" and (store.keys is not None or "codes_of" in clusters.metadata):
+        folder.mkdir(parents=True)
+        keys, new_keys = (_keys(one, folder.parent / place) for one, place in ((store, "old"), (new, "new")))
+        _assign(keys, clusters, new_keys, of_new)
     else:
         logger.warning(
             "The new entries are in none of the clusters %r, which take all entries to be made: cluster the datastore "
@@ -75,7 +79,7 @@ def compact_clusters(
 def _write(
     clusters: Clusters, cluster_of_entry: np.ndarray, values: np.ndarray, keys_sha256: str, folder: Path
 ) -> list[str]:
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     arrays = write_arrays(folder, ".npy", cluster_of_entry, len(clusters), allowed_bytes(None))
     changes = {
         "keys_sha256": keys_sha256,
@@ -89,7 +93,15 @@ def _write(
     return [METADATA, *(f"{name}.npy" for name in ARRAYS)]
 
 
-def _assign(keys: np.ndarray, clusters: Clusters, new_keys: np.ndarray, of_new: np.ndarray) -> None:
+def _keys(store: Datastore, folder: Path) -> KeyRows:
+    """A store's keys, or what its index's codes stand for, which are laid out in a folder."""
+    clustered = ClusteredKeys(store)
+    folder.mkdir(exist_ok=True)
+    clustered.lay_out(folder, None)
+    return clustered.keys
+
+
+def _assign(keys: KeyRows, clusters: Clusters, new_keys: KeyRows, of_new: np.ndarray) -> None:
     """Fill in the cluster of each new key: that whose members' mean is nearest."""
     sums = np.zeros((len(clusters), keys.shape[1]))
     begin = 0

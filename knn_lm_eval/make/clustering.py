@@ -17,6 +17,7 @@ import numpy as np
 
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.make.cluster_summary import summarize
+from knn_lm_eval.make.clustered_keys import ClusteredKeys
 from knn_lm_eval.make.member_lists import write_arrays
 from knn_lm_eval.make.merging import NeighbourSearch, find_absorbers, number_clusters
 from knn_lm_eval.search.faiss_index import faiss_gpus
@@ -68,6 +69,7 @@ def cluster_kmeans(
     resume: bool = False,
     overwrite: bool = False,
     memory: int | None = None,
+    index: str | None = None,
 ) -> Clusters:
     """Cluster the entries by k-means of their keys (Alon et al. 2022); an entry belongs to the nearest
     centroid (exact squared L2).
@@ -89,16 +91,19 @@ def cluster_kmeans(
     overwrite : replace a finished clustering of that name.
     memory : bytes that it may take; where they are fewer than the default sample needs, that is made smaller, down to
         39 keys per cluster, with a warning. None is 80 % of the machine's memory for the sample as it is.
+    index : the index whose codes stand for the keys; None takes the store's keys and, where it has none, its only
+        index.
 
     Raises
     ------
     UserError
-        Where the numbers do not fit the store, the sample does not fit the memory, the name is taken, or the
-        disk is full.
+        Where the numbers do not fit the store, there is no such index, the sample does not fit the memory, the name is
+        taken, or the disk is full.
     """
-    keys = datastore.require_keys("clustering")
     datastore.require_all("clustering")
     datastore.require_text_order("clustering, which is for RetoMaton,")
+    clustered = ClusteredKeys(datastore, index)
+    keys = clustered.keys
     count = len(datastore)
     num_clusters = max(1, count // ENTRIES_PER_CLUSTER) if num_clusters is None else num_clusters
     if not 1 <= num_clusters <= count:
@@ -124,10 +129,12 @@ def cluster_kmeans(
         "iterations": iterations,
         "seed": seed,
         **({"levels": 2, "probe": PROBE} if two_levels else {}),
+        **clustered.settings,
     }
     unfinished = UnfinishedClusters(datastore, name, settings, overwrite, resume, memory)
     check_memory(memory, sample, needed, num_clusters)
     with unfinished.begun(num_clusters, cluster_dtype(num_clusters)):
+        clustered.lay_out(unfinished.folder, memory)
         training = (keys, num_clusters, sample, iterations, seed, unfinished.states)
         nearest = train_two_levels(*training).nearest if two_levels else _nearest_of_all(train_kmeans(*training))
 
@@ -183,15 +190,16 @@ def cluster_greedy_merge(
         Where the store has no such index or fewer than ``k`` other entries, the name is taken, or the disk is
         full.
     """
-    datastore.require_keys("clustering")
     datastore.require_all("clustering")
     datastore.require_text_order("clustering, which is for RetoMaton,")
     searched = NeighbourSearch.open(datastore, k, index, probe, memory)
-    settings = {"method": "greedy_merge", **searched.settings}
+    clustered = ClusteredKeys(datastore, None if datastore.keys is not None else index)
+    settings = {"method": "greedy_merge", **searched.settings, **clustered.settings}
     unfinished = UnfinishedClusters(datastore, name, settings, overwrite, resume, memory)
     entry = entry_dtype(len(datastore))
     with unfinished.begun(len(datastore), entry, entry):  # absorbers, and the clusters by them
-        absorber = find_absorbers(searched, unfinished.states)
+        clustered.lay_out(unfinished.folder, memory)
+        absorber = find_absorbers(searched, clustered.keys, unfinished.states)
         cluster_of_entry = np.lib.format.open_memmap(
             unfinished.folder / "clusters.npy.part", "w+", entry, (len(datastore),)
         )

@@ -1,8 +1,9 @@
 """Dumping straight into an index: the LM's keys are added to it segment by segment, and none is kept.
 
-A sample of the text's keys is read first, and the index trained on it. Then come the entries in segments: the keys of
-one are written to a file, chunk by chunk, which goes when they are in the segment's index file. In the end the segments
-become the index. So the disk has the index, and the keys of the segments that are being worked on.
+A sample of the text's keys is read first, and the index trained on it, unless it is given one that is trained already.
+Then come the entries in segments: the keys of one are written to a file, chunk by chunk, which goes when they are in
+the segment's index file. In the end the segments become the index. So the disk has the index, and the keys of the
+segments that are being worked on.
 
 Each segment is one process's. Its keys are also searched for the exact neighbours of held-out queries, by which the
 index is measured in the end: later they are gone.
@@ -40,7 +41,7 @@ from knn_lm_eval.make.sampling import DrawnBatches, TextSample, draw_batches
 from knn_lm_eval.make.segment_keys import SegmentKeys
 from knn_lm_eval.make.windows import Window, WindowSettings, chunks, cut_windows
 from knn_lm_eval.search.choosing import estimated_bytes
-from knn_lm_eval.search.index_build import IndexBuild, Segment, write_segment
+from knn_lm_eval.search.index_build import IndexBuild, Segment, read_trained, write_segment
 from knn_lm_eval.search.index_memory import Allowance
 from knn_lm_eval.search.passing_keys import NearestOfRuns
 from knn_lm_eval.search.quality import EXACT_QUERIES, NOT_MEASURED, HeldOutQueries, compare_with_exact
@@ -106,11 +107,17 @@ class IndexDump:
         """The sample that the index is trained on, and that queries are held out of."""
         drawn = DrawnBatches.load(self.saved, "drawn")
         if drawn is None:
-            wanted = self.build.states.settings["train_sample"] + self.plan.quality_queries
-            drawn = draw_batches(self.document_starts, len(self.values), self.windows, wanted, self.plan.seed)
+            drawn = self._draw()
             self.work.mkdir(exist_ok=True)
             drawn.save(self.saved, "drawn")
         return TextSample(self.work, drawn, self.dimension)
+
+    def _draw(self) -> DrawnBatches:
+        """Draw the sample; there is none for an index that is trained already."""
+        if self.plan.trained is not None:
+            return DrawnBatches([])
+        wanted = self.build.states.settings["train_sample"] + self.plan.quality_queries
+        return draw_batches(self.document_starts, len(self.values), self.windows, wanted, self.plan.seed)
 
     @property
     def is_trained(self) -> bool:
@@ -159,7 +166,7 @@ class IndexDump:
             settings["factory"],
             self.dimension,
             settings["sim_func"],
-            sample=0 if self.is_trained else settings["train_sample"],
+            sample=0 if self.is_trained or self.plan.trained is not None else settings["train_sample"],
             entries=least,
             queries=self.plan.quality_queries,
             k=self._held_out_k,
@@ -209,7 +216,7 @@ class IndexDump:
 
     def read_sample(self, reader: KeyReader, share: int, shares: int) -> None:
         """Read one of ``shares`` parts of the sample that was not read when ``prepare`` ended."""
-        if self.build.metadata() is None:
+        if self.build.metadata() is None and len(self.sample.drawn):
             noted = states_of_share(self.work / f"sampled.{share}.json")
             done = self.states.notes()["sampled"]
             self.sample.read_share(reader, share, shares, done, noted, self.output / FAILED)
@@ -221,8 +228,11 @@ class IndexDump:
             return
         settings = build.states.settings
         with build.timed("train"):
-            vectors = self.sample.vectors(self._rows[0])
-            trained = train_index(settings["factory"], vectors, settings["sim_func"], settings["seed"])
+            if self.plan.trained is not None:
+                trained = read_trained(self.output / self.plan.trained)
+            else:
+                vectors = self.sample.vectors(self._rows[0])
+                trained = train_index(settings["factory"], vectors, settings["sim_func"], settings["seed"])
         build.begin(trained, self.states.notes()["segment_entries"])
 
     @cached_property

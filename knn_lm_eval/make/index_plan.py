@@ -28,6 +28,8 @@ class IndexPlan:
     seed : of the sample that it is trained on.
     quality_queries : held-out queries that the probe is chosen by; 0 leaves it out.
     k, knn_temp : neighbours and temperature of that measurement.
+    trained : the name of a file in the dump's folder, of such an index that is trained and empty, as ``factory`` and
+        ``sim_func`` say; None trains one.
     """
 
     factory: str = "auto"
@@ -38,6 +40,7 @@ class IndexPlan:
     quality_queries: int = 4096
     k: int = 1024
     knn_temp: float = 1.0
+    trained: str | None = None
 
     def check(self) -> None:
         """Raise UserError for mistakes that show without a model and a text."""

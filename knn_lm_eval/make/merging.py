@@ -16,7 +16,7 @@ from knn_lm_eval.errors import UserError
 from knn_lm_eval.search.faiss_index import DEFAULT_PROBE, bytes_held, inverted_file, open_index, search, set_probe
 from knn_lm_eval.store.clusters import entry_dtype
 from knn_lm_eval.store.datastore import Datastore
-from knn_lm_eval.store.key_stream import SEARCH_CHUNK, number_entries
+from knn_lm_eval.store.key_stream import SEARCH_CHUNK, KeyRows, number_entries
 from knn_lm_eval.system.checkpoints import SavedStates
 from knn_lm_eval.system.memory import size_text
 
@@ -53,8 +53,12 @@ class NeighbourSearch:
         return cls(datastore, k, faiss_index, settings)
 
 
-def find_absorbers(searched: NeighbourSearch, states: SavedStates) -> np.ndarray:
+def find_absorbers(searched: NeighbourSearch, keys: KeyRows, states: SavedStates) -> np.ndarray:
     """Greedy merging, as ``cluster_greedy_merge`` says.
+
+    Parameters
+    ----------
+    keys : those of all entries, which are searched for.
 
     Returns
     -------
@@ -67,7 +71,6 @@ def find_absorbers(searched: NeighbourSearch, states: SavedStates) -> np.ndarray
     def merge(absorber: np.ndarray, begin: int, chunk: np.ndarray) -> None:
         merge_neighbours(absorber, values, search(searched.index, chunk, searched.k + 1)[1], begin)
 
-    keys = datastore.require_keys("clustering")
     dtype = entry_dtype(len(datastore))
     return number_entries(keys, states, dtype, merge, "Merging near neighbours", undo=free_those_absorbed_from)
 

@@ -195,7 +195,7 @@ def prune_greedy_merge(
         is full.
     """
     folder = Path(os.path.abspath(output))
-    datastore.require_keys("pruning")
+    keys = datastore.require_keys("pruning")
     datastore.require_all("pruning")
     searched = NeighbourSearch.open(datastore, neighbours, index, probe, memory)
     method = {"method": "greedy_merge", "neighbours": neighbours} | {
@@ -219,7 +219,7 @@ def prune_greedy_merge(
         states.begin_or_resume(resume)
         number = np.dtype(entry_dtype(len(datastore))).itemsize
         check_free_space(states.folder, (number + 4) * len(datastore), "which entries were merged, and their weights,")
-        absorber = find_absorbers(searched, states)
+        absorber = find_absorbers(searched, keys, states)
         count = len(datastore)
         counts = np.broadcast_to(np.int32(1), count) if datastore.weights is None else np.asarray(datastore.weights)
         weights = filled_file(states.folder / "weights.npy.part", np.int32, count, 0)

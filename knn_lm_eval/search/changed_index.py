@@ -20,7 +20,7 @@ from knn_lm_eval.search.faiss_index import add_vectors, below_transform, bytes_h
 from knn_lm_eval.search.index_build import write_index
 from knn_lm_eval.search.index_reading import read_index
 from knn_lm_eval.search.list_files import ListFile
-from knn_lm_eval.search.segments import join_segments
+from knn_lm_eval.search.segments import can_be_joined, join_segments
 from knn_lm_eval.store.datastore import Datastore
 from knn_lm_eval.store.index_files import MOST_PARTS, IndexFiles, IndexPart, find_parts
 from knn_lm_eval.store.key_stream import key_chunks
@@ -63,27 +63,73 @@ def extend_index(store: Datastore, name: str, keys: np.ndarray, keys_sha256: str
     """
     metadata, parts = find_parts(store, name)
     files, count = IndexFiles(store.path, name), len(store) + len(keys)
+    if "parts" not in metadata and ListFile.open(parts[0].path) is None:
+        new = folder / files.index.name
+        whole = faiss.read_index(str(parts[0].path))
+        _add(whole, keys)
+        write_index(whole, new)
+        return _changed(store, files, metadata, count, keys_sha256, [new], {new.name: new}, folder)
+    segment = folder / f"{files.index.name}.segment"
+    first_id = len(store) if metadata.get("part_ids") == "absolute" else None
+    _write_segment(emptied(parts[0]), keys, segment, first_id)
+    changed = join_index(store, name, segment, len(keys), keys_sha256, folder)
+    if segment not in changed.files.values():
+        segment.unlink()
+    return changed
+
+
+def join_index(
+    store: Datastore, name: str, segment: Path, entries: int, keys_sha256: str, folder: Path
+) -> ChangedIndex:
+    """The index ``name`` with the entries of another index file behind its own.
+
+    Memory: some lists at a time.
+
+    Parameters
+    ----------
+    segment : the file, trained as the index is, which numbers its entries as a part of it does; it may become one.
+    entries : how many it has.
+    keys_sha256, folder : as for ``extend_index``.
+
+    Raises
+    ------
+    UserError
+        Where the index has no more parts, the segment does not fit it, or the disk is full.
+    """
+    metadata, parts = find_parts(store, name)
+    files, count = IndexFiles(store.path, name), len(store) + entries
     if "parts" in metadata:
-        if len(parts) >= MOST_PARTS:
-            raise UserError(f"The index {files.index} has {MOST_PARTS} parts, the most there can be; build it again.")
-        new = folder / files.part(len(parts)).name
-        _write_segment(_emptied(parts[0]), keys, new, len(store) if metadata["part_ids"] == "absolute" else None)
+        _check_more_parts(files, parts)
+        new, final = segment, files.part(len(parts))
         run = {"start": len(store), "stop": count, "bytes": new.stat().st_size}
         metadata = metadata | {"parts": [*metadata["parts"], run]}
         paths = [*(part.path for part in parts), new]
     else:
-        new = folder / files.index.name
-        if ListFile.open(parts[0].path) is None:
-            whole = faiss.read_index(str(parts[0].path))
-            _add(whole, keys)
-            write_index(whole, new)
-        else:
-            segment = folder / f"{new.name}.segment"
-            _write_segment(_emptied(parts[0]), keys, segment, None)
-            join_segments([parts[0].path, segment], new)
-            segment.unlink()
+        new, final = folder / files.index.name, files.index
+        join_segments([parts[0].path, segment], new)
         paths = [new]
-    return _changed(store, files, metadata, count, keys_sha256, paths, {new.name: new}, folder)
+    return _changed(store, files, metadata, count, keys_sha256, paths, {final.name: new}, folder)
+
+
+def _check_more_parts(files: IndexFiles, parts: list[IndexPart]) -> None:
+    if len(parts) >= MOST_PARTS:
+        raise UserError(f"The index {files.index} has {MOST_PARTS} parts, the most there can be; build it again.")
+
+
+def check_growable_without_keys(store: Datastore, name: str) -> None:
+    """Raise UserError where ``join_index`` cannot have the index ``name`` grow."""
+    metadata, parts = find_parts(store, name)
+    files, listed = IndexFiles(store.path, name), ListFile.open(parts[0].path)
+    if "parts" in metadata:
+        _check_more_parts(files, parts)
+    kind = None if listed is not None and can_be_joined(listed.index) else metadata["factory"]
+    if metadata.get("part_ids") == "absolute":
+        kind = "parts that number entries as the store does"
+    if kind is not None:
+        raise UserError(
+            f"The index {files.index} ({kind}) cannot take in entries segment by segment, which appending to a "
+            f"datastore without keys needs; dump all text again with dump_datastore."
+        )
 
 
 def check_compactable(store: Datastore, name: str) -> None:
@@ -159,7 +205,7 @@ def _changed(
     return ChangedIndex(said, new | {json.name: json}, [])
 
 
-def _emptied(part: IndexPart) -> faiss.Index:
+def emptied(part: IndexPart) -> faiss.Index:
     """An index trained as that part, without entries."""
     listed = ListFile.open(part.path)
     index = faiss.read_index(str(part.path)) if listed is None else listed.index

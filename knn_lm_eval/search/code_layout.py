@@ -7,9 +7,7 @@ added in text order.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import faiss
 import numpy as np
@@ -17,7 +15,7 @@ from tqdm import tqdm
 
 from knn_lm_eval.search.code_kernels import factors_of_signs
 from knn_lm_eval.search.code_tables import CodeTables
-from knn_lm_eval.search.faiss_index import below_transform
+from knn_lm_eval.search.list_ranges import ListRanges
 from knn_lm_eval.search.rabitq_lists import signs_of_list
 from knn_lm_eval.system.files import check_free_space
 
@@ -71,38 +69,19 @@ class _Lists:
     """
 
     def __init__(self, index: faiss.Index, first_id: int, tables: CodeTables) -> None:
-        self._ivf, self._first_id, self._tables = below_transform(index), first_id, tables
-        self._inverted: Any = self._ivf.invlists
-        # Of other programs' lists the entries may come in any order.
-        self._ascending = [bool((ids[1:] > ids[:-1]).all()) for _, ids in self._all()]
-
-    def _all(self) -> Iterator[tuple[int, np.ndarray]]:
-        """Each list's number and entries."""
-        for number in range(self._ivf.nlist):
-            size = self._inverted.list_size(number)
-            yield number, faiss.rev_swig_ptr(self._inverted.get_ids(number), size) if size else np.empty(0, np.int64)
+        self._ranges, self._tables = ListRanges(index, first_id), tables
+        self._ivf = self._ranges.ivf
 
     def lay_out(
         self, begin: int, end: int, lists: np.ndarray, offsets: np.ndarray, scales: np.ndarray, codes: np.ndarray
     ) -> None:
         """Enter what the lists hold of the entries ``[begin, end)`` into arrays of that range."""
-        for number, ids in self._all():
-            rows = self._rows(number, ids, begin - self._first_id, end - self._first_id)
-            if not len(rows):
-                continue
-            places = ids[rows] + (self._first_id - begin)
+        for number, rows, places in self._ranges.within(begin, end):
             lists[places] = number
             if self._tables.is_rabitq:
                 codes[places], offsets[places], scales[places] = self._signs(number, rows)
             else:
-                codes[places] = self._codes(number, len(ids))[rows]
-
-    def _rows(self, number: int, ids: np.ndarray, begin: int, end: int) -> np.ndarray:
-        """Which of a list's entries are in a range, ascending."""
-        if self._ascending[number]:
-            first, last = np.searchsorted(ids, (begin, end)).tolist()
-            return np.arange(first, last)
-        return np.flatnonzero((ids >= begin) & (ids < end))
+                codes[places] = self._ranges.codes(number, self._ivf.code_size, self._ranges.size(number))[rows]
 
     def _signs(self, number: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The signs, offsets and scales of some entries of a list."""
@@ -112,9 +91,6 @@ class _Lists:
         offsets, scales = np.empty(len(rows), dtype=np.float32), np.empty(len(rows), dtype=np.float32)
         factors_of_signs(signs, factors, self._tables.centroids[number], offsets, scales)
         return signs, offsets, scales
-
-    def _codes(self, number: int, size: int) -> np.ndarray:
-        return faiss.rev_swig_ptr(self._inverted.get_codes(number), size * self._ivf.code_size).reshape(size, -1)
 
 
 def _add_factors(

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.search.faiss_index import faiss_gpus
-from knn_lm_eval.store.key_stream import SEARCH_CHUNK, keys_of
+from knn_lm_eval.store.key_stream import SEARCH_CHUNK, KeyRows, keys_of
 from knn_lm_eval.system.checkpoints import SavedStates
 from knn_lm_eval.system.memory import size_text
 from knn_lm_eval.system.sampling import draw_entries
@@ -27,7 +27,7 @@ MEMORY_SHARE = 0.8  # of the machine's, that k-means may take
 
 
 def train_kmeans(
-    keys: np.ndarray, num_clusters: int, sample: int, iterations: int, seed: int, states: SavedStates
+    keys: KeyRows, num_clusters: int, sample: int, iterations: int, seed: int, states: SavedStates
 ) -> np.ndarray:
     """The centroids of a random sample of the keys, by k-means on all GPUs that faiss sees, or the CPU.
 
@@ -77,13 +77,13 @@ class MemoryNeeded(NamedTuple):
     chunks: int
 
     @classmethod
-    def of_chunks(cls, keys: np.ndarray, num_clusters: int, per_key: int, chunk: int) -> MemoryNeeded:
+    def of_chunks(cls, keys: KeyRows, num_clusters: int, per_key: int, chunk: int) -> MemoryNeeded:
         """Of the centroids, their index and their successors, and of so many keys at a time in three forms."""
         row = 4 * keys.shape[1]
         return cls(int(per_key), int(3 * num_clusters * row), int(3 * min(chunk, len(keys)) * row))
 
 
-def memory_of_kmeans(keys: np.ndarray, num_clusters: int) -> MemoryNeeded:
+def memory_of_kmeans(keys: KeyRows, num_clusters: int) -> MemoryNeeded:
     """Of ``train_kmeans``, where a key of the sample is float32 and has a cluster and a distance."""
     return MemoryNeeded.of_chunks(keys, num_clusters, 4 * keys.shape[1] + 12, SEARCH_CHUNK)
 

@@ -35,7 +35,8 @@ def can_be_joined(trained: faiss.Index) -> bool:
     if type(lists) is library.ArrayInvertedLists:
         return True
     return (
-        type(lists) is library.BlockInvertedLists and _places(trained, lists.n_per_block, lists.block_size) is not None
+        type(lists) is library.BlockInvertedLists
+        and places_in_block(trained, lists.n_per_block, lists.block_size) is not None
     )
 
 
@@ -141,7 +142,7 @@ class _Joining:
         """The bytes of all lists, some at a time."""
         places = None
         if self.layout.kind != ARRAYS:
-            places = _places(self.trained, self.layout.per_block, self.layout.code_bytes)
+            places = places_in_block(self.trained, self.layout.per_block, self.layout.code_bytes)
             if places is None:
                 raise UserError(f"{self.paths[0]} cannot be joined: this faiss packs its codes in an unknown way.")
         list_bytes = self.bytes
@@ -224,7 +225,7 @@ def _ranks(kept: np.ndarray) -> np.ndarray:
     return np.concatenate([[0], *(np.asarray(some) for some in in_runs)]).cumsum()[:-1].astype(np.int64)
 
 
-def _places(index: faiss.Index, per_block: int, block_bytes: int) -> np.ndarray | None:
+def places_in_block(index: faiss.Index, per_block: int, block_bytes: int) -> np.ndarray | None:
     """Where each entry of a block has each half byte of its code, in half bytes of the block; -1 where it has not.
 
     It is asked of faiss: codes whose half bytes number themselves are packed, digit by digit. None where that is not
@@ -241,14 +242,14 @@ def _places(index: faiss.Index, per_block: int, block_bytes: int) -> np.ndarray 
     numbers = np.arange(1, per_block * halves + 1).reshape(per_block, halves)
     found = np.zeros(2 * block_bytes, dtype=np.int64)
     for shift in range(0, int(numbers[-1, -1]).bit_length(), 4):
-        found |= _halves(_packed(packer, _bytes_of((numbers >> shift) & 15))).astype(np.int64) << shift
+        found |= halves_of_bytes(_packed(packer, bytes_of_halves((numbers >> shift) & 15))).astype(np.int64) << shift
     place_of = np.full(numbers.size + 1, -1, dtype=np.int64)  # by the number; 0 for what belongs to no code
     place_of[found] = np.arange(len(found))
     places = place_of[1:].reshape(per_block, halves)
     codes = np.random.default_rng(0).integers(0, 256, (per_block, packer.code_size), dtype=np.uint8)
-    block, of_codes = np.zeros(2 * block_bytes, dtype=np.uint8), _halves(codes)
+    block, of_codes = np.zeros(2 * block_bytes, dtype=np.uint8), halves_of_bytes(codes)
     block[places[places >= 0]] = of_codes[places >= 0]
-    return places if np.array_equal(_bytes_of(block), _packed(packer, codes)) else None
+    return places if np.array_equal(bytes_of_halves(block), _packed(packer, codes)) else None
 
 
 def _packed(packer: Any, codes: np.ndarray) -> np.ndarray:
@@ -259,10 +260,10 @@ def _packed(packer: Any, codes: np.ndarray) -> np.ndarray:
     return block
 
 
-def _halves(data: np.ndarray) -> np.ndarray:
+def halves_of_bytes(data: np.ndarray) -> np.ndarray:
     """The half bytes of some bytes, the lower one first."""
     return np.stack([data & 15, data >> 4], axis=-1).reshape(*data.shape[:-1], -1)
 
 
-def _bytes_of(halves: np.ndarray) -> np.ndarray:
+def bytes_of_halves(halves: np.ndarray) -> np.ndarray:
     return (halves[..., ::2] | (halves[..., 1::2] << 4)).astype(np.uint8)

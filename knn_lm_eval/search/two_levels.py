@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from knn_lm_eval.search.faiss_index import faiss_gpus
 from knn_lm_eval.search.kmeans import MemoryNeeded, centroids_within, shares_of_cells
-from knn_lm_eval.store.key_stream import ADD_CHUNK, finite_keys
+from knn_lm_eval.store.key_stream import ADD_CHUNK, KeyRows, finite_keys
 from knn_lm_eval.system.checkpoints import SavedStates
 
 PROBE = 8  # coarse clusters whose centroids a key is compared with: about 0.99 of the keys get the nearest of all
@@ -71,7 +71,7 @@ class TwoLevels:
 
 
 def train_two_levels(
-    keys: np.ndarray, num_clusters: int, sample: int, iterations: int, seed: int, states: SavedStates
+    keys: KeyRows, num_clusters: int, sample: int, iterations: int, seed: int, states: SavedStates
 ) -> TwoLevels:
     """K-means in two levels of a sample of the keys, which is spread evenly over the store and held in their dtype.
 
@@ -115,13 +115,13 @@ def train_two_levels(
     return result
 
 
-def memory_of_two_levels(keys: np.ndarray, num_clusters: int) -> MemoryNeeded:
+def memory_of_two_levels(keys: KeyRows, num_clusters: int) -> MemoryNeeded:
     """Where a key of the sample has its own dtype, its coarse cluster, and its place in their order."""
     per_key = keys.dtype.itemsize * keys.shape[1] + 4 + 2 * 8
     return MemoryNeeded.of_chunks(keys, num_clusters, per_key, ADD_CHUNK)
 
 
-def spread_sample(keys: np.ndarray, sample: int, seed: int) -> np.ndarray:
+def spread_sample(keys: KeyRows, sample: int, seed: int) -> np.ndarray:
     """A random sample, ``[sample, dimension]`` in the keys' dtype, of which each part of the store holds its share."""
     rng = np.random.default_rng(seed)
     vectors = np.empty((sample, keys.shape[1]), dtype=keys.dtype)

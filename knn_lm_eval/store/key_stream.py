@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from tqdm import tqdm
@@ -19,6 +19,20 @@ FILL_CHUNK = 2**22
 NUMBERS = "entries.npy.part"
 
 
+class KeyRows(Protocol):
+    """What keys are read from, ``[count, dimension]``: an array of them, or what gives them as they are asked for."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> np.dtype[Any]: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: Any, /) -> np.ndarray: ...
+
+
 def finite_keys(keys: np.ndarray) -> np.ndarray:
     """Some keys as float32; raises UserError where one holds NaN or infinity."""
     keys = keys.astype(np.float32)
@@ -27,9 +41,7 @@ def finite_keys(keys: np.ndarray) -> np.ndarray:
     return keys
 
 
-def key_chunks(
-    keys: np.ndarray, start: int = 0, stop: int | None = None, size: int | None = None
-) -> Iterator[np.ndarray]:
+def key_chunks(keys: KeyRows, start: int = 0, stop: int | None = None, size: int | None = None) -> Iterator[np.ndarray]:
     """The keys of the entries from ``start`` to ``stop`` (None: to the end), in order.
 
     Parameters
@@ -46,7 +58,7 @@ def key_chunks(
         yield finite_keys(keys[begin : min(begin + size, stop)])
 
 
-def keys_of(keys: np.ndarray, entries: np.ndarray) -> np.ndarray:
+def keys_of(keys: KeyRows, entries: np.ndarray) -> np.ndarray:
     """The keys of chosen entries, float32 ``[len(entries), dimension]``; ascending entries are read forwards."""
     chosen = np.empty((len(entries), keys.shape[1]), dtype=np.float32)
     for begin in range(0, len(entries), SEARCH_CHUNK):
@@ -55,7 +67,7 @@ def keys_of(keys: np.ndarray, entries: np.ndarray) -> np.ndarray:
 
 
 def number_entries(
-    keys: np.ndarray,
+    keys: KeyRows,
     states: SavedStates,
     dtype: type[Any],
     step: Callable[[np.ndarray, int, np.ndarray], None],

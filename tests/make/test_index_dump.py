@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.dumped_indexes import before_it_is_removed, same_index_from_keys
 from helpers.tiny_model import EVAL_TEXT, TRAIN_TEXT
 from lm_eval.api.instance import Instance
 
@@ -27,14 +28,12 @@ from knn_lm_eval.make.key_reading import KeyReader, entries_in
 from knn_lm_eval.make.text import cut_into_documents
 from knn_lm_eval.make.windows import BATCHES_PER_CHUNK, Window
 from knn_lm_eval.model.knn_hf import KNNHF
-from knn_lm_eval.search import index_build, indexing, quality, training
+from knn_lm_eval.search import index_build, training
 from knn_lm_eval.search.index_build import IndexBuild
 from knn_lm_eval.search.index_memory import Allowance
-from knn_lm_eval.search.indexing import build_index
 from knn_lm_eval.search.passing_keys import NearestOfRuns
 from knn_lm_eval.store import key_stream
 from knn_lm_eval.store.datastore import Datastore
-from knn_lm_eval.store.key_stream import finite_keys
 from knn_lm_eval.store.manifest import Manifest
 from knn_lm_eval.system.memory import parse_bytes
 
@@ -75,37 +74,6 @@ def keyless(tmp_path: Path, lm: CausalHFLM) -> Callable[..., Datastore]:
         return dump_datastore(lm, pieces(), tmp_path / "keyless", **WINDOWS, keys="none", index=index)
 
     return dump
-
-
-def same_index_from_keys(store: Datastore, sample: IndexDump, folder: Path, plan: dict[str, Any]) -> Datastore:
-    """What ``build_index`` makes of kept keys, trained and measured with the entries that a dump had for it."""
-    shutil.copytree(store.path, folder)
-    copied = Datastore.open(folder)
-    train, held_out = (sample.sample.drawn.entries[rows] for rows in sample._rows)
-
-    def draw(of: Datastore, count: int, k: int, knn_temp: float, seed: int) -> quality.HeldOutQueries:
-        keys = finite_keys(of.require_keys("a test")[held_out])
-        return quality.HeldOutQueries(of, held_out, keys, min(k, len(of) - 1), knn_temp)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(indexing, "draw_entries", lambda *_: train)
-        patch.setattr(quality.HeldOutQueries, "draw", draw)
-        build_index(copied, **plan)
-    return copied
-
-
-def before_it_is_removed(monkeypatch: pytest.MonkeyPatch) -> list[IndexDump]:
-    """What a dump knows when it is done, with the sample in memory."""
-    found = []
-    remove = IndexDump.remove
-
-    def keep(self: IndexDump) -> None:
-        assert self.sample.drawn and len(self._rows[0])
-        found.append(self)
-        remove(self)
-
-    monkeypatch.setattr(IndexDump, "remove", keep)
-    return found
 
 
 def comparable(metadata: dict[str, Any]) -> dict[str, Any]:

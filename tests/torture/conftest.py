@@ -18,7 +18,11 @@ import yaml
 from helpers.forks import Child
 from helpers.tiny_model import EVAL_TEXT, MAX_LENGTH
 
+from knn_lm_eval.lm.loading import CausalHFLM
+from knn_lm_eval.make.dump import dump_datastore
+from knn_lm_eval.make.index_plan import IndexPlan
 from knn_lm_eval.make.removing import remove_documents
+from knn_lm_eval.make.text import TextSource
 from knn_lm_eval.store.datastore import Datastore
 from knn_lm_eval.system.files import sha256
 
@@ -34,12 +38,15 @@ def here(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def original(tmp_path: Path, clustered: Datastore, train_file: Path, model_folder: Path, address: str) -> Path:
+def original(
+    tmp_path: Path, clustered: Datastore, keyless: Datastore, train_file: Path, model_folder: Path, address: str
+) -> Path:
     """What that folder holds at first."""
     folder = tmp_path / "original"
     shutil.copytree(clustered.path, folder / "store", ignore=shutil.ignore_patterns("lm_log_probs*", "*.codes"))
     shutil.copytree(folder / "store", folder / "lessened")
     remove_documents(folder / "lessened", [1])
+    shutil.copytree(keyless.path, folder / "keyless", ignore=shutil.ignore_patterns(".*"))
     shutil.copy(train_file, folder / "train.txt")
     (folder / "more.txt").write_text(EVAL_TEXT + "\n")
     (folder / "data").mkdir()
@@ -64,6 +71,22 @@ def original(tmp_path: Path, clustered: Datastore, train_file: Path, model_folde
     (folder / "matrix.yaml").write_text(yaml.safe_dump(matrix, sort_keys=False))
     (folder / "address").write_text(address)
     return folder
+
+
+@pytest.fixture(scope="session")
+def keyless(
+    tmp_path_factory: pytest.TempPathFactory, lm: CausalHFLM, model_folder: Path, train_file: Path
+) -> Datastore:
+    """A store without keys."""
+    return dump_datastore(
+        lm,
+        TextSource(train_file).pieces(),
+        tmp_path_factory.mktemp("keyless") / "store",
+        max_tokens=1500,
+        keys="none",
+        index=IndexPlan("IVF4,RaBitQfs", quality_queries=0),
+        model_args={"pretrained": str(model_folder)},
+    )
 
 
 @pytest.fixture(scope="session")

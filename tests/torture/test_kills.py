@@ -73,6 +73,14 @@ COMMANDS = {
     "grow": Command("grow_datastore", "HERE/store --entries 6000 --output HERE/new"),
     "project": Command("project_datastore", "--datastore HERE/store --keys 8 --output HERE/new"),
     "append": Command("append_datastore", "--datastore HERE/store --text HERE/more.txt --device cpu", ["--resume"], 2),
+    "append without keys": Command(
+        "append_datastore",
+        "--datastore HERE/keyless --text HERE/more.txt --device cpu",
+        ["--resume"],
+        2,
+        constants=DUMPED_SEGMENTS,
+    ),
+    "clusters without keys": Command("cluster_datastore", CLUSTERS.replace("HERE/store", "HERE/keyless"), ["--resume"]),
     "remove": Command("remove_documents", "--datastore HERE/store --documents 0"),
     "compact": Command("compact_datastore", "--datastore HERE/lessened", step=2),
     "tune": Command(
@@ -84,6 +92,7 @@ COMMANDS = {
 }
 
 
+STORES = ("store", "lessened", "keyless")
 CHANGES = ("append", "remove")  # what a store itself has
 
 
@@ -117,7 +126,7 @@ def test_killed(
     while True:
         anew()
         ended = Child(command.work(here, model_folder), here, at).ended()
-        for store in ("store", "lessened"):
+        for store in STORES:
             store_is_whole(here / store)
         if ended.status != -9:
             finished(ended)
@@ -135,7 +144,7 @@ def test_killed(
         assert now == expected, f"killed at {at}: {difference(now, expected)}"
         if name not in CHANGES:
             assert {path: (here / "store" / path).read_bytes() for path in own} == own
-        for store in ("store", "lessened"):
+        for store in STORES:
             store_is_whole(here / store)
         at += STEP * command.step or 6 + at
         assert at < MOST_CHANGES
