@@ -16,7 +16,6 @@ from lm_eval.api.instance import Instance
 
 from knn_lm_eval import KNNHF, Datastore, UserError, retrieval_augmented
 from knn_lm_eval.lm.loading import CausalHFLM
-from knn_lm_eval.make.clustering import cluster_greedy_merge, cluster_kmeans
 from knn_lm_eval.make.growing import grow_datastore
 from knn_lm_eval.make.projecting import project_datastore
 from knn_lm_eval.make.pruning import prune_confidence, prune_greedy_merge, prune_random
@@ -133,8 +132,6 @@ REFUSED: dict[str, Callable[[Datastore, Path], Any]] = {
         "none", datastore=store.path, index="bits", retomaton=True
     ),
     "building an index": lambda store, out: build_index(store, "Flat", name="more"),
-    "clustering": lambda store, out: cluster_kmeans(store, "more", num_clusters=9),
-    "merging": lambda store, out: cluster_greedy_merge(store, "more"),
     "pruning": lambda store, out: prune_random(store, out, 0.5),
     "pruning by confidence": lambda store, out: prune_confidence(store, out, lambda: pytest.fail("loaded"), keep=0.5),
     "pruning by merging": lambda store, out: prune_greedy_merge(store, out),

@@ -117,7 +117,7 @@ def opened(store: Datastore, **settings: object) -> ExactRetriever | LocalRetrie
 
 
 def test_without_a_gpu_the_cpu_searches_and_says_so(store: Datastore, caplog: pytest.LogCaptureFixture) -> None:
-    with pytest.MonkeyPatch.context() as patch, caplog.at_level(logging.INFO):
+    with pytest.MonkeyPatch.context() as patch, caplog.at_level(logging.INFO, "knn_lm_eval"):
         patch.setattr(gpu_choice.torch.cuda, "is_available", lambda: False)
         patch.setattr(gpu_choice, "faiss_gpus", lambda: 0)
         with_index, without = opened(store), opened(store, index="exact")
