@@ -9,7 +9,7 @@ import dataclasses
 import math
 import os
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from knn_lm_eval.methods.adaptive import Weight, read_weight
 from knn_lm_eval.methods.automaton import AutomatonSettings
 from knn_lm_eval.model.params import Params
 from knn_lm_eval.store.index_files import DEFAULT_INDEX
+from knn_lm_eval.store.joined import BETWEEN
 
 
 class Range(NamedTuple):
@@ -86,11 +87,31 @@ class RetrievalSettings:
     A number that is out of range, and a word that is unknown, raise UserError.
     """
 
-    datastore: str | os.PathLike | None = setting(
+    datastore: str | os.PathLike | Sequence[str | os.PathLike] | None = setting(
         None,
-        "where keys, values and index are; from an address it is fetched first",
-        may_be="a folder, https://... or hf://datasets/...",
+        "where keys, values and index are; from an address it is fetched first. Several, of one LM, are searched "
+        "together: `stores/law+stores/wiki`, or a list",
+        may_be="a folder, https://... or hf://datasets/..., or several",
         shown_default="the environment variable KNN_LM_EVAL_DATASTORE",
+    )
+    datastore_weights: str | float | Sequence[float] | None = setting(
+        None,
+        "of several datastores, how much each one's entries weigh: as if it held each so often",
+        may_be="a number above 0 for each, such as 2+0.5, or a list",
+        shown_default="1 for each",
+    )
+    sources: str | Sequence[str] | None = setting(
+        None,
+        "the parts of the datastores that count: a store by its folder's name, or, as `STORE:TEXT`, one of the texts "
+        "that were dumped or appended to it, by its file's name",
+        may_be="names with + between them, or a list",
+        shown_default="all",
+    )
+    exclude: str | Sequence[str] | None = setting(
+        None,
+        "the parts that do not count, named likewise",
+        may_be="names with + between them, or a list",
+        shown_default="none",
     )
     params: str | os.PathLike | bool | None = setting(
         None,
@@ -243,6 +264,11 @@ class RetrievalSettings:
     )
 
     def __post_init__(self) -> None:
+        for name in ("sources", "exclude"):
+            if (parts := getattr(self, name)) is not None:
+                object.__setattr__(self, name, tuple(map(str, _listed(parts))))
+        if self.datastore_weights is not None:
+            object.__setattr__(self, "datastore_weights", _read_weights(self.datastore_weights))
         for field in dataclasses.fields(self):
             value, allowed = getattr(self, field.name), field.metadata["of"]
             if value is None:
@@ -323,6 +349,27 @@ DEFAULTS: dict[str, Any] = {
     for field in dataclasses.fields(RetrievalSettings)
     if field.metadata["in_force"] is not None
 }
+
+
+def _listed(value: Any) -> list[Any]:
+    """A list that was given as one, or as a text with ``BETWEEN`` between its parts."""
+    if isinstance(value, (list, tuple)):
+        return list(value)
+    return value.split(BETWEEN) if isinstance(value, str) else [value]
+
+
+def _read_weights(value: Any) -> tuple[float, ...]:
+    """The weights of several stores; raises UserError."""
+    try:
+        weights = tuple(float(weight) for weight in _listed(value))
+    except (TypeError, ValueError):
+        weights = ()
+    if not weights or not all(0 < weight < math.inf for weight in weights):
+        raise UserError(
+            f"datastore_weights={value} should be a number above 0 for each datastore, such as 2{BETWEEN}0.5; exclude "
+            f"leaves a store out."
+        )
+    return weights
 
 
 def settings_table() -> str:
