@@ -10,42 +10,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.stores import change_json, part_of, without_keys
+from helpers.stores import change_json, without_keys
 from helpers.tiny_model import EVAL_TEXT, TRAIN_TEXT
 from lm_eval.api.instance import Instance
 
 from knn_lm_eval import KNNHF, Datastore
 from knn_lm_eval.errors import UserError
-from knn_lm_eval.make.clustering import cluster_kmeans
 from knn_lm_eval.make.removing import remove_documents
 from knn_lm_eval.model.opening import open_augmentation
 from knn_lm_eval.model.settings import RetrievalSettings
-from knn_lm_eval.search.indexing import build_index
 from knn_lm_eval.store.clusters import Clusters
 from knn_lm_eval.store.joined import JoinedClusters, JoinedStore
 from knn_lm_eval.store.manifest import Manifest, file_record
 
 TEXT = EVAL_TEXT[:300] + TRAIN_TEXT[300:500]
 HOW = {"k": 40, "lmbda": 0.4, "knn_temp": 2.0, "batch_size": 2}
-
-
-@pytest.fixture(scope="module")
-def whole(store: Datastore, tmp_path_factory: pytest.TempPathFactory) -> Datastore:
-    """All documents, without an index."""
-    folder = tmp_path_factory.mktemp("several") / "whole"
-    return part_of(store, folder, 0, len(store.document_starts))
-
-
-@pytest.fixture(scope="module")
-def halves(store: Datastore, whole: Datastore) -> list[Datastore]:
-    """The same documents in two stores, ``law`` and ``wiki``, each with an exact index and clusters."""
-    folder, documents = whole.path.parent, len(store.document_starts)
-    middle = documents // 3
-    parts = [part_of(store, folder / "law", 0, middle), part_of(store, folder / "wiki", middle, documents)]
-    for part in parts:
-        build_index(part, "Flat")
-        cluster_kmeans(part, num_clusters=60, sample=1000)
-    return [Datastore.open(part.path) for part in parts]
 
 
 def joined(parts: list[Datastore]) -> str:
