@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers.stores import make_store, without_keys
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from knn_lm_eval.errors import UserError
@@ -25,6 +25,7 @@ from knn_lm_eval.store.joined import JoinedStore
 DISTANCES = st.sampled_from([-2.0, -0.0, 0.0, 0.5, 1.0, 3.0, np.inf])
 
 
+@settings(deadline=None)  # what is compiled takes its time
 @given(st.lists(st.lists(DISTANCES, min_size=1, max_size=5), min_size=1, max_size=4), st.booleans(), st.data())
 def test_merging_is_sorting_by_distance_then_store_then_slot(
     runs: list[list[float]], ascending: bool, data: st.DataObject
