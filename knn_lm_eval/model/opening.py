@@ -118,6 +118,8 @@ def open_augmentation(given: RetrievalSettings) -> Augmentation:
     settings, weight = in_force.settings, in_force.weight
     _warn_of_untuned_defaults(given, in_force, tuned)
     key_type = _check_key_type(settings, store)
+    if settings.retomaton:
+        _check_walks_over_several(settings, stores)
     retriever = _open_retriever(settings, stores)
     automaton = clusters = None
     if settings.retomaton:
@@ -133,7 +135,6 @@ def open_augmentation(given: RetrievalSettings) -> Augmentation:
             )
         if settings.carry_state and weight.constant is None:
             raise UserError("carry_state=True needs a number for lmbda, not an adaptive one: give lmbda=...")
-        _check_walks_over_several(settings, stores)
         clusters = None if settings.clusters is None else open_clusters(store, str(settings.clusters))
         if not settings.no_pointer and weight.constant != 0:
             automaton, retriever = open_automaton(retriever, settings.automaton(), clusters)

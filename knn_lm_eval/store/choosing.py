@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 DATASTORE_VARIABLE = "KNN_LM_EVAL_DATASTORE"
 OF_STORE = ":"  # before a text's name
+UNNAMED = "unnamed"
 
 # A folder or an address; several in a list, or joined by ``BETWEEN``.
 Given = str | os.PathLike | Sequence[str | os.PathLike] | None
@@ -131,8 +132,8 @@ def sources_of(manifest: Manifest) -> list[Source]:
 
 
 def _source_name(source: dict) -> str:
-    """A file's name, or a data set's."""
-    return Path(str(source["text"])).name if "text" in source else str(source.get("dataset", ""))
+    """A file's name, or a data set's; what Python handed over has none."""
+    return Path(str(source["text"])).name if "text" in source else str(source.get("dataset", UNNAMED))
 
 
 def _documents_that_count(
