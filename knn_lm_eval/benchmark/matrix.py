@@ -5,6 +5,7 @@
       gpt2: {pretrained: gpt2, max_length: 1024}
     datastores:
       law: stores/gpt2-law                  # or {path: ..., models: [gpt2], index: ...}
+      both: {path: [stores/gpt2-law, stores/gpt2-wiki]}
     methods:
       base: {model: hf}
       knn: {k: 1024, lmbda: 0.25}
@@ -33,6 +34,7 @@ from lm_eval.models.huggingface import HFLM
 from knn_lm_eval.errors import UserError, printable, shortened
 from knn_lm_eval.model.params import STORE_DEFAULT
 from knn_lm_eval.model.settings import RetrievalSettings
+from knn_lm_eval.store.choosing import list_stores
 from knn_lm_eval.store.fetching import cache_folder, is_address
 from knn_lm_eval.store.index_files import EXACT, IndexFiles, searched_index
 from knn_lm_eval.store.manifest import Manifest
@@ -60,7 +62,7 @@ class _Top(TypedDict, total=False):
 
 
 class _Store(TypedDict, total=False):
-    path: str | int  # a folder may be called 2024
+    path: str | int | list[str | int]  # a folder may be called 2024; several are searched together
     models: str | list[str] | None
 
 
@@ -117,10 +119,10 @@ class Cell:
                 inside = sorted(path for path in Path(folder).iterdir() if path.is_file())
                 contents[name] = {path.name: contents_of(path).sha256 for path in inside}
         if "datastore" in self.args:
-            given = str(self.args["datastore"])
-            folder = cache_folder(given) if is_address(given) else Path(given)
             try:
-                contents |= self._contents_of_store(folder)
+                folders = self.store_folders()
+                of_stores = [self._contents_of_store(folder, len(folders) == 1) for folder in folders]
+                contents |= of_stores[0] if len(of_stores) == 1 else {"stores": of_stores}
             except (UserError, OSError, KeyError, ValueError, NotImplementedError):  # the last of odd names of clusters
                 contents["keys"] = None  # to be reported when the cell is run
         return {
@@ -131,8 +133,14 @@ class Cell:
             "contents": contents,
         }
 
-    def _contents_of_store(self, folder: Path) -> dict[str, Any]:
-        """The checksums of the store's files, and of those of its index, clusters and default params that count."""
+    def store_folders(self) -> list[Path]:
+        """Where the datastores are, or will be once they are fetched; raises UserError where none is named."""
+        paths = list_stores(self.args["datastore"])
+        return [cache_folder(path) if is_address(path) else Path(path) for path in paths]
+
+    def _contents_of_store(self, folder: Path, alone: bool) -> dict[str, Any]:
+        """The checksums of the store's files, and of those of its index, clusters and default params that count, as
+        they do where it is ``alone``."""
         manifest = Manifest.read(folder)
         name = searched_index(folder, manifest.derived, self.args.get("index"))
         index = IndexFiles(folder, name or EXACT)
@@ -146,7 +154,7 @@ class Cell:
                 said: manifest.derived[said]["sha256"] if said in manifest.derived else contents_of(path).sha256
                 for path, said in of_paths.items()
             }
-        if (default := folder / STORE_DEFAULT).is_file():
+        if alone and (default := folder / STORE_DEFAULT).is_file():
             found["default"] = contents_of(default).sha256
         return found
 
@@ -284,11 +292,14 @@ def _check(
 
 def _store_args(store: dict[str, Any]) -> dict[str, Any]:
     args = {key: value for key, value in store.items() if key not in ("path", "models")}
-    return args | {"datastore": str(store["path"])}
+    several = isinstance(store["path"], list)
+    return args | {"datastore": [str(path) for path in store["path"]] if several else str(store["path"])}
 
 
 def _filled(value: Any, model: str, datastore: str | None) -> Any:
     """A setting with the cell's names in the places of ``{model}`` and ``{datastore}``."""
+    if isinstance(value, list):
+        return [_filled(part, model, datastore) for part in value]
     if not isinstance(value, str):
         return value
     return value.replace("{model}", model).replace("{datastore}", datastore or "")

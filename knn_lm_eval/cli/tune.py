@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import math
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from knn_lm_eval.cli.arguments import (
@@ -62,6 +63,8 @@ def main(arguments: argparse.Namespace) -> None:
     check_outputs(arguments.output)
     axes = {name: axis for name in AXES if (axis := getattr(arguments, name)) is not None}
     model_args = read_model_args(arguments)
+    if arguments.save_default:
+        check_one_store(model_args)
 
     from knn_lm_eval.system.files import held_output
 
@@ -83,11 +86,22 @@ def main(arguments: argparse.Namespace) -> None:
     print_results(found)
     print(f"Wrote {arguments.output}: use it with params={arguments.output} in --model_args.")
     if arguments.save_default:
-        print(f"The datastore {found.datastore.path} has it as its default.")
+        print(f"The datastore {found.datastore.label} has it as its default.")
     if edges := found.edges():
         logging.warning(
             "The best setting lies on the grid's edge, and a better one may lie beyond: widen %s.",
             ", ".join(f"--{name} ({value:g})" for name, value in edges.items()),
+        )
+
+
+def check_one_store(model_args: dict[str, Any]) -> None:
+    """Raise UserError where there are several datastores, none of which can keep what is tuned for all."""
+    from knn_lm_eval.store.choosing import list_stores
+
+    if len(paths := list_stores(model_args.get("datastore"))) > 1:
+        raise UserError(
+            f"--save_default keeps the result in the datastore, and there are {len(paths)}: leave it out, and give "
+            f"params=FILE where they are used together."
         )
 
 
@@ -108,7 +122,7 @@ def write(found: Tuning, arguments: argparse.Namespace) -> None:
         found.write_grid(arguments.output.with_suffix(".csv"))
         draw_grid(arguments.output, arguments.tasks, perplexities, axes, found.best.place)
     if arguments.save_default:
-        default = found.datastore.path / STORE_DEFAULT
+        default = Path(found.datastore.label) / STORE_DEFAULT
         with disk_errors_in(default.parent), locked(default.with_name(f".{default.name}.lock"), str(default)):
             found.params.write(default)
 

@@ -36,7 +36,7 @@ try:
         from knn_lm_eval.model.search_cost import tell_costly_search
         from knn_lm_eval.model.settings import RetrievalSettings
         from knn_lm_eval.search.retriever import Retriever
-        from knn_lm_eval.store.clusters import Clusters
+        from knn_lm_eval.store.joined import open_clusters
 except MissingPackage:
     report_user_errors()  # lm-eval's command line imports this first of all of ours
     raise
@@ -73,7 +73,7 @@ class KNNHF(ScoringLM):
             lm_arguments = recorded_arguments(store.manifest.model) | lm_arguments
             pretrained = lm_arguments.pop("pretrained")
             if pretrained is None:
-                raise UserError(f"The datastore {store.path} does not know its model; give pretrained=MODEL.")
+                raise UserError(f"The datastore {store.label} does not know its model; give pretrained=MODEL.")
         # gguf_file, subfolder, quantisation and the like: what a cache of results must not mix up.
         self._loading = {
             name: str(value)
@@ -122,7 +122,7 @@ class KNNHF(ScoringLM):
         store = self.retriever.datastore
         logger.info(
             "knn-hf with the datastore %s (%s entries): %s",
-            store.path,
+            store.label,
             f"{len(store):,}",
             ", ".join(f"{name}={value} ({sources.get(name, 'store')})" for name, value in shown.items()),
         )
@@ -162,7 +162,7 @@ class KNNHF(ScoringLM):
             "prefix_token_id": self.prefix_token_id,
             "files": store.manifest.files,
             **self.retriever.identity(),
-            "clusters_files": None if clusters is None else Clusters.open(store, str(clusters)).checksums(),
+            "clusters_files": None if clusters is None else open_clusters(store, str(clusters)).checksums(),
             "loading": self._loading,
         }
 
@@ -195,7 +195,7 @@ class KNNHF(ScoringLM):
                 **self.settings,
                 "setting_sources": self.augmentation.sources,
                 "lm_arguments": self._loading,
-                **describe_store(self.retriever),
+                **describe_store(self.retriever, counts),
                 "processes": self.world_size,
                 **{name: counts[name] for name in REPORTED_COUNTS},
                 "seconds": rounded(seconds),

@@ -8,13 +8,14 @@ from __future__ import annotations
 import dataclasses
 import os
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.methods.adaptive import Weight, read_weight
 from knn_lm_eval.methods.automaton import AutomatonSettings
+from knn_lm_eval.model.arguments import Range, listed, read_store_weights, setting
 from knn_lm_eval.model.params import Params
 from knn_lm_eval.model.setting_fields import Range, range_in_words, setting
 from knn_lm_eval.store.index_files import DEFAULT_INDEX
@@ -29,11 +30,31 @@ class RetrievalSettings:
     A number that is out of range, and a word that is unknown, raise UserError.
     """
 
-    datastore: str | os.PathLike | None = setting(
+    datastore: str | os.PathLike | Sequence[str | os.PathLike] | None = setting(
         None,
-        "where keys, values and index are; from an address it is fetched first",
-        may_be="a folder, https://... or hf://datasets/...",
+        "where keys, values and index are; from an address it is fetched first. Several, of one LM, are searched "
+        "together: `stores/law+stores/wiki`, or a list",
+        may_be="a folder, https://... or hf://datasets/..., or several",
         shown_default="the environment variable KNN_LM_EVAL_DATASTORE",
+    )
+    datastore_weights: str | float | Sequence[float] | None = setting(
+        None,
+        "of several datastores, how much each one's entries weigh: as if it held each so often",
+        may_be="a number above 0 for each, such as 2+0.5, or a list",
+        shown_default="1 for each",
+    )
+    sources: str | Sequence[str] | None = setting(
+        None,
+        "the parts of the datastores that count: a store by its folder's name, or, as `STORE:TEXT`, one of the texts "
+        "that were dumped or appended to it, by its file's name",
+        may_be="names with + between them, or a list",
+        shown_default="all",
+    )
+    exclude: str | Sequence[str] | None = setting(
+        None,
+        "the parts that do not count, named likewise",
+        may_be="names with + between them, or a list",
+        shown_default="none",
     )
     params: str | os.PathLike | bool | None = setting(
         None,
@@ -186,6 +207,11 @@ class RetrievalSettings:
     )
 
     def __post_init__(self) -> None:
+        for name in ("sources", "exclude"):
+            if (parts := getattr(self, name)) is not None:
+                object.__setattr__(self, name, tuple(map(str, listed(parts))))
+        if self.datastore_weights is not None:
+            object.__setattr__(self, "datastore_weights", read_store_weights(self.datastore_weights))
         for field in dataclasses.fields(self):
             value, allowed = getattr(self, field.name), field.metadata["of"]
             if value is None:

@@ -29,7 +29,7 @@ from knn_lm_eval.model.scores import Score
 from knn_lm_eval.model.scoring import NEIGHBOURS_PER_BLOCK, PassageScorer
 from knn_lm_eval.model.settings import DEFAULTS
 from knn_lm_eval.search.retriever import Retriever
-from knn_lm_eval.store.clusters import Clusters
+from knn_lm_eval.store.joined import open_clusters
 from knn_lm_eval.study.fitting import SAMPLE_TOKENS, Sample
 from knn_lm_eval.study.grid import Grid, Surface
 from knn_lm_eval.study.run import scores_of_readings
@@ -115,7 +115,7 @@ class Walks:
 
     def __init__(self, retriever: Retriever, settings: dict[str, Any], grid: Grid) -> None:
         name = settings["clusters"]
-        clusters = None if name is None else Clusters.open(retriever.datastore, str(name))
+        clusters = None if name is None else open_clusters(retriever.datastore, str(name))
         automaton, retriever = open_automaton(retriever, AutomatonSettings(), clusters)
         searched = grid.k[-1:] if retriever.first_of_more_are_fewer else grid.k
         self._retrievers = {k: _with_k(retriever, k) for k in searched}
@@ -274,6 +274,6 @@ def _with_k(retriever: Retriever, k: int) -> Retriever:
 def _with_probe(retriever: Retriever, probe: int | None) -> Retriever:
     if probe is None:
         return retriever
-    if retriever.probe is None:
+    if not retriever.has_lists:
         raise UserError(f"--probe is for indexes with inverted lists, and {retriever.name!r} has none; leave it out.")
     return retriever.with_settings(probe=probe)

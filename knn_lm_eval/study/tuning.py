@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.model.knn_hf import KNNHF
 from knn_lm_eval.model.params import CONDITIONS, Params, tuned_contents
-from knn_lm_eval.store.clusters import Clusters
-from knn_lm_eval.store.datastore import Datastore
-from knn_lm_eval.store.fetching import find_datastore
+from knn_lm_eval.model.settings import RetrievalSettings
+from knn_lm_eval.model.stores import open_stores
+from knn_lm_eval.store.joined import Store, open_clusters
 from knn_lm_eval.study.fitting import AdaptiveFit, fit_adaptive
 from knn_lm_eval.study.grid import KNN_TEMPS, LMBDAS, Axis, Best, Surface, find_best, make_grid, on_edges
 from knn_lm_eval.study.grid_scorer import GridScorer
@@ -48,7 +48,7 @@ class Tuning:
     base_log_prob: float
     tokens: int
     seconds: dict[str, float]
-    datastore: Datastore
+    datastore: Store
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """All settings of the grid and their perplexities."""
@@ -132,7 +132,7 @@ def tune(
     if limit is not None and not limit > 0:
         raise UserError(f"--limit {limit:g} must be above 0.")
     axes = {"k": k, "probe": probe, "min_knns": min_knns, "max_knns": max_knns}
-    entries = len(find_datastore(model_args.get("datastore"), model_args.get("verify", "auto")))
+    entries = open_stores(RetrievalSettings.take_from(model_args)[0]).store.kept
     grid = make_grid(entries, retomaton, knn_temp=knn_temp, lmbda=lmbda, **axes)
     manager = find_tasks(model_args, metadata)
     loaded_tasks = load_tasks(tasks, manager, allow_test)
@@ -199,10 +199,10 @@ def _check_saved_searches(saved_searches: float, retomaton: bool, adaptive: str)
 def _make_params(
     lm: KNNHF, scorer: GridScorer, best: Best, fit: AdaptiveFit | None, tuned_for: dict[str, Any]
 ) -> Params:
-    store = lm.retriever.datastore
+    store, searched = lm.augmentation.given, lm.retriever.datastore
     settings = {name: value for name, value in best.settings.items() if value is not None}
     named = lm.settings.get("clusters")
-    clusters = None if named is None else Clusters.open(store, str(named))
+    clusters = None if named is None else open_clusters(searched, str(named))
     result = {"token_perplexity": perplexity(best.log_prob, scorer.tokens_scored)}
     if fit is not None:
         settings |= {"lmbda": fit.lmbda.plain(), "knn_temp": fit.knn_temp}
@@ -214,7 +214,7 @@ def _make_params(
     return Params(
         settings,
         {
-            "datastore": store.path.name,
+            "datastore": store.name,
             "keys_sha256": store.keys_checksum,
             "model": store.manifest.model["pretrained"],
             "conditions": {name: lm.settings[name] for name in CONDITIONS if name in lm.settings},
