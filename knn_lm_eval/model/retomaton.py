@@ -13,7 +13,8 @@ from knn_lm_eval.methods.automaton import Automaton, Walk, padded_neighbours
 from knn_lm_eval.methods.mixture import Mixture, mix
 from knn_lm_eval.model.scores import Score, sum_up
 from knn_lm_eval.model.scoring import MixedPairs, Neighbours, PassageScorer
-from knn_lm_eval.model.token_figures import HEAVIEST, TokenFigures, lm_scores
+from knn_lm_eval.model.token_figures import TokenFigures, lm_scores
+from knn_lm_eval.report.record_files import HEAVIEST
 
 # Memory for queries and hidden states that wait for the walk, and for neighbours kept where is_greedy is asked.
 WAITING_BYTES = 2**27

@@ -16,7 +16,8 @@ from torch import Tensor
 from knn_lm_eval.lm.reading import PairsByRow, Passage, Reader, Reading
 from knn_lm_eval.methods.mixture import Mixture, WeighedNeighbours, greedy_tokens, knn_log_prob, mix, take_rows
 from knn_lm_eval.model.scores import Score, sum_up
-from knn_lm_eval.model.token_figures import NO_ENTRY, TokenFigures, lm_scores
+from knn_lm_eval.model.token_figures import TokenFigures, lm_scores
+from knn_lm_eval.report.record_files import NOT_KNOWN
 from knn_lm_eval.search.retriever import Retriever
 from knn_lm_eval.system.timing import StageTimer
 
@@ -335,5 +336,5 @@ def _find_some(wanted: Tensor, start: int, find: FindNeighbours) -> Neighbours:
         spread(found.distances, math.inf),
         spread(found.values, 0),
         None if found.counts is None else spread(found.counts, 1),
-        None if found.entries is None else spread(found.entries, NO_ENTRY),
+        None if found.entries is None else spread(found.entries, NOT_KNOWN),
     )

@@ -235,6 +235,13 @@ class RetrievalSettings:
         "for lmbda",
     )
 
+    records: str | os.PathLike | None = setting(
+        None,
+        "each scored token leaves a record there, for `analyse`: probabilities, entropy, rank, heaviest neighbours; a "
+        "folder for each setting",
+        may_be="a folder",
+        shown_default="none are kept",
+    )
     verify: str = setting(
         "auto",
         "whether files of store, index and clusters are read for their checksums when they are opened: `auto` reads "

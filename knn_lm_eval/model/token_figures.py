@@ -12,9 +12,7 @@ from torch import Tensor
 from knn_lm_eval.lm.reading import PairsByRow, Reader, Reading
 from knn_lm_eval.methods.distributions import entropies, ranks
 from knn_lm_eval.methods.mixture import WeighedNeighbours
-
-HEAVIEST = 3  # neighbours that are told of
-NO_ENTRY = -1
+from knn_lm_eval.report.record_files import HEAVIEST, NOT_KNOWN
 
 
 class TokenFigures(NamedTuple):
@@ -56,7 +54,7 @@ class TokenFigures(NamedTuple):
             nearest=torch.full((count,), math.inf, device=device),
             lmbda=torch.zeros(count, device=device),
             searched=torch.zeros(count, dtype=torch.bool, device=device),
-            entries=torch.full((count, HEAVIEST), NO_ENTRY, device=device),
+            entries=torch.full((count, HEAVIEST), NOT_KNOWN, device=device),
             weights=torch.zeros(count, HEAVIEST, device=device),
         )
 
