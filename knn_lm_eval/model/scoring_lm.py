@@ -93,7 +93,7 @@ class ScoringLM(CausalHFLM):
             for request in requests
         ]
         results = [RollingLoglikelihood(0.0, 0, None)] * len(requests)
-        with self._recording("loglikelihood_rolling", requests, windows, [0] * len(windows)) as records:
+        with self.recording("loglikelihood_rolling", requests, windows, [0] * len(windows)) as records:
             for number, of_windows in self._score_in_windows(windows, False, disable_tqdm, records=records):
                 searches = [score.searches for score in of_windows.values() if score.searches is not None]
                 tokens = [len(continuation) for _, continuation in windows[number]]
@@ -114,7 +114,7 @@ class ScoringLM(CausalHFLM):
         finally:
             self._asked = None
 
-    def _recording(
+    def recording(
         self,
         kind: str,
         requests: Sequence[Instance] | None,
@@ -138,7 +138,7 @@ class ScoringLM(CausalHFLM):
         windows = [self._windows(context, continuation) for _, context, continuation in requests]
         # A prefix token that stands for an empty context is none of the text's own.
         starts = [0 if context == [self.prefix_token_id] else len(context) for _, context, _ in requests]
-        with self._recording("loglikelihood", self._asked, windows, starts) as records:
+        with self.recording("loglikelihood", self._asked, windows, starts) as records:
             for number, of_windows in self._score_in_windows(windows, True, disable_tqdm, override_bs, records):
                 log_prob = sum(score.log_prob for score in of_windows.values())
                 results[number] = log_prob, all(score.is_greedy for score in of_windows.values())
