@@ -32,6 +32,11 @@ def printable(text: str) -> str:
     return _OBEYED.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
 
 
+def counted(count: int, one: str, several: str | None = None) -> str:
+    """A number of things for a sentence: ``1 entry`` or, with ``several`` (else an s behind it), ``2,000 entries``."""
+    return f"{count:,} {one if count == 1 else several or one + 's'}"
+
+
 def shortened(value: object, most: int = 80) -> str:
     """A value of any size for a sentence, as Python writes it but in at most ``most`` characters and no time."""
     if isinstance(value, BaseException):

@@ -12,7 +12,7 @@ import socket
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 from tqdm import tqdm
 
@@ -21,9 +21,9 @@ from knn_lm_eval.benchmark.runner import Outcome, Outcomes, finished_results, ru
 from knn_lm_eval.benchmark.spreading import passes
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.system.files import disk_errors_in
-from knn_lm_eval.system.ray_cluster import connect
+from knn_lm_eval.system.ray_cluster import Head
+from knn_lm_eval.system.ray_jobs import Needs, run_jobs
 
-RETRIES = 3  # of a task whose process or node died
 SAME_PATHS = "all nodes must see the models, datastores, texts and the output under the same paths"
 
 
@@ -43,7 +43,7 @@ def run_on_ray(
     Raises
     ------
     UserError
-        Where there is no cluster, or the output cannot be written.
+        Where there is no cluster, its head is lost or none of its nodes answers, or the output cannot be written.
     """
     outcomes = Outcomes(report)
     with disk_errors_in(matrix.output):
@@ -61,7 +61,7 @@ def run_on_ray(
     if not todo:
         return outcomes.all
     with tqdm(total=len(matrix.cells), initial=len(outcomes.all), desc="Cells", unit=" cells") as bar:
-        for part, became in _run_tasks(connect(address), todo, workers):
+        for part, became in _run_parts(Head(address), todo, workers):
             for cell, (state, error) in zip(part.cells, became, strict=True):
                 if state != "failed" and finished_results(matrix.output / cell.folder, cell.checksum()) is None:
                     state, error = "failed", UserError(f"Its results are not in {matrix.output} here: {SAME_PATHS}.")
@@ -73,49 +73,42 @@ def run_on_ray(
 Became = list[tuple[str, Exception | None]]  # each cell's state and error, in the cells' order
 
 
-def _run_tasks(ray: Any, parts: list[Matrix], workers: int | None) -> Iterator[tuple[Matrix, Became]]:
+def _run_parts(head: Head, parts: list[Matrix], workers: int | None) -> Iterator[tuple[Matrix, Became]]:
     """Each part and what became of its cells, as they come; no more than ``workers`` are under way at a time."""
-    needs, most = _resources(ray, workers)
-    task = ray.remote(_run_part).options(max_retries=RETRIES, scheduling_strategy="SPREAD", **needs)
-    waiting = list(reversed(parts))
-    running: dict[Any, Matrix] = {}
-    try:
-        while waiting or running:
-            while waiting and len(running) < most:
-                running[task.remote(waiting[-1], os.getcwd(), _named_paths(waiting[-1]))] = waiting[-1]
-                waiting.pop()
-            (done,), _ = ray.wait(list(running), num_returns=1)
-            part = running.pop(done)
-            try:
-                yield part, ray.get(done)
-            except ray.exceptions.RayError as error:
-                yield part, [("failed", _said(ray, error))] * len(part.cells)
-    finally:
-        for left in running:
-            ray.cancel(left)
+    needs, most = _needs(head, workers)
+    jobs = {number: (part, os.getcwd(), _named_paths(part)) for number, part in enumerate(parts)}
+    died = "so did those in its place: the same command tries it again"
+    go_on = "go on with the same command"
+    for done in run_jobs(head, _run_part, jobs, needs, then=died, go_on=go_on, at_once=most, instead=_Dead):
+        if done is not None:
+            part, became = parts[done[0]], done[1]
+            yield part, [("failed", became.error)] * len(part.cells) if isinstance(became, _Dead) else became
 
 
-def _resources(ray: Any, workers: int | None) -> tuple[dict[str, float], int]:
-    """What a task takes of the cluster, and how many may be under way."""
-    resources = ray.cluster_resources()
-    if gpus := int(resources.get("GPU", 0)):
-        return {"num_cpus": 1, "num_gpus": 1}, workers or gpus
-    of_nodes = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
-    least = min((cpus for cpus in of_nodes if cpus), default=1)
-    workers = workers or max(1, sum(cpus > 0 for cpus in of_nodes))
-    return {"num_cpus": max(1, min(least, sum(of_nodes) // workers))}, workers
+class _Dead(NamedTuple):
+    """What becomes of a part whose task died again and again."""
+
+    error: UserError
 
 
-def _said(ray: Any, error: Exception) -> Exception:
-    """The error of a task in which no cell's own error was told."""
-    if isinstance(error, ray.exceptions.RayTaskError):
-        return error.cause if isinstance(error.cause, UserError) else error
-    first_line = str(error).strip().splitlines()[0]
-    return UserError(f"A Ray task died ({first_line}); so did those in its place: the same command tries it again.")
+def _needs(head: Head, workers: int | None) -> tuple[Needs, int]:
+    """What a task takes of its node, and how many may be under way."""
+    if gpus := int(sum(node.resources.get("GPU", 0) for node in head.nodes)):
+        return Needs(gpus=1), workers or gpus
+    of_nodes = [int(node.resources["CPU"]) for node in head.workers]
+    workers = workers or max(1, len(of_nodes))
+    return Needs(num_cpus=max(1, min(min(of_nodes, default=1), sum(of_nodes) // workers))), workers
 
 
 def _run_part(matrix: Matrix, folder: str, named: list[str]) -> Became:
     """What a task does: the cells of a part of the matrix, run in the folder that its relative paths are of."""
+    try:
+        return _run_cells(matrix, folder, named)
+    except Exception as error:  # in which no cell's own was told
+        return [("failed", _portable(error))] * len(matrix.cells)
+
+
+def _run_cells(matrix: Matrix, folder: str, named: list[str]) -> Became:
     logging.getLogger("knn_lm_eval").setLevel(logging.WARNING)
     if missing := [path for path in named if not os.path.exists(path)]:
         raise UserError(f"The node {socket.gethostname()} does not see {missing[0]}: {SAME_PATHS}.")

@@ -13,6 +13,7 @@ from knn_lm_eval.cli.arguments import (
     read_model_args,
 )
 from knn_lm_eval.cli.main import WITH_RESUME, verb
+from knn_lm_eval.errors import counted
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -57,8 +58,8 @@ def main(arguments: argparse.Namespace) -> None:
     if processes.rank == 0:
         documents = len(store.document_starts) - (before.documents or 0)
         print(
-            f"{store.path}: {len(store) - before.count:,} entries of {documents:,} documents were appended; it has "
-            f"{len(store):,} of {len(store.document_starts):,}."
+            f"{store.path}: appended: {counted(len(store) - before.count, 'entry', 'entries')} of "
+            f"{counted(documents, 'document')}; it has {len(store):,} of {len(store.document_starts):,}."
         )
         for sentence in worth_training(store):
             print(sentence)

@@ -8,12 +8,13 @@ from pathlib import Path
 
 from knn_lm_eval.cli.arguments import add_datastore, add_memory, check_options
 from knn_lm_eval.cli.main import WITH_RESUME, verb
+from knn_lm_eval.errors import counted
 
 # Which arguments go with which method; the functions know the defaults.
 OPTIONS = {
     "kmeans": ("num_clusters", "sample", "iterations", "seed", "resume", "memory"),
     "greedy_merge": ("k", "index", "probe", "resume", "memory"),
-    "import": (),
+    "import": ("memory",),
 }
 
 
@@ -39,7 +40,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--probe", type=int, help="greedy_merge: inverted lists visited per search (default: the index's)"
     )
-    add_memory(parser, "kmeans, with its sample of keys, or greedy_merge, with its index,", "what it takes")
+    add_memory(
+        parser,
+        "kmeans, with its sample of keys, or greedy_merge, with its index, or members, which are read whole,",
+        "what it takes",
+    )
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted clustering")
     parser.add_argument("--overwrite", action="store_true", help="replace the clusters of that name")
     return parser.parse_args()
@@ -64,7 +69,8 @@ def main(arguments: argparse.Namespace) -> None:
     else:
         clusters = (cluster_kmeans if method == "kmeans" else cluster_greedy_merge)(datastore, **settings)
     summary = clusters.metadata["summary"]
-    print(f"{clusters.path}: {len(clusters):,} clusters of {len(clusters.members):,} entries")
+    members = counted(len(clusters.members), "entry", "entries")
+    print(f"{clusters.path}: {counted(len(clusters), 'cluster')} of {members}")
     if len(clusters.members):
         print(
             f"sizes: mean {summary['mean']:,}, median {summary['median']:,.0f}, largest {summary['max']:,}; "

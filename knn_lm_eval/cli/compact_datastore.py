@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from knn_lm_eval.cli.main import SAME_COMMAND, verb
+from knn_lm_eval.errors import counted
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -25,7 +26,8 @@ def main(arguments: argparse.Namespace) -> None:
     if removed is None:
         print(f"{store.path}: no document is removed; there is nothing to take out.")
     else:
+        gone, left = (counted(number, "entry", "entries") for number in (len(removed), len(store)))
         print(
-            f"{store.path}: {len(removed.documents):,} documents with {len(removed):,} entries are taken out; it has "
-            f"{len(store):,} entries of {len(store.document_starts):,} documents."
+            f"{store.path}: taken out: {counted(len(removed.documents), 'document')} with {gone}; it has {left} of "
+            f"{counted(len(store.document_starts), 'document')}."
         )

@@ -11,6 +11,7 @@ from knn_lm_eval.cli.arguments import (
     BATCH_SIZE,
     TEXT_ARGUMENTS,
     add_key_arguments,
+    add_memory,
     add_model_arguments,
     add_output,
     add_text_arguments,
@@ -20,7 +21,7 @@ from knn_lm_eval.cli.arguments import (
     whole_number,
 )
 from knn_lm_eval.cli.main import WITH_RESUME, verb
-from knn_lm_eval.errors import UserError
+from knn_lm_eval.errors import UserError, counted
 
 if TYPE_CHECKING:
     from knn_lm_eval.make.index_plan import IndexPlan
@@ -69,6 +70,7 @@ def parse_arguments() -> argparse.Namespace:
         "--sim_func", choices=["l2", "dot"], help="with --keys none, what near means in the index (default: l2)"
     )
     parser.add_argument("--parts", type=int, help="with --keys none, make the index in so many files (default: one)")
+    add_memory(parser, "each process of a dump with --keys none, its LM included,")
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted dump")
     parser.add_argument(
         "--ray",
@@ -107,6 +109,8 @@ def read_index_plan(arguments: argparse.Namespace) -> IndexPlan | None:
         if given:
             option = "index" if "name" in given else next(iter(given))
             raise UserError(f"--{option} is for --keys none; where keys are kept, build_index makes the index.")
+        if arguments.memory is not None:
+            raise UserError("--memory is for --keys none: a dump that keeps keys takes the LM's memory alone.")
         return None
 
     from knn_lm_eval.make.index_plan import IndexPlan
@@ -166,6 +170,7 @@ def read_lm(arguments: argparse.Namespace) -> tuple[dict[str, Any], str | None, 
         "max_tokens": arguments.max_tokens,
         "keys": arguments.keys,
         "index": read_index_plan(arguments),
+        "memory": arguments.memory,
         "projection_of": arguments.projection_of and arguments.projection_of.resolve(),
     }
     device = model_args.pop("device", None)
@@ -178,8 +183,8 @@ def read_lm(arguments: argparse.Namespace) -> tuple[dict[str, Any], str | None, 
 
 def report(store: Datastore, index: IndexPlan | None) -> None:
     made = (
-        f"{store.path}: {len(store):,} entries of {store.dimension} numbers from {len(store.document_starts):,} "
-        f"documents"
+        f"{store.path}: {counted(len(store), 'entry', 'entries')} of {store.dimension} numbers from "
+        f"{counted(len(store.document_starts), 'document')}"
     )
     if index is None:
         print(

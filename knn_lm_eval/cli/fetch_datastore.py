@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 
 from knn_lm_eval.cli.arguments import add_output
 from knn_lm_eval.cli.main import SAME_COMMAND, verb
-from knn_lm_eval.errors import UserError
+from knn_lm_eval.errors import UserError, counted
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -35,7 +35,7 @@ def main(arguments: argparse.Namespace) -> None:
             raise UserError(f"{address} is no address; give https://... or hf://datasets/...")
     if all(urlsplit(address).path.endswith(PUBLISHED_SUFFIXES) for address in addresses):
         folder = fetch_files(addresses, arguments.output)
-        print(f"{folder}: {len(addresses)} files. Next: import_datastore {folder} --output STORE")
+        print(f"{folder}: {counted(len(addresses), 'file')}. Next: import_datastore {folder} --output STORE")
         return
     if len(addresses) > 1:
         raise UserError("Several addresses should each be a file; give one datastore's folder at a time.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from knn_lm_eval.cli.arguments import add_key_arguments, add_output
+from knn_lm_eval.cli.arguments import add_key_arguments, add_memory, add_output
 from knn_lm_eval.cli.main import verb
 
 
@@ -32,6 +32,7 @@ def parse_arguments() -> argparse.Namespace:
         type=Path,
         help="a .npy file of the entries at which documents begin (default: one stream)",
     )
+    add_memory(parser, "clusters (members*.pkl), which are read whole, or the opened index")
     return parser.parse_args()
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from knn_lm_eval.cli.arguments import check_text, read_model_args
 from knn_lm_eval.cli.main import SAME_COMMAND, verb
-from knn_lm_eval.errors import UserError
+from knn_lm_eval.errors import UserError, counted
 
 if TYPE_CHECKING:
     import numpy as np
@@ -66,9 +66,9 @@ def documents_of_text(store: Datastore, arguments: argparse.Namespace) -> np.nda
     with tempfile.TemporaryDirectory(prefix="knn_lm_eval-") as folder:
         found = removing.documents_of_text(store, arguments.text, load_lm, Path(folder))
     if not len(found.documents):
-        raise UserError(f"The datastore {store.path} has none of the {found.wanted:,} documents of {arguments.text}.")
+        raise UserError(f"The datastore {store.path} has none of the documents of {arguments.text} ({found.wanted:,}).")
     if found.missing:
-        print(f"{found.missing:,} of the {found.wanted:,} documents of {arguments.text} are not in {store.path}.")
+        print(f"Not in {store.path}: {found.missing:,} of {counted(found.wanted, 'document')} of {arguments.text}.")
     return found.documents
 
 
@@ -84,7 +84,7 @@ def parse_ranges(text: str, count: int) -> np.ndarray:
         if first > last:
             raise UserError(f"--documents {part} is no range: it should go from a smaller number to a larger one.")
         if last >= count:
-            raise UserError(f"--documents {part} goes beyond the store's {count:,} documents, from 0 to {count - 1:,}.")
+            raise UserError(f"--documents {part} goes beyond the last document of the store, {count - 1:,}.")
         ranges.append(np.arange(first, last + 1))
     return np.concatenate(ranges)
 
@@ -93,7 +93,7 @@ def report(store: Datastore) -> None:
     removed = store.removed
     documents, entries = (0, 0) if removed is None else (len(removed.documents), len(removed))
     print(
-        f"{store.path}: {documents:,} documents are removed, with {entries:,} of {len(store):,} entries: no search "
-        f"finds them. Their text is still in the files: knn-lm-eval compact_datastore --datastore {store.path} takes "
-        f"it out."
+        f"{store.path}: removed: {counted(documents, 'document')} with {entries:,} of "
+        f"{counted(len(store), 'entry', 'entries')}, which no search finds. The text is still in the files: "
+        f"knn-lm-eval compact_datastore --datastore {store.path} takes it out."
     )

@@ -127,7 +127,7 @@ def cluster_kmeans(
     }
     unfinished = UnfinishedClusters(datastore, name, settings, overwrite, resume, memory)
     check_memory(memory, sample, needed, num_clusters)
-    with unfinished.begun():
+    with unfinished.begun(num_clusters, cluster_dtype(num_clusters)):
         training = (keys, num_clusters, sample, iterations, seed, unfinished.states)
         nearest = train_two_levels(*training).nearest if two_levels else _nearest_of_all(train_kmeans(*training))
 
@@ -189,10 +189,11 @@ def cluster_greedy_merge(
     searched = NeighbourSearch.open(datastore, k, index, probe, memory)
     settings = {"method": "greedy_merge", **searched.settings}
     unfinished = UnfinishedClusters(datastore, name, settings, overwrite, resume, memory)
-    with unfinished.begun():
+    entry = entry_dtype(len(datastore))
+    with unfinished.begun(len(datastore), entry, entry):  # absorbers, and the clusters by them
         absorber = find_absorbers(searched, unfinished.states)
         cluster_of_entry = np.lib.format.open_memmap(
-            unfinished.folder / "clusters.npy.part", "w+", entry_dtype(len(datastore)), (len(datastore),)
+            unfinished.folder / "clusters.npy.part", "w+", entry, (len(datastore),)
         )
         return unfinished.finish(cluster_of_entry, number_clusters(absorber, cluster_of_entry))
 
@@ -231,8 +232,10 @@ class UnfinishedClusters:
             raise UserError(f"The clusters {self.folder} exist already; choose another --name or give --overwrite.")
 
     @contextmanager
-    def begun(self) -> Iterator[None]:
+    def begun(self, most_clusters: int, *made_first: type[Any]) -> Iterator[None]:
         """Begin it or go on with it, and hold it: one process at a time is at work on a clustering.
+
+        ``most_clusters`` may come of it, by way of files with numbers of the dtypes ``made_first`` for each entry.
 
         Raises UserError where it was begun with other settings, another process made it, or the disk is full.
         """
@@ -241,9 +244,11 @@ class UnfinishedClusters:
             with locked(self.folder / ".lock", f"the clusters {self.folder}"):
                 self._check_place()
                 self.states.begin_or_resume(self._resume)
-                # Cluster and place in the members' list of each entry, what is made first, and where a list begins.
-                number = np.dtype(entry_dtype(len(self._datastore))).itemsize
-                check_free_space(self.folder, 4 * number * len(self._datastore), "the clusters' arrays")
+                count = len(self._datastore)
+                of_entry = sum(
+                    np.dtype(n).itemsize for n in (cluster_dtype(most_clusters), entry_dtype(count), *made_first)
+                )
+                check_free_space(self.folder, of_entry * count + 8 * (most_clusters + 1), "the clusters' arrays")
                 yield
 
     def finish(self, cluster_of_entry: np.ndarray, num_clusters: int, **made_from: Any) -> Clusters:

@@ -19,7 +19,7 @@ from knn_lm_eval.make.windows import Window, WindowSettings, batches, cut_window
 from knn_lm_eval.store.datastore import Datastore
 from knn_lm_eval.store.manifest import PROJECTION, ProjectionRecord
 from knn_lm_eval.system.files import replace_file
-from knn_lm_eval.system.sampling import draw_entries
+from knn_lm_eval.system.sampling import draw_items
 
 SEED = 0
 LEAST_SAMPLE = 2**15  # keys
@@ -113,12 +113,7 @@ def sample_of_text(
 
 
 def draw_windows(document_starts: np.ndarray, count: int, settings: WindowSettings, entries: int) -> list[Window]:
-    """Random windows of a text, about as many as have so many entries, in text order; each is as likely as another.
-
-    Goes through the text's windows twice, and keeps those that are drawn.
-    """
-    there = sum(1 for _ in cut_windows(document_starts, count, settings))
-    number = -(-entries * there // count)
-    drawn = set(draw_entries(there, number, SEED).tolist())
-    windows = enumerate(cut_windows(document_starts, count, settings))
-    return [window for place, window in windows if place in drawn]
+    """Random windows of a text, about as many as have so many entries, in text order; each is as likely as another."""
+    return draw_items(
+        lambda: cut_windows(document_starts, count, settings), lambda there: -(-entries * there // count), SEED
+    )

@@ -45,7 +45,7 @@ from knn_lm_eval.make.finished_dump import UNFINISHED_KEYS, finish_dump, train_i
 from knn_lm_eval.make.index_dump import IndexDump
 from knn_lm_eval.make.index_plan import IndexPlan
 from knn_lm_eval.make.key_file import KeyFile
-from knn_lm_eval.make.key_reading import KeyReader
+from knn_lm_eval.make.key_reading import KeyReader, ReadBefore
 from knn_lm_eval.make.text import Piece
 from knn_lm_eval.make.tokens import write_values
 from knn_lm_eval.make.windows import Window, WindowSettings, chunks, cut_windows
@@ -79,6 +79,7 @@ def dump_datastore(
     keys: int | Literal["all", "none"] = "all",
     index: IndexPlan | None = None,
     projection_of: str | Path | None = None,
+    memory: int | None = None,
     resume: bool = False,
     source: dict[str, Any] | None = None,
     model_args: dict[str, Any] | None = None,
@@ -99,6 +100,8 @@ def dump_datastore(
         ``all`` keeps the LM's hidden states as they are, ``none`` keeps none: they go into an index.
     index : that index; None is the default one.
     projection_of : a datastore of the same model whose projection is taken, instead of one of the text's own.
+    memory : bytes that each process may take for that index, with all it has; None takes half of what is available
+        beside that. The same index comes of it.
     resume : go on with an unfinished dump in ``output``.
     source, model_args : kept in the manifest.
     processes : those that share this dump and all call this function; None is this one alone.
@@ -106,8 +109,8 @@ def dump_datastore(
     Raises
     ------
     UserError
-        Where the folder is taken, the text is empty, the disk is full, ``keys`` is more than the model has, or the
-        model gives keys that float16 cannot hold.
+        Where the folder is taken, the text is empty, the disk is full, ``memory`` is too little, ``keys`` is more than
+        the model has, or the model gives keys that float16 cannot hold.
     """
     processes = processes or Processes()
     dump = processes.each_does(
@@ -123,6 +126,7 @@ def dump_datastore(
             keys=keys,
             index=index,
             projection_of=projection_of,
+            memory=memory,
             source=source,
             model_args=model_args,
         )
@@ -173,10 +177,11 @@ class Dump:
         keys: int | Literal["all", "none"] = "all",
         index: IndexPlan | None = None,
         projection_of: str | Path | None = None,
+        memory: int | None = None,
         source: dict[str, Any] | None = None,
         model_args: dict[str, Any] | None = None,
     ) -> None:
-        self.lm, self.output, self.max_tokens = lm, output, max_tokens
+        self.lm, self.output, self.max_tokens, self.memory = lm, output, max_tokens, memory
         max_length = max_length or min(lm.max_length, 1024)
         self.windows = WindowSettings(max_length, stride or max_length, batch_size)
         self.model = LanguageModel(lm.model, key_type, lm.mixed_precision_dtype, key_module)
@@ -202,8 +207,8 @@ class Dump:
             check_store_model(self.shared.manifest, self.model, lm.tokenizer, self.name)
         elif keys != "all":
             settings["keys"] = keys
-        if index is not None and keys != "none":
-            raise UserError("An index is made where keys=none; with keys, build one with build_index.")
+        if (index is not None or memory is not None) and keys != "none":
+            raise UserError("An index is made where keys=none, which memory is for; with keys, use build_index.")
         self.keeps_keys = keys != "none"
         if not self.keeps_keys:
             plan = index or IndexPlan()
@@ -234,7 +239,7 @@ class Dump:
             if not self.keeps_keys:
                 if not (output / MANIFEST).exists():
                     self.states.note(**notes | {"runs_done": notes["runs_done"] or []})
-                    IndexDump(output).prepare(shares)
+                    IndexDump(output).prepare(shares, self.memory)
                 return
             count = len(map_npy(output / VALUES, START_ANEW))
             runs = self._runs_in_place(runs_written(output), count)
@@ -322,7 +327,8 @@ class Dump:
                 disable=not show_progress,
             ) as bar:
                 if not self.keeps_keys:
-                    IndexDump(self.output).write_share(self._reader(), share, shares, bar)
+                    into = IndexDump(self.output)
+                    into.write_share(self._reader(into.sample), share, shares, bar)
                     return
                 of_text = chunks(cut_windows(starts, len(values), self.windows), self.windows)
                 todo = share_of(not_done(of_text, notes["runs_done"]), left, share, shares)
@@ -341,12 +347,12 @@ class Dump:
                     (self.output / FAILED).touch()
                 raise
 
-    def _reader(self) -> KeyReader:
+    def _reader(self, read_before: ReadBefore | None = None) -> KeyReader:
         """What reads the text, with keys as they are kept."""
         model = self.model
         if self.is_projected:
             model = model.projected(Projection(map_npy(self.output / PROJECTION, START_ANEW)))
-        return KeyReader(model, self.lm.prefix_token_id, self.windows, self.dimension, self._text()[0])
+        return KeyReader(model, self.lm.prefix_token_id, self.windows, self.dimension, self._text()[0], read_before)
 
     def _write_chunks(self, todo: Iterable[list[Window]], keys: KeyFile, noted: SavedStates, bar: tqdm) -> None:
         """Write the keys of the chunks that ``noted`` does not say are done, each at its place, until one fails."""

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.lm.fingerprint import check_model_sizes, take_fingerprint
-from knn_lm_eval.make.members import import_members
+from knn_lm_eval.make.members import check_memory, import_members
 from knn_lm_eval.make.published_files import PublishedFiles, PublishedPart, find_published, ids_are_relative
 from knn_lm_eval.search.faiss_index import METRICS, inverted_file
 from knn_lm_eval.store.datastore import Datastore
@@ -65,6 +65,7 @@ def import_datastore(
     key_type: str = "last_ffn_input",
     key_module: str | None = None,
     document_starts: str | Path | None = None,
+    memory: int | None = None,
 ) -> Datastore:
     """Make a datastore in the folder ``output`` of published files.
 
@@ -79,15 +80,19 @@ def import_datastore(
         recorded where its weights can be loaded; None records none.
     key_type, key_module : what the keys are, as for ``LanguageModel``.
     document_starts : a .npy file of the entries at which documents begin, ascending from 0; None is one stream.
+    memory : bytes that it may take, beside the model that ``pretrained`` names; None is half of what is available. Only
+        clusters, and kinds of indexes that faiss does not map, take any that grows with the entries.
 
     Raises
     ------
     UserError
-        Where the files are not a published datastore, do not fit each other or the model, or ``output`` holds
-        something already.
+        Where the files are not a published datastore, do not fit each other, the model or ``memory``, or ``output``
+        holds something already.
     """
     output = check_new_folder(output)
-    published = find_published([Path(source) for source in sources], layout, count, dimension)
+    published = find_published([Path(source) for source in sources], layout, count, dimension, memory)
+    if published.members:
+        check_memory(published.members, memory)
     model = _read_config(pretrained)
     if model and model["width"] != published.dimension:
         raise UserError(
@@ -96,7 +101,7 @@ def import_datastore(
         )
     starts = _read_starts(document_starts, published.count)
     with disk_errors_in(output), finished_folder(output) as folder:
-        _fill(folder, published, starts, model, (key_type, key_module), copy)
+        _fill(folder, published, starts, model, (key_type, key_module), copy, memory)
     return Datastore.open(output)
 
 
@@ -122,11 +127,17 @@ def _read_starts(path: str | Path | None, count: int) -> np.ndarray:
         return np.zeros(1, dtype=np.int64)
     starts = map_npy(Path(path), "give another --document_starts")
     integers = starts.ndim == 1 and len(starts) > 0 and starts.dtype.kind in "iu"
-    if not integers or starts[0] != 0 or starts[-1] >= count or (np.diff(starts.astype(np.int64)) <= 0).any():
+    if not integers or starts[0] != 0 or starts[-1] >= count or not _ascend(starts):
         raise UserError(
             f"{path} should hold the documents' first entries: integers, ascending from 0, below {count:,}."
         )
-    return starts.astype(np.int64)
+    return starts
+
+
+def _ascend(starts: np.ndarray) -> bool:
+    """Whether each is more than the one before it."""
+    runs = (starts[begin : begin + CHUNK + 1].astype(np.int64) for begin in range(0, len(starts), CHUNK))
+    return all((np.diff(run) > 0).all() for run in runs)
 
 
 def _fill(
@@ -136,11 +147,12 @@ def _fill(
     model: dict[str, Any] | None,
     key: tuple[str, str | None],
     copy: bool,
+    memory: int | None,
 ) -> None:
     """Write everything that the datastore's folder holds; the manifest comes before what is derived from it."""
     large = [path for path in (published.keys, *(part.path for part in published.index)) if path]
     copied = sum(path.stat().st_size for path in large) if copy else 0
-    check_free_space(folder, copied + 8 * published.count, "the datastore's files")
+    check_free_space(folder, copied + 8 * published.count + 8 * len(starts), "the datastore's files")
     names, largest = _write_arrays(folder, published, starts, model, copy)
     manifest = Manifest(
         count=published.count,
@@ -168,7 +180,7 @@ def _fill(
     if published.index:
         _import_index(store, published.index, copy)
     if published.members:
-        import_members(store, CLUSTERS, published.members)
+        import_members(store, CLUSTERS, published.members, memory=memory)
 
 
 def _write_arrays(
@@ -177,7 +189,10 @@ def _write_arrays(
     """Write the store's own files; returns their names, and the largest value."""
     beyond = None if model is None else (model["vocabulary"], model["pretrained"])
     largest = _convert(published.values, published.value_dtype, published.count, folder / VALUES, 0, beyond)
-    np.save(folder / DOCUMENT_STARTS, starts)
+    with open(folder / DOCUMENT_STARTS, "wb") as file:
+        write_npy_header(file, np.int64, (len(starts),))
+        for begin in range(0, len(starts), CHUNK):
+            file.write(starts[begin : begin + CHUNK].astype(np.int64).tobytes())
     names = [VALUES, DOCUMENT_STARTS]
     if published.weights:
         _convert(published.weights, np.dtype(np.int64), published.count, folder / WEIGHTS, 1, None)

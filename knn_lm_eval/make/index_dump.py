@@ -41,6 +41,7 @@ from knn_lm_eval.make.segment_keys import SegmentKeys
 from knn_lm_eval.make.windows import Window, WindowSettings, chunks, cut_windows
 from knn_lm_eval.search.choosing import estimated_bytes
 from knn_lm_eval.search.index_build import IndexBuild, Segment, write_segment
+from knn_lm_eval.search.index_memory import Allowance
 from knn_lm_eval.search.passing_keys import NearestOfRuns
 from knn_lm_eval.search.quality import EXACT_QUERIES, NOT_MEASURED, HeldOutQueries, compare_with_exact
 from knn_lm_eval.search.training import sample_size, train_index
@@ -116,14 +117,18 @@ class IndexDump:
         """Whether the index is trained, or further than that."""
         return self.build.index.exists() and self.build.states.fits()
 
-    def prepare(self, shares: int) -> None:
+    def prepare(self, shares: int, memory: int | None = None) -> None:
         """Draw the sample, divide the entries into segments, see what is there, and whether the disk has room.
 
         Parameters
         ----------
         shares : processes that are going to share the work.
+        memory : bytes that each may take, with all it has; None takes half of what is available beside that.
         """
-        notes = {"segment_entries": _segment_entries(len(self.values), shares)} | self.states.notes()
+        notes = self.states.notes()
+        noted = notes.get("segment_entries")
+        allowed = self._entries_within(memory, noted or key_stream.ADD_CHUNK)
+        notes["segment_entries"] = noted or min(allowed, _segment_entries(len(self.values), shares))
         self.states.note(**notes)
         file = self.sample.file
         if self.build.metadata() is not None:
@@ -144,8 +149,21 @@ class IndexDump:
             noted.unlink(missing_ok=True)
         if left:
             self._check_space(left, shares)
-            if not file.has_room():
-                file.make_room(anew=True)
+        if self.build.metadata() is None and not file.has_room():
+            file.make_room(anew=True)
+
+    def _entries_within(self, memory: int | None, least: int) -> int:
+        """How many entries a segment can have; raises UserError where what is still to be done takes more memory."""
+        settings = self.build.states.settings
+        return Allowance.of(memory).entries_of_dump(
+            settings["factory"],
+            self.dimension,
+            settings["sim_func"],
+            sample=0 if self.is_trained else settings["train_sample"],
+            entries=least,
+            queries=self.plan.quality_queries,
+            k=self._held_out_k,
+        )
 
     def _in_place(self, runs: list[Run], left: list[Segment]) -> list[Run]:
         """The entries of finished segments, and of ``runs`` those of the others whose keys are there."""
@@ -191,7 +209,7 @@ class IndexDump:
 
     def read_sample(self, reader: KeyReader, share: int, shares: int) -> None:
         """Read one of ``shares`` parts of the sample that was not read when ``prepare`` ended."""
-        if not self.is_trained:
+        if self.build.metadata() is None:
             noted = states_of_share(self.work / f"sampled.{share}.json")
             done = self.states.notes()["sampled"]
             self.sample.read_share(reader, share, shares, done, noted, self.output / FAILED)
@@ -243,7 +261,7 @@ class IndexDump:
 
         Parameters
         ----------
-        reader : reads the text.
+        reader : reads the text, and takes the sample's keys over.
         bar : shows how many entries are done.
         """
         notes = self.states.notes()

@@ -23,8 +23,9 @@ import faiss
 import numpy as np
 
 from knn_lm_eval.errors import UserError
-from knn_lm_eval.search.faiss_index import inverted_file, read_index
+from knn_lm_eval.search.faiss_index import bytes_held, inverted_file, read_index
 from knn_lm_eval.search.trial import try_first
+from knn_lm_eval.system.memory import allowed_bytes, size_text
 
 VALUE_DTYPES = {"knn-transformers": "int32", "knnlm-limits": "int32", "fairseq": "int64", "efficient-knnlm": "int64"}
 LAYOUTS = tuple(VALUE_DTYPES)
@@ -70,7 +71,11 @@ class PublishedFiles:
 
 
 def find_published(
-    sources: Sequence[Path], layout: str | None = None, count: int | None = None, dimension: int | None = None
+    sources: Sequence[Path],
+    layout: str | None = None,
+    count: int | None = None,
+    dimension: int | None = None,
+    memory: int | None = None,
 ) -> PublishedFiles:
     """Find out what the files of a published datastore are, and check their sizes.
 
@@ -79,11 +84,13 @@ def find_published(
     sources : a folder, or the files.
     layout : one of ``LAYOUTS``; None tells it from the names.
     count, dimension : where the names do not say them, or say them wrongly; None takes the names', then the index's.
+    memory : bytes that the opened index may take; None is half of what is available.
 
     Raises
     ------
     UserError
-        Where files are missing, ambiguous, of another size than their name says, or do not belong together.
+        Where files are missing, ambiguous, of another size than their name says, or do not belong together, or where
+        the index takes more than ``memory``.
     """
     files = _list_files(sources)
     values = _only([path for path in files if path.name.endswith("_vals.npy")], "values (*_vals.npy)", sources)
@@ -95,7 +102,7 @@ def find_published(
     )
     name = WITH_SIZE.fullmatch(stem) or WITH_MODEL_NAME.fullmatch(stem)
     said = name.groupdict() if name else {}
-    index, in_parts = _open_index(files, values, said.get("rest"))
+    index, in_parts = _open_index(files, values, said.get("rest"), allowed_bytes(memory))
     layout = layout or _tell_layout(values, said, weights is not None, in_parts)
     count, dimension = _tell_size(values, said, index, count, dimension)
     if not keys and not index:
@@ -151,15 +158,20 @@ def _find_index(files: list[Path], values: Path, rest: str | None) -> list[tuple
     return [(one[0], None, None)] if one else sorted(parts, key=lambda part: part[1:])
 
 
-def _open_index(files: list[Path], values: Path, rest: str | None) -> tuple[list[PublishedPart], bool]:
+def _open_index(files: list[Path], values: Path, rest: str | None, allowed: int) -> tuple[list[PublishedPart], bool]:
     """The index's parts, opened, and whether it is one in parts."""
     paths = _find_index(files, values, rest)
     for path, _, _ in paths:
         try_first(path)
-    index = [
-        PublishedPart(path, opened := read_index(path), start or 0, opened.ntotal if stop is None else stop)
-        for path, start, stop in paths
-    ]
+    index, held = list[PublishedPart](), 0
+    for path, start, stop in paths:
+        opened = read_index(path)
+        index.append(PublishedPart(path, opened, start or 0, opened.ntotal if stop is None else stop))
+        if (held := held + bytes_held(opened)) > allowed:
+            raise UserError(
+                f"The opened index takes {size_text(held)} of memory and more, and {size_text(allowed)} may be taken: "
+                f"give a larger --memory, or leave {path.name} out and build another with build_index."
+            )
     return index, any(start is not None for _, start, _ in paths)
 
 

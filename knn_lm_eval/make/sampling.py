@@ -21,6 +21,7 @@ from knn_lm_eval.make.key_reading import KeyReader, entries_in
 from knn_lm_eval.make.windows import Window, WindowSettings, batches, chunks, cut_windows
 from knn_lm_eval.store.key_stream import keys_of
 from knn_lm_eval.system.checkpoints import SavedStates
+from knn_lm_eval.system.sampling import draw_items
 
 PLACES = 256  # batches to read, where that is no more than the two limits that follow
 MOST_READ = 4  # times the keys that are wanted
@@ -81,8 +82,6 @@ def draw_batches(
 ) -> DrawnBatches:
     """Random batches, as a dump reads them, with about so many entries as ``keys_to_read`` says.
 
-    Goes through the text's windows twice, and keeps those that are drawn.
-
     Parameters
     ----------
     document_starts, count : the text's, as ``cut_windows`` takes them.
@@ -93,17 +92,10 @@ def draw_batches(
         for chunk in chunks(cut_windows(document_starts, count, settings), settings):
             yield from batches(chunk, settings)
 
-    there = sum(1 for _ in of_the_text())
-    number = min(there, -(-keys_to_read(count, there, wanted) * there // count))
-    drawn = np.sort(np.random.default_rng(seed).choice(there, number, replace=False, shuffle=False)).tolist()
-    upcoming = iter(drawn)
-    chosen, found = next(upcoming), []
-    for place, batch in enumerate(of_the_text()):
-        if place == chosen:
-            found.append(batch)
-            if (chosen := next(upcoming, None)) is None:
-                break
-    return DrawnBatches(found)
+    def how_many(there: int) -> int:
+        return -(-keys_to_read(count, there, wanted) * there // count)
+
+    return DrawnBatches(draw_items(of_the_text, how_many, seed))
 
 
 def keys_to_read(count: int, there: int, wanted: int) -> int:

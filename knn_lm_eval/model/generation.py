@@ -31,6 +31,7 @@ from knn_lm_eval.lm.reading import LOGITS_BYTES
 from knn_lm_eval.methods.automaton import Automaton, Walk, padded_neighbours
 from knn_lm_eval.methods.mixture import mixed_log_probs
 from knn_lm_eval.model.accounting import Work
+from knn_lm_eval.model.generation_steps import GenerationSteps
 from knn_lm_eval.model.opening import Augmentation, open_augmentation
 from knn_lm_eval.model.scoring import NEIGHBOURS_PER_BLOCK, FindNeighbours, Neighbours
 from knn_lm_eval.model.search_cost import tell_costly_search
@@ -68,42 +69,6 @@ def retrieval_augmented(
     lm = opened.language_model(model, tokenizer)
     tell_costly_search(opened, lm)
     return MixedForward(lm, opened)
-
-
-class GenerationSteps:
-    """The sequences whose next token ``forward`` predicts, as ``generate`` hands them over from step to step.
-
-    Attributes
-    ----------
-    is_prompt : whether the step at hand reads a further chunk of the prompt (``prefill_chunk_size``).
-    is_noted : whether there is a step at hand.
-    """
-
-    def __init__(self) -> None:
-        self.is_prompt, self.is_noted = False, False
-        self._waiting: Tensor | None = None
-        self._read: Tensor | None = None
-
-    def note(self, input_ids: Tensor | None, cache: Any) -> None:
-        """Note what is about to be read: whole sequences, longer than those before, or a chunk of the prompt alone.
-
-        Parameters
-        ----------
-        input_ids : int64 ``[batch, time]``; None where sequences begin with embeddings.
-        cache : of what was read so far, as transformers has it, or None.
-        """
-        self.is_prompt = False
-        if input_ids is not None and self._read is not None and hasattr(cache, "get_seq_length"):
-            read = self._read.shape[1]
-            if input_ids.shape[1] <= read == int(cache.get_seq_length()):
-                input_ids, self.is_prompt = torch.cat([self._read, input_ids], dim=1), True
-        self._waiting = self._read = input_ids
-        self.is_noted = True
-
-    def take(self) -> Tensor | None:
-        """The sequences of the step at hand, int64 ``[batch, time]``, once; None where there are none."""
-        waiting, self._waiting, self.is_noted = self._waiting, None, False
-        return waiting
 
 
 class MixedForward:

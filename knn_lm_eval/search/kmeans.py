@@ -118,7 +118,9 @@ def check_memory(memory: int | None, sample: int, needed: MemoryNeeded, num_clus
     )
 
 
-def two_level_kmeans(vectors: np.ndarray, count: int, seed: int, spherical: bool = False) -> np.ndarray:
+def two_level_kmeans(
+    vectors: np.ndarray, count: int, seed: int, spherical: bool = False, niter: int = 25
+) -> np.ndarray:
     """About sqrt(count) clusters of the vectors, each cut into a number of clusters that its size earns it.
 
     (faiss.contrib.clustering has the like, but stops where a cluster is too small to be cut.)
@@ -128,12 +130,13 @@ def two_level_kmeans(vectors: np.ndarray, count: int, seed: int, spherical: bool
     vectors : float32 ``[n, dimension]``, at least ``count`` of them. Beside them it takes their copies for the first
         level's sample (``FIRST_LEVEL_SAMPLE`` a cluster) and for one cluster, twice the centroids, and some 40 bytes
         a vector.
+    niter : iterations of each k-means.
 
     Returns
     -------
     float32 ``[count, dimension]``, the centroids.
     """
-    settings = {"seed": seed, "spherical": spherical, "min_points_per_centroid": 1}
+    settings = {"seed": seed, "spherical": spherical, "niter": niter, "min_points_per_centroid": 1}
     coarse = faiss.Kmeans(
         vectors.shape[1], round(math.sqrt(count)), max_points_per_centroid=FIRST_LEVEL_SAMPLE, **settings
     )
@@ -145,7 +148,7 @@ def two_level_kmeans(vectors: np.ndarray, count: int, seed: int, spherical: bool
     centroids = []
     for number in tqdm(np.flatnonzero(shares), desc="K-means within clusters", unit=" clusters"):
         members = vectors[order[ends[number] - sizes[number] : ends[number]]]
-        centroids.append(centroids_within(members, int(shares[number]), seed, spherical=spherical))
+        centroids.append(centroids_within(members, int(shares[number]), seed, spherical=spherical, niter=niter))
     return np.concatenate(centroids)
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from knn_lm_eval.methods.mixture import knn_log_probs, mix
+from knn_lm_eval.methods.mixture import mix
 from knn_lm_eval.store.datastore import Datastore
 
 logger = logging.getLogger(__name__)
@@ -26,8 +26,9 @@ ONE_SIDED_95 = 1.645  # standard errors
 SMOOTHING = 0.5  # added to each token's count
 PRIOR = 5.0  # how many times a predecessor counts as seen with tokens by their frequency
 VALUES_AT_ONCE = 2**22  # counted
-# Temperatures are parts of how much farther neighbours are than the nearest: of one, all weigh nearly the same.
-TEMPERATURES = tuple(2.0**-power for power in range(10))
+# The highest is how much farther neighbours are than the nearest: of it, all weigh nearly the same. Each further one is
+# half of the one before.
+TEMPERATURES = 10
 LMBDA = 0.25  # as in evaluations by default
 
 
@@ -70,26 +71,20 @@ def _count(numbers: np.ndarray, wanted: np.ndarray, weights: np.ndarray | None) 
     return np.bincount(place[there], None if weights is None else weights[there], minlength=len(wanted))
 
 
-def temperatures(distances: Tensor) -> list[float]:
-    """Those to try, ascending, by the distances ``[n, k]`` that a search found; infinity in empty slots."""
-    farther = distances - distances.amin(1, keepdim=True)  # NaN where nothing was found
-    scale = float(farther[farther.isfinite()].double().mean()) or 1.0
-    return sorted(scale * part for part in TEMPERATURES)
+def highest_temperature(distances: np.ndarray) -> float:
+    """The highest to try, by the distances ``[n, k]`` that a search found; infinity in empty slots."""
+    farther = distances - distances.min(1, keepdims=True)  # NaN where nothing was found
+    return float(farther[np.isfinite(farther)].mean(dtype=np.float64)) or 1.0
 
 
-def best_log_probs(
-    distances: Tensor, values: Tensor, counts: Tensor | None, targets: Tensor, base: Tensor, knn_temps: list[float]
-) -> Tensor:
+def best_log_probs(log_p_knn: Tensor, base: Tensor) -> Tensor:
     """log p of targets under the mixture, at the temperature with the highest mean: float64 ``[n]``.
 
     Parameters
     ----------
-    distances, values, counts : ``[n, k]``, as ``knn_log_probs`` takes them.
-    targets : int64 ``[n]``.
+    log_p_knn : float64 ``[n, temperatures]``; NaN where nothing was found.
     base : float64 ``[n]``, log p of what the neighbours are mixed with.
     """
-    k = distances.shape[1]
-    log_p_knn = knn_log_probs(distances, values, counts, targets, knn_temps, (k,))[:, :, 0]  # [n, temperatures]
     mixed = mix(base[:, None], log_p_knn, LMBDA)  # [n, temperatures]
     return mixed[:, mixed.mean(0).argmax()]
 

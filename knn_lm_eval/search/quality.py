@@ -12,14 +12,13 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import faiss
 import numpy as np
 import torch
-from faiss.contrib.evaluation import knn_intersection_measure
 from tqdm import tqdm
 
 from knn_lm_eval.errors import UserError
@@ -27,13 +26,15 @@ from knn_lm_eval.methods.mixture import knn_log_prob, neighbour_log_weights
 from knn_lm_eval.search.exact import ExactSearch
 from knn_lm_eval.search.faiss_index import inverted_file, search, set_probe
 from knn_lm_eval.search.probe_choice import (
+    TEMPERATURES,
     add_costs,
     best_log_probs,
     bigram_log_probs,
     good_enough,
+    highest_temperature,
     perplexity_cost,
-    temperatures,
 )
+from knn_lm_eval.search.probe_kernels import weigh
 from knn_lm_eval.search.retriever import entry_counts
 from knn_lm_eval.search.sign_codes import SignSearch
 from knn_lm_eval.store.datastore import Datastore
@@ -44,6 +45,7 @@ logger = logging.getLogger(__name__)
 
 PROBES = (1, 2, 4, 8, 16, 32, 64, 128)
 NOT_MEASURED: dict[str, Any] = {"probe": None, "quality": []}  # of a store whose entries have no others
+QUERIES_AT_ONCE = 2**10  # whose neighbours are held, of an index with lists
 EXACT_QUERIES = 512  # at most, that are searched for among all keys; the rest is for the choice of the probe
 
 
@@ -96,6 +98,10 @@ class HeldOutQueries:
         some = np.linspace(0, len(self.entries) - 1, min(count, len(self.entries))).astype(np.int64)
         return replace(self, entries=self.entries[some], keys=self.keys[some])
 
+    def of_rows(self, rows: slice) -> HeldOutQueries:
+        """Some of them."""
+        return replace(self, entries=self.entries[rows], keys=self.keys[rows])
+
     def compared(self, index: faiss.Index) -> HeldOutQueries:
         """Those whose exact neighbours are looked for: all, or of an index with lists ``EXACT_QUERIES``."""
         return self.first(EXACT_QUERIES if inverted_file(index) is not None else len(self.entries))
@@ -129,16 +135,32 @@ class HeldOutQueries:
         log_weights = neighbour_log_weights(torch.from_numpy(distances), self.knn_temp, counts)  # [n, k]
         return knn_log_prob(log_weights, values, self.targets).exp().nan_to_num(0.0)
 
-    def log_p(
-        self, distances: np.ndarray, entries: np.ndarray, base: torch.Tensor, knn_temps: list[float]
-    ) -> torch.Tensor:
-        """log p ``[n]`` of each query's own next token by the best mixture of ``others`` with ``base``."""
-        values, counts = self.values_and_counts(entries)
-        return best_log_probs(torch.from_numpy(distances), values, counts, self.targets, base, knn_temps)
+    def log_p_knn(self, distances: np.ndarray, entries: np.ndarray, temperature: float) -> torch.Tensor:
+        """log p_kNN of each query's own next token, at a temperature, half of it, and so on.
+
+        Parameters
+        ----------
+        distances, entries : ``[n, k or more]``, what was found, the query's own entry perhaps among it.
+
+        Returns
+        -------
+        float64 ``[n, TEMPERATURES]``; minus infinity where no neighbour has the token, NaN where there is none.
+        """
+        weights, values = self.datastore.weights, self.datastore.values
+        counts = np.empty(0, dtype=np.int32) if weights is None else weights
+        of_all, of_targets = np.empty((2, len(entries), TEMPERATURES))
+        targets = values[self.entries]
+        weigh(distances, entries, self.entries, values, counts, targets, self.k, temperature, of_all, of_targets)
+        return (torch.from_numpy(of_targets) / torch.from_numpy(of_all)).log()
+
+
+Found = tuple[np.ndarray, np.ndarray]  # distances and entries [n, k]
+# Finds the k nearest of queries at each of ascending probes, with the seconds that each search takes.
+Searches = Callable[[np.ndarray, int, list[int | None]], Iterator[tuple[Found, float]]]
 
 
 @contextmanager
-def searching(index: faiss.Index) -> Iterator[Callable[[np.ndarray, int, int | None], tuple[np.ndarray, np.ndarray]]]:
+def searching(index: faiss.Index) -> Iterator[Searches]:
     """How an index that is under way will be searched: its codes are laid out among temporary files if need be."""
     with tempfile.TemporaryDirectory(prefix="knn_lm_eval-") as folder:
         codes = None
@@ -148,14 +170,28 @@ def searching(index: faiss.Index) -> Iterator[Callable[[np.ndarray, int, int | N
         except UserError as error:
             logger.warning("The index is measured as faiss searches it, which takes longer (TMPDIR): %s", error)
 
-        def search_at(queries: np.ndarray, k: int, probe: int | None) -> tuple[np.ndarray, np.ndarray]:
-            if codes is not None and probe is not None:
-                return codes.search(queries, k, probe)[:2]
-            if probe is not None:
-                set_probe(index, probe)
-            return search(index, queries, k)
+        def searches(queries: np.ndarray, k: int, probes: list[int | None]) -> Iterator[tuple[Found, float]]:
+            begun, prepared = time.perf_counter(), None
+            if codes is not None and codes.compares_lists and probes[-1] is not None:
+                prepared = codes.prepare(queries, probes[-1])
+            shared = time.perf_counter() - begun
+            for probe in probes:
+                begun = time.perf_counter()
+                if codes is None or probe is None:
+                    found = _search_by_faiss(index, queries, k, probe)
+                elif prepared is None:
+                    found = codes.search(queries, k, probe)[:2]
+                else:
+                    found = codes.search_prepared(prepared, k, probe)[:2]
+                yield found, shared + time.perf_counter() - begun
 
-        yield search_at
+        yield searches
+
+
+def _search_by_faiss(index: faiss.Index, queries: np.ndarray, k: int, probe: int | None) -> Found:
+    if probe is not None:
+        set_probe(index, probe)
+    return search(index, queries, k)
 
 
 def measure_quality(
@@ -205,31 +241,28 @@ def compare_with_exact(
     is_compared = np.isin(held_out.entries, compared.entries)  # [n]
     exact_distances, exact_entries = compared.others(*exact)
     exact_p = compared.p_knn(exact_distances, exact_entries)  # [compared]
-    base = bigram_log_probs(datastore, held_out.entries)  # [n]
-    knn_temps = temperatures(torch.from_numpy(exact_distances))
-    exact_log_p = compared.log_p(exact_distances, exact_entries, base[is_compared], knn_temps)  # [compared]
-    rows, log_probs = [], []
-    with searching(index) as search_at:
-        for probe in tqdm(probes, desc="Measuring the index", unit=" probe"):
-            start = time.perf_counter()
-            found = search_at(held_out.keys, held_out.k + 1, probe)
-            seconds = time.perf_counter() - start
-            distances, entries = held_out.others(*found)  # [n, k]
-            p = compared.p_knn(distances[is_compared], entries[is_compared])  # [compared]
-            row = {
+    temperature = highest_temperature(exact_distances)
+    measured = _measured(index, held_out, is_compared, probes, temperature)
+    rows: list[dict[str, Any]] = []
+    for probe, one in zip(probes, measured, strict=True):
+        distances, entries = compared.others(*map(np.concatenate, zip(*one.compared, strict=True)))  # [compared, k]
+        p = compared.p_knn(distances, entries)  # [compared]
+        rows.append(
+            {
                 "probe": probe,
-                # Exact search leaves no slot empty, so that empty ones are never taken for found.
-                "recall": round(knn_intersection_measure(exact_entries, entries[is_compared]), 4),
+                "recall": round(_share_found(exact_entries, entries), 4),
                 "p_knn_error": round(float((p - exact_p).abs().mean()), 6),
                 "p_knn": round(float(exact_p.mean()), 6),
-                "microseconds": round(1e6 * seconds / len(held_out.keys), 1),
+                "microseconds": round(1e6 * one.seconds / len(held_out.keys), 1),
             }
-            if probe is not None:
-                log_probs.append(held_out.log_p(distances, entries, base, knn_temps))
-                lost = exact_log_p - log_probs[-1][is_compared]  # [compared]
-                row["exact_cost"], row["exact_cost_bound"] = perplexity_cost(lost)
-            rows.append(row)
+        )
     if ivf is not None:
+        base = bigram_log_probs(datastore, held_out.entries)  # [n]
+        log_probs = [best_log_probs(torch.cat(one.log_p_knn), base) for one in measured]
+        exact_log_p_knn = compared.log_p_knn(exact_distances, exact_entries, temperature)
+        exact_log_p = best_log_probs(exact_log_p_knn, base[is_compared])  # [compared]
+        for row, log_p in zip(rows, log_probs, strict=True):
+            row["exact_cost"], row["exact_cost_bound"] = perplexity_cost(exact_log_p - log_p[is_compared])
         add_costs(rows, log_probs)
     return {
         "probe": good_enough(rows),
@@ -239,3 +272,38 @@ def compare_with_exact(
         "quality_exact_queries": len(compared.entries),
         "quality": rows,
     }
+
+
+@dataclass
+class _Measured:
+    """What searches with a probe took and found: of the compared queries as it is, of all by log p_kNN."""
+
+    seconds: float = 0.0
+    compared: list[Found] = field(default_factory=list)
+    log_p_knn: list[torch.Tensor] = field(default_factory=list)
+
+
+def _measured(
+    index: faiss.Index, held_out: HeldOutQueries, is_compared: np.ndarray, probes: list[int | None], temperature: float
+) -> list[_Measured]:
+    """Search at each probe, some queries at a time; log p_kNN is of an index with lists alone."""
+    measured = [_Measured() for _ in probes]
+    count, has_lists = len(held_out.entries), inverted_file(index) is not None
+    at_once = QUERIES_AT_ONCE if has_lists else count
+    with searching(index) as searches, tqdm(total=count, desc="Measuring the index", unit=" queries") as bar:
+        for start in range(0, count, at_once):
+            rows = slice(start, start + at_once)
+            some, compared = held_out.of_rows(rows), is_compared[rows]
+            for one, (found, seconds) in zip(measured, searches(some.keys, held_out.k + 1, probes), strict=True):
+                one.seconds += seconds
+                one.compared.append((found[0][compared], found[1][compared]))
+                if has_lists:
+                    one.log_p_knn.append(some.log_p_knn(*found, temperature))
+            bar.update(len(compared))
+    return measured
+
+
+def _share_found(exact: np.ndarray, found: np.ndarray) -> float:
+    """How many of the exact neighbours were found, of all; int64 ``[n, k]``, no entry twice, -1 in empty slots."""
+    both = np.sort(np.concatenate([exact, found], axis=1), axis=1)
+    return float(((both[:, 1:] == both[:, :-1]) & (both[:, 1:] >= 0)).sum() / exact.size)

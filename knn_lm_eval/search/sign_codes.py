@@ -22,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import faiss
 import numpy as np
@@ -51,7 +51,20 @@ MOST_ENTRIES = 2**32  # whose numbers are kept
 QUERIES_AT_ONCE = 256  # whose products with all centroids are held
 PER_THREAD = 8  # queries, at least, that it is worth a thread
 ENTRIES_AT_ONCE = 2**16  # that are laid out
+Result = TypeVar("Result")
 QUANTIZERS = (faiss.IndexFlat, faiss.IndexFlatL2, faiss.IndexFlatIP)
+
+
+class PreparedQueries(NamedTuple):
+    """Queries as the lists hold vectors, float32 ``[n, dimension there]``, and the lists that are nearest to each,
+    int64 ``[n, probe]``, the nearest first."""
+
+    vectors: np.ndarray
+    lists: np.ndarray
+
+    def of_rows(self, rows: slice) -> PreparedQueries:
+        """Some of them."""
+        return PreparedQueries(self.vectors[rows], self.lists[rows])
 
 
 @dataclass(frozen=True)
@@ -116,22 +129,42 @@ class SignCodes:
 
         ``kept`` has a bit for each of its entries, set for those that count; None where all do.
         """
-        distances = np.empty((len(queries), k), dtype=np.float32)
-        entries = np.empty((len(queries), k), dtype=np.int64)
-        probe = min(probe, len(self.centroids))
-        size = min(QUERIES_AT_ONCE, max(PER_THREAD, -(-len(queries) // max(1, faiss.omp_get_max_threads()))))
-        runs = [slice(start, start + size) for start in range(0, len(queries), size)]
+        return self._search(len(queries), lambda run: self._prepared(queries[run], probe), k, probe, kept)
+
+    def prepare(self, queries: np.ndarray, probe: int) -> PreparedQueries:
+        """What a search of float32 ``[n, dimension]`` begins with."""
+        parts = _in_threads(lambda run: self._prepared(queries[run], probe), _runs(len(queries)))
+        return PreparedQueries(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+
+    def search_prepared(self, queries: PreparedQueries, k: int, probe: int) -> tuple[np.ndarray, np.ndarray, int]:
+        """As ``search``, in the first ``probe`` of the lists that are known."""
+        return self._search(len(queries.lists), queries.of_rows, k, probe)
+
+    def _search(
+        self,
+        count: int,
+        prepared: Callable[[slice], PreparedQueries],
+        k: int,
+        probe: int,
+        kept: np.ndarray | None = None,
+    ) -> tuple[np.ndarray, np.ndarray, int]:
+        distances = np.empty((count, k), dtype=np.float32)
+        entries = np.empty((count, k), dtype=np.int64)
         bits = np.empty(0, dtype=np.uint8) if kept is None else kept
 
         def search_run(run: slice) -> int:
-            there = self._transformed(np.ascontiguousarray(queries[run], dtype=np.float32))
-            lists, found = self._nearest_lists(there, probe), (distances[run], entries[run])
+            there, lists = prepared(run)
+            lists, found = np.ascontiguousarray(lists[:, :probe]), (distances[run], entries[run])
             of_lists = self.centroids, self.centre, self.dot, self.sizes, self.starts
             return scan(there, lists, *of_lists, self.codes, self.offsets, self.scales, self.entries, bits, k, *found)
 
-        compared = _in_threads(search_run, runs)
+        compared = sum(_in_threads(search_run, _runs(count)))
         entries[entries >= 0] += self.first_id
         return distances, entries, compared
+
+    def _prepared(self, queries: np.ndarray, probe: int) -> PreparedQueries:
+        there = self._transformed(np.ascontiguousarray(queries, dtype=np.float32))
+        return PreparedQueries(there, self._nearest_lists(there, min(probe, len(self.centroids))))
 
     def _transformed(self, queries: np.ndarray) -> np.ndarray:
         if self.table is None:
@@ -150,12 +183,18 @@ class SignCodes:
         return lists
 
 
-def _in_threads(search_run: Callable[[slice], int], runs: list[slice]) -> int:
+def _runs(count: int) -> list[slice]:
+    """Queries that are searched for at a time."""
+    size = min(QUERIES_AT_ONCE, max(PER_THREAD, -(-count // max(1, faiss.omp_get_max_threads()))))
+    return [slice(start, start + size) for start in range(0, count, size)]
+
+
+def _in_threads(work: Callable[[slice], Result], runs: list[slice]) -> list[Result]:
     threads = min(faiss.omp_get_max_threads(), len(runs))
     if threads <= 1:
-        return sum(map(search_run, runs))
+        return list(map(work, runs))
     with ThreadPoolExecutor(threads) as pool:
-        return sum(pool.map(search_run, runs))
+        return list(pool.map(work, runs))
 
 
 @dataclass(frozen=True)
@@ -200,14 +239,32 @@ class SignSearch:
     ) -> tuple[np.ndarray, np.ndarray, int]:
         """As ``faiss_index.search``, with how many entries were compared; equally near ones by their numbers."""
         kept = [None if removed is None else removed.of_part(part.first_id).kept_bits for part in self.parts]
-        found = [part.search(queries, k, probe, bits) for part, bits in zip(self.parts, kept, strict=True)]
-        if len(found) == 1:
-            return found[0]
-        distances = np.concatenate([part for part, _, _ in found], axis=1)  # [n, parts * k]
-        entries = np.concatenate([part for _, part, _ in found], axis=1)  # [n, parts * k]
-        order = np.lexsort((entries, distances), axis=1)[:, :k]  # [n, k]
-        distances, entries = np.take_along_axis(distances, order, 1), np.take_along_axis(entries, order, 1)
-        return distances, entries, sum(compared for _, _, compared in found)
+        return _merged([part.search(queries, k, probe, bits) for part, bits in zip(self.parts, kept, strict=True)], k)
+
+    @property
+    def compares_lists(self) -> bool:
+        """Whether a query is compared with all lists, so that those nearest are the first of any more that are."""
+        return all(part.norms is not None for part in self.parts)
+
+    def prepare(self, queries: np.ndarray, probe: int) -> list[PreparedQueries]:
+        """What searches of queries begin with, for each part."""
+        return [part.prepare(queries, probe) for part in self.parts]
+
+    def search_prepared(self, queries: list[PreparedQueries], k: int, probe: int) -> tuple[np.ndarray, np.ndarray, int]:
+        """As ``search``, where all nearest lists are known (``compares_lists``) of as high a probe or a higher one."""
+        parts = zip(self.parts, queries, strict=True)
+        return _merged([part.search_prepared(of_part, k, probe) for part, of_part in parts], k)
+
+
+def _merged(found: list[tuple[np.ndarray, np.ndarray, int]], k: int) -> tuple[np.ndarray, np.ndarray, int]:
+    """The nearest of what was found in all parts."""
+    if len(found) == 1:
+        return found[0]
+    distances = np.concatenate([part for part, _, _ in found], axis=1)  # [n, parts * k]
+    entries = np.concatenate([part for _, part, _ in found], axis=1)  # [n, parts * k]
+    order = np.lexsort((entries, distances), axis=1)[:, :k]  # [n, k]
+    distances, entries = np.take_along_axis(distances, order, 1), np.take_along_axis(entries, order, 1)
+    return distances, entries, sum(compared for _, _, compared in found)
 
 
 def serves(index: faiss.Index) -> bool:

@@ -15,6 +15,8 @@ from knn_lm_eval.search.kmeans import FIRST_LEVEL_SAMPLE, two_level_kmeans
 
 VECTORS_PER_LIST = 64  # training sample; faiss asks for 39 to 256 per inverted list
 LEAST_SAMPLE = 2**16
+RABITQ_IN_TWO_LEVELS_FROM = 512  # lists: as good as by plain k-means, in a third of the time or less
+ITERATIONS, MANY_ITERATIONS = 10, 25  # of k-means in each of two levels; many beyond ``TWO_LEVELS_ABOVE``
 FAISS_PER_LIST = 256  # of which faiss trains on a part, if there are more
 MOST_FOR_CODES = 2**17  # at least what faiss trains product and scalar quantizers on
 
@@ -46,9 +48,9 @@ def training_bytes(factory: str, dimension: int, sim_func: str, sample: int) -> 
     rows = sample * (1 + isinstance(index, faiss.IndexPreTransform))  # and what the transforms make of them
     if (ivf := inverted_file(index)) is not None:
         rows += 3 * ivf.nlist  # the centroids, their index, and their successors
-        if ivf.nlist > TWO_LEVELS_ABOVE:
+        if _in_two_levels(ivf):
             rows += min(sample, FIRST_LEVEL_SAMPLE * round(ivf.nlist**0.5))
-        elif sample > FAISS_PER_LIST * ivf.nlist:
+        if ivf.nlist <= TWO_LEVELS_ABOVE and sample > FAISS_PER_LIST * ivf.nlist:
             rows += FAISS_PER_LIST * ivf.nlist
         for_codes = ivf.train_encoder_num_vectors()
         rows += min(sample, for_codes) if for_codes > 0 else sample * ivf.by_residual
@@ -74,17 +76,33 @@ def train_index(factory: str, vectors: np.ndarray, sim_func: str, seed: int) -> 
         on_gpus = faiss.index_cpu_to_all_gpus(faiss.IndexFlatL2(ivf.d))
         ivf.clustering_index = on_gpus
     with tqdm(total=len(vectors), desc=f"Training {factory} on {len(vectors):,} keys", unit=" keys") as bar:
-        if ivf is not None and ivf.nlist > TWO_LEVELS_ABOVE and not faiss_gpus():
+        if ivf is not None and _in_two_levels(ivf) and not faiss_gpus():
             _place_lists(index, ivf, vectors, seed)
-        index.train(vectors)
+            # RaBitQ learns nothing from vectors, to which faiss would look for the lists all the same.
+            index.train(vectors[:1] if _is_rabitq(ivf) else vectors)
+        else:
+            index.train(vectors)
         if ivf is not None:
             ivf.clustering_index = None  # type: ignore[assignment]
         bar.update(len(vectors))
     return index
 
 
+def _in_two_levels(ivf: faiss.IndexIVF) -> bool:
+    """Whether k-means is done in two levels on CPUs; what trains its own quantizer is left to faiss."""
+    least = RABITQ_IN_TWO_LEVELS_FROM if _is_rabitq(ivf) else TWO_LEVELS_ABOVE + 1
+    return ivf.nlist >= least and ivf.quantizer.is_trained
+
+
+def _is_rabitq(ivf: faiss.IndexIVF) -> bool:
+    return isinstance(faiss.downcast_index(ivf), (faiss.IndexIVFRaBitQ, faiss.IndexIVFRaBitQFastScan))
+
+
 def _place_lists(index: faiss.Index, ivf: faiss.IndexIVF, vectors: np.ndarray, seed: int) -> None:
-    """Give the inverted lists their centroids by k-means in two levels; ``index.train`` leaves them as they are."""
+    """Give the inverted lists their centroids by k-means in two levels; ``index.train`` leaves them as they are.
+
+    Up to ``TWO_LEVELS_ABOVE`` of them are moved once more, by an iteration that compares with all.
+    """
     if isinstance(index, faiss.IndexPreTransform):
         chain: Any = index.chain
         for number in range(chain.size()):
@@ -93,4 +111,11 @@ def _place_lists(index: faiss.Index, ivf: faiss.IndexIVF, vectors: np.ndarray, s
                 transform.train(vectors)
             vectors = transform.apply(vectors)
     quantizer: Any = faiss.downcast_index(ivf.quantizer)
-    quantizer.add(two_level_kmeans(vectors, ivf.nlist, seed, ivf.cp.spherical))
+    spherical, iterates = ivf.cp.spherical, ivf.nlist <= TWO_LEVELS_ABOVE
+    centroids = two_level_kmeans(vectors, ivf.nlist, seed, spherical, niter=ITERATIONS if iterates else MANY_ITERATIONS)
+    if iterates:
+        settings = {"niter": 1, "seed": seed, "spherical": spherical, "min_points_per_centroid": 1}
+        kmeans = faiss.Kmeans(ivf.d, ivf.nlist, max_points_per_centroid=FAISS_PER_LIST, **settings)
+        kmeans.train(vectors, init_centroids=centroids)
+        centroids = np.asarray(kmeans.centroids)
+    quantizer.add(centroids)

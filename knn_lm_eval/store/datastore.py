@@ -35,7 +35,7 @@ from typing import Any
 
 import numpy as np
 
-from knn_lm_eval.errors import UserError
+from knn_lm_eval.errors import UserError, counted
 from knn_lm_eval.store.change import JOURNAL
 from knn_lm_eval.store.manifest import DOCUMENT_STARTS, PROJECTION, REMOVED, VALUES, WEIGHTS, FileRecord, Manifest
 from knn_lm_eval.store.removed import Removed
@@ -164,9 +164,10 @@ class Datastore:
     def require_all(self, purpose: str) -> None:
         """Raise UserError where documents were removed and are still in the files, which ``purpose`` would read."""
         if self.removed is not None:
+            removed = counted(len(self.removed.documents), "removed document")
             raise UserError(
-                f"The datastore {self.path} has {len(self.removed.documents):,} removed documents, and {purpose} would "
-                f"take them in: take them out of its files first, with compact_datastore."
+                f"The datastore {self.path} has {removed}, and {purpose} would take in what they have: take it out of "
+                f"its files first, with compact_datastore."
             )
 
     def require_text_order(self, purpose: str) -> None:

@@ -23,22 +23,19 @@ import faiss
 import numpy as np
 import torch
 from faiss.contrib.evaluation import knn_intersection_measure
-from lm_eval.api.instance import Instance
 from torch import Tensor
 from tqdm import tqdm
 
 from knn_lm_eval.errors import UserError
-from knn_lm_eval.lm.reading import Reader, Reading
 from knn_lm_eval.methods.mixture import knn_log_probs, mix
-from knn_lm_eval.model.knn_hf import KNNHF
-from knn_lm_eval.model.scores import Score, sum_up
-from knn_lm_eval.model.scoring import NEIGHBOURS_PER_BLOCK, PassageScorer
+from knn_lm_eval.model.scoring import NEIGHBOURS_PER_BLOCK
 from knn_lm_eval.search.index_retriever import LocalRetriever
 from knn_lm_eval.search.quality import search_exactly
 from knn_lm_eval.search.retriever import Found, Retriever, entry_counts
 from knn_lm_eval.store.datastore import Datastore
 from knn_lm_eval.study.grid import Surface, find_best
 from knn_lm_eval.study.run import MAX_LENGTH, first_tokens, load_knn_hf
+from knn_lm_eval.study.text_queries import Queries, collect_queries
 from knn_lm_eval.system.arrays import read_npz
 from knn_lm_eval.system.files import disk_errors_in, replace_file
 
@@ -47,24 +44,6 @@ logger = logging.getLogger(__name__)
 EXACT = "exact"
 KNN_TEMPS = tuple(float(f"{x:.3g}") for x in np.geomspace(0.5, 16, 11))
 LMBDAS = tuple(round(0.05 * number, 2) for number in range(1, 17))
-
-
-@dataclass
-class Queries:
-    """What the LM gave for every token of the texts, text by text.
-
-    Attributes
-    ----------
-    queries : float32 ``[tokens, dimension]``.
-    targets : int64 ``[tokens]``.
-    lm_log_probs : float64 ``[tokens]``.
-    texts : the number of tokens of each text, by its name.
-    """
-
-    queries: Tensor
-    targets: Tensor
-    lm_log_probs: Tensor
-    texts: dict[str, int]
 
 
 @dataclass
@@ -111,42 +90,6 @@ class Measurement:
             "tuned knn_temp": self.knn_temp,
             "tuned lmbda": self.lmbda,
         }
-
-
-class QueryCollector(PassageScorer):
-    """Keeps the query and the LM's log-probability of every token; its scores are the LM's.
-
-    Attributes
-    ----------
-    parts : queries ``[tokens, dimension]``, targets and log-probabilities ``[tokens]``, batch by batch.
-    """
-
-    def __init__(self, reader: Reader) -> None:
-        super().__init__(reader)
-        self.parts: list[tuple[Tensor, Tensor, Tensor]] = []
-
-    def score_readings(self, readings: Sequence[Reading], want_greedy: bool) -> list[list[Score]]:
-        scores = []
-        for reading in readings:
-            rows, targets = reading.pairs()  # [tokens]
-            log_probs = self.reader.target_log_probs(reading)  # [tokens]
-            queries = reading.queries[rows.to(reading.queries.device)].float().cpu()  # [tokens, dimension]
-            self.parts.append((queries, targets, log_probs))
-            self.tokens_scored += len(targets)
-            scores += sum_up(reading, log_probs)
-        return scores
-
-
-def collect_queries(lm: KNNHF, texts: dict[str, str]) -> Queries:
-    """Let the LM read the texts, as lm-eval's perplexity tasks do."""
-    collector, counts = QueryCollector(Reader(lm.language_model, lm.softmax_dtype)), {}
-    with lm.scored_by(collector):
-        for name, text in texts.items():
-            before = collector.tokens_scored
-            lm.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (text,), 0)])
-            counts[name] = collector.tokens_scored - before
-    queries, targets, log_probs = (torch.cat(part) for part in zip(*collector.parts, strict=True))
-    return Queries(queries, targets, log_probs.double(), counts)
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,7 @@ def connect(address: str) -> Any:
     Raises
     ------
     UserError
-        Where Ray is not installed, or no cluster answers at the address.
+        Where Ray is not installed, no cluster answers at the address, or none starts here.
     """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -68,16 +68,23 @@ def connect(address: str) -> Any:
         import ray
     if ray.is_initialized():
         return ray
-    quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
+    if address != "local":
+        try:
+            ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
+            return ray
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            if address != "auto":
+                raise UserError(
+                    f"No Ray cluster can be joined at address={address} ({str(error).splitlines()[0]}); start one "
+                    f"there with `ray start --head`, or give address=auto."
+                ) from error
     try:
-        ray.init(address=address, **quiet)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        if address != "auto":
-            raise UserError(
-                f"No Ray cluster can be joined at address={address} ({str(error).splitlines()[0]}); start one there "
-                f"with `ray start --head`, or give address=auto."
-            ) from error
-        ray.init(address="local", include_dashboard=False, **quiet)
+        ray.init(address="local", include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
+    except Exception as error:  # Ray raises no kind of its own
+        raise UserError(
+            f"Ray does not start on this machine ({str(error).strip().splitlines()[0]}); see whether it has memory and "
+            f"processors to spare, and try again."
+        ) from error
     return ray
 
 

@@ -33,15 +33,17 @@ class Needs:
     Attributes
     ----------
     gpus : GPUs.
-    whole_node : all CPUs, so that a node has one job at a time; otherwise one CPU.
+    whole_node : all CPUs, so that a node has one job at a time.
+    num_cpus : CPUs, where not all.
     """
 
     gpus: int = 0
     whole_node: bool = False
+    num_cpus: int = 1
 
     def cpus(self, node: Node) -> int:
         """How many of a node's CPUs."""
-        return int(node.resources["CPU"]) if self.whole_node else 1
+        return int(node.resources["CPU"]) if self.whole_node else self.num_cpus
 
     def places(self, nodes: list[Node]) -> list[Node]:
         """A node for each job that fits side by side, the nodes in turn."""
@@ -73,6 +75,9 @@ def run_jobs(
     needs: Needs,
     retries: int = RETRIES,
     then: str = "so did those that were started in its place",
+    go_on: str = "go on with --resume",
+    at_once: int | None = None,
+    instead: Callable[[UserError], Any] | None = None,
 ) -> Iterator[tuple[int, Any] | None]:
     """Call a function with each job's arguments on a cluster's nodes, as many at a time as there are places.
 
@@ -82,6 +87,9 @@ def run_jobs(
     jobs : the arguments, by the job's number.
     retries : how often a job whose process or node died is begun again.
     then : the rest of the sentence where it died once more.
+    go_on : the rest of those where nodes are silent: what a user can do then.
+    at_once : the most jobs side by side; None is as many as there are places.
+    instead : makes of that sentence what stands for the job's result, and the others go on; None ends them all.
 
     Yields
     ------
@@ -97,7 +105,7 @@ def run_jobs(
     try:
         while waiting or running:
             for node in _free(needs.places(head.workers), running):
-                if waiting:
+                if waiting and len(running) < (at_once or len(jobs)):
                     number = waiting.popleft()
                     running[number] = _Running(head, node, needs, function, jobs[number])
             if not running:
@@ -116,13 +124,19 @@ def run_jobs(
                     raise
                 except head.ray.exceptions.RayError as error:
                     deaths[number] += 1
-                    _check_deaths(deaths[number], retries, running.pop(number), error, then)
-                    waiting.appendleft(number)
+                    job = running.pop(number)
+                    if deaths[number] <= retries:
+                        waiting.appendleft(number)
+                        continue
+                    died = UserError(f"A Ray task died on the node {job.node.name} ({first_line(error)}); {then}.")
+                    if instead is None:
+                        raise died from error
+                    yield number, instead(died)
                 else:
                     kill_actor(head.ray, running.pop(number).actor)
                     yield number, result
             head.look()
-            _check_silence(head, running)
+            _check_silence(head, running, go_on)
             yield None
     finally:
         for job in running.values():
@@ -141,12 +155,7 @@ def _free(places: list[Node], running: Mapping[int, _Running]) -> list[Node]:
     return free
 
 
-def _check_deaths(deaths: int, retries: int, job: _Running, error: Exception, then: str) -> None:
-    if deaths > retries:
-        raise UserError(f"A Ray task died on the node {job.node.name} ({first_line(error)}); {then}.") from error
-
-
-def _check_silence(head: Head, running: Mapping[int, _Running]) -> None:
+def _check_silence(head: Head, running: Mapping[int, _Running], go_on: str) -> None:
     """Raise UserError where a job's worker is silent for too long; one that died is found by who waits for it."""
     silences = {}
     for number, job in running.items():
@@ -160,14 +169,15 @@ def _check_silence(head: Head, running: Mapping[int, _Running]) -> None:
         if job.pulse.life is not None and silence > SILENT_SECONDS:
             raise UserError(
                 f"The Ray node {job.node.name} has not answered for {SILENT_SECONDS:g} seconds, though Ray has not "
-                f"given it up; see to the node, and go on with --resume."
+                f"given it up; see to the node, and {go_on}."
             )
         if not started and silence > START_SECONDS:
             raise UserError(
                 f"No node of the Ray cluster (address={head.address}) has started a task within {START_SECONDS:g} "
-                f"seconds: others use them, or they are too busy; see what `ray status` says, and go on with --resume."
+                f"seconds: others use them, or they are too busy; see what `ray status` says, and {go_on}."
             )
 
 
 def _in_words(needs: Needs) -> str:
-    return "a CPU" + (f" and {needs.gpus} GPU{'s' if needs.gpus > 1 else ''}" if needs.gpus else "")
+    cpus = "a CPU" if needs.num_cpus == 1 else f"{needs.num_cpus} CPUs"
+    return cpus + (f" and {needs.gpus} GPU{'s' if needs.gpus > 1 else ''}" if needs.gpus else "")

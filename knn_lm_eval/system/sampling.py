@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
 import numpy as np
+
+Item = TypeVar("Item")
 
 
 def draw_entries(count: int, wanted: int, seed: int) -> np.ndarray:
@@ -23,3 +28,16 @@ def draw_entries(count: int, wanted: int, seed: int) -> np.ndarray:
     while len(drawn) < wanted:  # those drawn twice are drawn anew; never too many, of which some would have to go
         drawn = np.unique(np.concatenate([drawn, random.integers(0, count, wanted - len(drawn))]))
     return drawn
+
+
+def draw_items(items: Callable[[], Iterator[Item]], how_many: Callable[[int], int], seed: int) -> list[Item]:
+    """Random ones of items that are gone through twice, in their order; each is as likely as another.
+
+    Parameters
+    ----------
+    items : begins to go through them.
+    how_many : the number to draw, of so many as there are.
+    """
+    there = sum(1 for _ in items())
+    drawn = set(draw_entries(there, how_many(there), seed).tolist())
+    return [item for place, item in enumerate(items()) if place in drawn]

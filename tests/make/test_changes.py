@@ -239,7 +239,7 @@ def test_what_takes_all_entries_asks_for_compaction(folder: Path, lm: CausalHFLM
         lambda: prune_random(store, tmp_path / "pruned", 0.5),
     ]
     for work in works:
-        with pytest.raises(UserError, match="1 removed documents.*compact_datastore"):
+        with pytest.raises(UserError, match="has 1 removed document, and .*compact_datastore"):
             work()
 
 

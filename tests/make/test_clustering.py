@@ -28,8 +28,9 @@ from knn_lm_eval.errors import UserError
 from knn_lm_eval.make import clustering, member_lists
 from knn_lm_eval.make.clustering import cluster_greedy_merge, cluster_kmeans
 from knn_lm_eval.make.member_lists import count_members, sort_members
-from knn_lm_eval.make.members import import_members, load_sparse_matrix
+from knn_lm_eval.make.members import import_members
 from knn_lm_eval.make.merging import merge_neighbours, number_clusters
+from knn_lm_eval.make.sparse_pickle import load_sparse_matrix
 from knn_lm_eval.search.faiss_index import open_index, search
 from knn_lm_eval.search.indexing import build_index
 from knn_lm_eval.store import clusters as store_clusters
@@ -589,7 +590,7 @@ def test_hostile_pickles_are_refused_by_name_and_do_nothing(datastore: Datastore
     ],
 )
 def test_tricks_with_allowed_names_lead_nowhere(tmp_path: Path, opcodes: tuple[bytes, ...]) -> None:
-    from knn_lm_eval.make import members as safe_pickle
+    from knn_lm_eval.make import sparse_pickle as safe_pickle
 
     before = {key: dict(vars(value)) for key, value in vars(safe_pickle).items() if isinstance(value, type)}
     (tmp_path / "members.pkl").write_bytes(pickle_of(*opcodes))

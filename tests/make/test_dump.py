@@ -285,6 +285,10 @@ def test_hub_wikitext_rows_give_the_raw_file(tmp_path: Path) -> None:
             "--factory is for --keys none; where keys are kept, build_index makes the index.",
         ),
         (
+            ["--model_args", "pretrained=NOWHERE", "--text", "TRAIN", "--memory", "8GiB"],
+            "--memory is for --keys none: a dump that keeps keys takes the LM's memory alone.",
+        ),
+        (
             ["--model_args", "pretrained=NOWHERE", "--text", "TRAIN", "--keys", "none", "--factory", "IVF4,SQ99"],
             "faiss knows no index 'IVF4,SQ99'",
         ),

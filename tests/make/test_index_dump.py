@@ -3,35 +3,40 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from helpers.tiny_model import EVAL_TEXT, TRAIN_TEXT
 from lm_eval.api.instance import Instance
 
 from knn_lm_eval.errors import UserError
+from knn_lm_eval.lm.language_model import LanguageModel
 from knn_lm_eval.lm.loading import CausalHFLM
-from knn_lm_eval.make import dump, index_dump
+from knn_lm_eval.make import dump, index_dump, key_reading
 from knn_lm_eval.make.dump import Dump, dump_datastore, finish_dump, train_index_of
 from knn_lm_eval.make.dump_progress import entries_done
 from knn_lm_eval.make.index_dump import IndexDump
 from knn_lm_eval.make.index_plan import IndexPlan
 from knn_lm_eval.make.key_reading import KeyReader, entries_in
 from knn_lm_eval.make.text import cut_into_documents
-from knn_lm_eval.make.windows import Window
+from knn_lm_eval.make.windows import BATCHES_PER_CHUNK, Window
 from knn_lm_eval.model.knn_hf import KNNHF
 from knn_lm_eval.search import index_build, indexing, quality, training
 from knn_lm_eval.search.index_build import IndexBuild
+from knn_lm_eval.search.index_memory import Allowance
 from knn_lm_eval.search.indexing import build_index
 from knn_lm_eval.search.passing_keys import NearestOfRuns
 from knn_lm_eval.store import key_stream
 from knn_lm_eval.store.datastore import Datastore
 from knn_lm_eval.store.key_stream import finite_keys
 from knn_lm_eval.store.manifest import Manifest
+from knn_lm_eval.system.memory import parse_bytes
 
 WINDOWS: dict[str, Any] = {"max_length": 48, "stride": 36, "batch_size": 2}
 PLAN: dict[str, Any] = {"factory": "IVF8,SQ8", "quality_queries": 200, "k": 40}
@@ -240,23 +245,52 @@ def test_an_interrupted_one_goes_on_to_the_same_bytes(
     assert_same(tmp_path / "store", alone)
 
 
+def batches_read(monkeypatch: pytest.MonkeyPatch) -> list[list[Window]]:
+    """What the LM reads from now on."""
+    read: list[list[Window]] = []
+    keys_of_windows = key_reading.keys_of_windows
+
+    def note(model: LanguageModel, prefix: int, values: np.ndarray, batch: list[Window]) -> Iterator[torch.Tensor]:
+        read.append(batch)
+        return keys_of_windows(model, prefix, values, batch)
+
+    monkeypatch.setattr(key_reading, "keys_of_windows", note)
+    return read
+
+
+def test_the_lm_reads_each_token_once(keyless, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = batches_read(monkeypatch)
+    store = keyless()
+    starts = [window.start for batch in read for window in batch]
+    assert len(starts) == len(set(starts)) and sum(map(entries_in, read)) == len(store)
+
+
+def test_a_sample_that_is_gone_is_read_again(
+    tmp_path: Path, lm: CausalHFLM, alone: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "store"
+
+    def begun() -> Dump:
+        return Dump(lm, folder, **WINDOWS, keys="none", index=IndexPlan(**PLAN))
+
+    begun().prepare(pieces(), resume=False)
+    begun().read_sample(0, 1)
+    train_index_of(folder)
+    (folder / index_dump.WORK / "sample.npy.part").unlink()
+    dump_datastore(lm, [], folder, **WINDOWS, keys="none", index=IndexPlan(**PLAN), resume=True)
+    assert_same(folder, alone)
+
+
 @pytest.mark.parametrize("shares", [2, 5])
 def test_several_processes_make_the_same(
     tmp_path: Path, lm: CausalHFLM, alone: Path, monkeypatch: pytest.MonkeyPatch, shares: int
 ) -> None:
     folder = tmp_path / "store"
-    read: list[int] = []
-    of_batch = KeyReader.of_batch
+    read = batches_read(monkeypatch)
 
     def begun() -> Dump:
         return Dump(lm, folder, **WINDOWS, keys="none", index=IndexPlan(**PLAN))
 
-    def count_read(self: KeyReader, batch: list[Window]) -> np.ndarray:
-        if self.read_before is None or self.read_before.of_batch(batch) is None:
-            read.append(entries_in(batch))
-        return of_batch(self, batch)
-
-    monkeypatch.setattr(KeyReader, "of_batch", count_read)
     begun().prepare(pieces(), resume=False, shares=shares)
     for share in reversed(range(shares)):
         begun().read_sample(share, shares)
@@ -273,7 +307,8 @@ def test_several_processes_make_the_same(
     count = len(np.load(folder / "values.npy"))
     assert entries_done(folder) == count
     # Nothing is read twice but what lies across the ends of shares.
-    assert sum(read) <= count + 4 * WINDOWS["batch_size"] * WINDOWS["max_length"] * 5
+    longest = (BATCHES_PER_CHUNK * WINDOWS["batch_size"] + 1) * WINDOWS["max_length"]
+    assert count <= sum(map(entries_in, read)) <= count + (shares - 1) * longest
     finish_dump(folder)
     assert_same(folder, alone)
 
@@ -287,6 +322,53 @@ def test_what_the_disk_has_no_room_for_is_said_before_the_lm_reads(
     sentence = r"the index of [\d,]+ tokens while it is made \(.* GiB\), keys of a sample \(.*\) and keys on their way"
     with pytest.raises(UserError, match=sentence):
         dump_datastore(lm, pieces(), tmp_path, **WINDOWS, keys="none", index=IndexPlan(**PLAN))
+
+
+@pytest.mark.parametrize(
+    ("plan", "sample", "what"),
+    [
+        ({"quality_queries": 0}, 1000, "Training IVF8,SQ8 on 1,000 keys of 32 numbers"),
+        ({"quality_queries": 0, "factory": "IVF4,SQ8"}, 300, "Adding keys to IVF4,SQ8, 200 at a time,"),
+        ({}, 300, "Measuring the index with 200 queries"),
+    ],
+)
+def test_memory_that_is_too_little_is_said_before_the_lm_reads(
+    tmp_path: Path, lm: CausalHFLM, monkeypatch: pytest.MonkeyPatch, plan: dict[str, Any], sample: int, what: str
+) -> None:
+    monkeypatch.setattr(training, "LEAST_SAMPLE", sample)
+    given: dict[str, Any] = {"keys": "none", "index": IndexPlan(**PLAN | plan), **WINDOWS}
+    with monkeypatch.context() as patch:
+        patch.setattr(KeyReader, "of_batch", None)
+        with pytest.raises(UserError, match=f"^{what} takes about 1MiB of memory, and 0MiB may be taken: ") as error:
+            dump_datastore(lm, pieces(), tmp_path, **given, memory=2**20)
+    enough = re.search("give --memory ([0-9.]+[MG]iB) or more, or another --factory[.]$", str(error.value))
+    assert enough is not None
+    memory = parse_bytes(enough[1]) + 2**25  # what this test itself takes meanwhile
+    assert len(dump_datastore(lm, pieces(), tmp_path, **given, resume=True, memory=memory))
+
+
+def test_the_index_does_not_depend_on_the_memory(
+    tmp_path: Path, lm: CausalHFLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With less, segments have fewer entries, but for those that are begun, which it is too little for."""
+    found: list[int] = []
+    plan, remove = IndexPlan(factory="IVF4,SQ8", quality_queries=0), IndexDump.remove
+    monkeypatch.setattr(IndexDump, "remove", lambda self: found.append(len(self.segments)) or remove(self))
+
+    def dump_within(free: int, folder: str, resume: bool = False) -> None:
+        monkeypatch.setattr(Allowance, "of", lambda memory: Allowance(free, 0))
+        dump_datastore(lm, pieces(), tmp_path / folder, **WINDOWS, keys="none", index=plan, resume=resume)
+
+    little = 165_000
+    dump_within(2**30, "much")
+    dump_within(little, "little")
+    assert found[0] * 3 - 2 <= found[1] <= found[0] * 3
+    assert (tmp_path / "much" / "index.faiss").read_bytes() == (tmp_path / "little" / "index.faiss").read_bytes()
+    with monkeypatch.context() as patch, pytest.raises(TypeError):
+        patch.setattr(KeyReader, "of_batch", None)
+        dump_within(2**30, "begun")
+    with pytest.raises(UserError, match="Adding keys to IVF4,SQ8, 600 at a time, takes about"):
+        dump_within(little, "begun", resume=True)
 
 
 @pytest.mark.parametrize(
@@ -322,6 +404,8 @@ def test_other_settings_do_not_resume(tmp_path: Path, lm: CausalHFLM, monkeypatc
 def test_an_index_is_for_dumps_without_keys(tmp_path: Path, lm: CausalHFLM) -> None:
     with pytest.raises(UserError, match="An index is made where keys=none"):
         dump_datastore(lm, pieces(), tmp_path, **WINDOWS, index=IndexPlan())
+    with pytest.raises(UserError, match="which memory is for; with keys, use build_index"):
+        dump_datastore(lm, pieces(), tmp_path, **WINDOWS, memory=2**30)
 
 
 def test_a_text_of_one_token_and_one_of_few(tmp_path: Path, lm: CausalHFLM) -> None:

@@ -404,10 +404,23 @@ def test_a_finished_index_is_replaced_only_when_asked(own_store: Datastore) -> N
     assert open_index(own_store)[1]["factory"] == "IVF16,SQ8"
 
 
-@pytest.mark.parametrize("factory", ["IVF64,Flat", "IVF64_HNSW8,Flat", "PCAR8,IVF64,SQ8"])
-def test_many_lists_are_placed_in_two_levels(tmp_path: Path, monkeypatch, factory: str) -> None:
+@pytest.mark.parametrize(
+    ("factory", "above"),
+    [
+        ("IVF64,Flat", 32),
+        ("IVF64_HNSW8,Flat", 32),
+        ("PCAR8,IVF64,SQ8", 32),
+        ("IVF64,RaBitQfs", 32),
+        ("PCAR8,IVF64_HNSW8,RaBitQfs4", 64),
+        ("IVF64,RaBitQ", 64),
+    ],
+)
+def test_many_lists_are_placed_in_two_levels(tmp_path: Path, monkeypatch, factory: str, above: int) -> None:
     store = make_store(tmp_path / "s")
-    monkeypatch.setattr(training, "TWO_LEVELS_ABOVE", 32)
+    monkeypatch.setattr(training, "TWO_LEVELS_ABOVE", above)
+    monkeypatch.setattr(training, "RABITQ_IN_TWO_LEVELS_FROM", 64)
+    calls = []
+    monkeypatch.setattr(training, "two_level_kmeans", lambda *a, **b: calls.append(a) or two_level_kmeans(*a, **b))
     build_index(store, factory)
     index, metadata = open_index(store)
     ivf = faiss.extract_index_ivf(index)
@@ -419,9 +432,23 @@ def test_many_lists_are_placed_in_two_levels(tmp_path: Path, monkeypatch, factor
     plain = faiss.Kmeans(transformed.shape[1], 64, seed=1)
     plain.train(transformed)
     squared = ((transformed[:, None] - centroids[None]) ** 2).sum(-1).min(1)
-    assert squared.mean() < 1.1 * plain.assign(transformed)[0].mean()
+    assert len(calls) == 1 and squared.mean() < 1.1 * plain.assign(transformed)[0].mean()
     rows = {row["probe"]: row for row in metadata["quality"]}
-    assert rows[64]["recall"] > (0.999 if factory == "IVF64,Flat" else 0.5)
+    assert rows[64]["recall"] > (0.999 if factory == "IVF64,Flat" else 0.4)
+
+
+@pytest.mark.parametrize("factory", ["RR16,IVF16,RaBitQfs", "IVF16,RaBitQ", "IVF16,RaBitQfs4"])
+def test_rabitq_learns_nothing_but_its_lists(factory: str) -> None:
+    """So that it need not be given vectors when its lists are placed."""
+    vectors = np.random.default_rng(0).standard_normal((500, 16)).astype(np.float32)
+    of_all, of_one = (training.make_index(factory, 16, "l2") for _ in range(2))
+    of_all.train(vectors)
+    below = training.inverted_file(of_one)
+    below.quantizer.add(training.inverted_file(of_all).quantizer.reconstruct_n(0, 16))
+    of_one.train(vectors[:1])
+    for index in (of_all, of_one):
+        index.add(vectors)
+    np.testing.assert_array_equal(faiss.serialize_index(of_all), faiss.serialize_index(of_one))
 
 
 def test_two_levels_of_clusters_whatever_lies_where() -> None:

@@ -132,6 +132,13 @@ def test_neighbours_are_the_same_in_any_company(tmp_path: Path, factory: str, mo
         np.testing.assert_array_equal(codes.search(queries[:9], fewer, 8)[1], entries[:9, :fewer])
     monkeypatch.setattr(faiss, "omp_get_max_threads", lambda: 3)
     np.testing.assert_array_equal(codes.search(queries, 500, 8)[1], entries)
+    assert codes.compares_lists
+    prepared = codes.prepare(queries, 16)
+    for probe in (1, 8, 16):
+        for array, expected in zip(
+            codes.search_prepared(prepared, 500, probe), codes.search(queries, 500, probe), strict=True
+        ):
+            np.testing.assert_array_equal(array, expected)
 
 
 def test_distances_are_near_faiss_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

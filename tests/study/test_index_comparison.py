@@ -20,7 +20,8 @@ from knn_lm_eval.model.knn_hf import KNNHF
 from knn_lm_eval.search.index_retriever import LocalRetriever
 from knn_lm_eval.search.indexing import build_index
 from knn_lm_eval.store.datastore import Datastore
-from knn_lm_eval.study.index_comparison import IndexComparison, Measurement, collect_queries, efficient
+from knn_lm_eval.study.index_comparison import IndexComparison, Measurement, efficient
+from knn_lm_eval.study.text_queries import collect_queries
 
 TEXTS = {"one": EVAL_TEXT[:300], "two": EVAL_TEXT[300:]}
 LMBDA, TEMPERATURE = 0.4, 2.0

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -43,3 +45,26 @@ def test_time_in_which_nobody_looked_counts_little(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(ray_cluster.time, "monotonic", lambda: next(clock))
     patience = Patience()
     assert [patience.spent() for _ in range(3)] == [1.0, 3.0, 3.5]
+
+
+@pytest.mark.parametrize(
+    ("address", "tried", "sentence"),
+    [
+        ("local", ["local"], r"Ray does not start on this machine \(The node timed out\); see whether"),
+        ("auto", ["auto", "local"], r"Ray does not start on this machine \(The node timed out\); see whether"),
+        ("10.0.0.1:6379", ["10.0.0.1:6379"], r"No Ray cluster can be joined at address=10.0.0.1:6379 \(nobody\)"),
+    ],
+)
+def test_a_ray_that_does_not_start_is_said_in_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, address: str, tried: list[str], sentence: str
+) -> None:
+    given: list[str] = []
+
+    def init(address: str, **_: Any) -> None:
+        given.append(address)
+        raise Exception("The node timed out\nfor some reason.") if address == "local" else ConnectionError("nobody")
+
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(is_initialized=lambda: False, init=init))
+    with pytest.raises(UserError, match=sentence):
+        ray_cluster.connect(address)
+    assert given == tried
