@@ -7,7 +7,8 @@ from typing import Any
 from knn_lm_eval.report.tables import Table
 
 Figure = dict[str, Any] | None  # a mean and its interval
-HEADER = ["tokens", "gain", "interval", "helped", "by", "hurt", "by", "of all gain"]
+# No two columns have one name.
+FIGURES = ["gain", "interval", "helped", "helped by", "hurt", "hurt by"]
 
 
 def analysis_tables(analysis: dict[str, Any]) -> list[Table]:
@@ -20,8 +21,7 @@ def analysis_tables(analysis: dict[str, Any]) -> list[Table]:
 
 def overview_table(analysis: dict[str, Any]) -> Table:
     """A row for each method."""
-    header = ["method", "perplexity", "of the LM", "gain", "interval", "helped", "by", "hurt", "by"]
-    header += ["90 % of gains on", "90 % of losses on"]
+    header = ["method", "perplexity", "of the LM", *FIGURES, "90 % of gains on", "90 % of losses on"]
     several = len(analysis["methods"]) > 1
     rows = []
     for method in analysis["methods"]:
@@ -33,7 +33,7 @@ def overview_table(analysis: dict[str, Any]) -> Table:
             row += [_nats(method["difference"]), interval(method["difference"])]
         rows.append(row)
     if several:
-        header += [f"gain beyond {analysis['methods'][0]['name']}", "interval"]
+        header += [f"gain beyond {analysis['methods'][0]['name']}", "interval of that"]
     notes = [
         f"{analysis['tokens']:,} tokens of {counted(analysis['documents'], 'document')} of "
         f"{', '.join(analysis['tasks']) or 'no task'}. Gains are log p - log p_LM in nats a token; intervals of "
@@ -52,7 +52,11 @@ def property_table(analysis: dict[str, Any], method: dict[str, Any], name: str) 
         rows.append([*row, *_helped_and_hurt(cell), _share(cell["share_of_gain"])])
     title = of_property["title"]
     title = title[0].upper() + title[1:]
-    return Table(f"{title}: {method['name']}" if len(analysis["methods"]) > 1 else title, ["", *HEADER], rows)
+    return Table(
+        f"{title}: {method['name']}" if len(analysis["methods"]) > 1 else title,
+        ["", "tokens", *FIGURES, "of all gain"],
+        rows,
+    )
 
 
 def interval(figure: Figure) -> str:

@@ -279,7 +279,7 @@ def test_an_analysis_is_plain_json_with_examples_as_they_were(
 def test_tables_and_page_show_it(analysis: dict[str, Any]) -> None:
     tables = analysis_tables(analysis)
     assert [row[0] for row in tables[0].rows] == ["kNN-LM", "RetoMaton"]
-    assert all(len(row) == len(table.header) for table in tables for row in table.rows)
+    assert all(len(row) == len(table.header) == len(set(table.header)) for table in tables for row in table.rows)
     page = analysis_page(analysis, "A title")
     for method in analysis["methods"]:
         for of_property in method["by"].values():
