@@ -52,11 +52,9 @@ def property_table(analysis: dict[str, Any], method: dict[str, Any], name: str) 
         rows.append([*row, *_helped_and_hurt(cell), _share(cell["share_of_gain"])])
     title = of_property["title"]
     title = title[0].upper() + title[1:]
-    return Table(
-        f"{title}: {method['name']}" if len(analysis["methods"]) > 1 else title,
-        ["", "tokens", *FIGURES, "of all gain"],
-        rows,
-    )
+    if len(analysis["methods"]) > 1:
+        title = f"{title}: {method['name']}"
+    return Table(title, ["", "tokens", *FIGURES, "of all gain"], rows)
 
 
 def interval(figure: Figure) -> str:
