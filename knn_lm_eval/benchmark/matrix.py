@@ -42,7 +42,10 @@ from knn_lm_eval.system.file_contents import contents_of
 from knn_lm_eval.system.files import read_json
 from knn_lm_eval.system.json_schema import mismatch
 
-TOP = ("output", "models", "datastores", "methods", "tasks", "metadata", "include_path", "batch_size", "device", "seed")
+TOP = (
+    *("output", "models", "datastores", "methods", "tasks", "metadata", "include_path", "batch_size", "device", "seed"),
+    "records",
+)
 TASK = ("task", "limit", "num_fewshot", "metadata", "gen_kwargs", "apply_chat_template", "system_instruction")
 HF = [name for name in inspect.signature(HFLM.__init__).parameters if name not in ("self", "kwargs")]
 # Arguments of the LM that may be folders whose content counts.
@@ -59,6 +62,7 @@ class _Top(TypedDict, total=False):
     batch_size: int | str
     device: str | None
     seed: int
+    records: bool
 
 
 class _Store(TypedDict, total=False):
@@ -85,6 +89,7 @@ class Cell:
     args : its model arguments.
     task_settings : what ``TASK`` lists, ``task`` always among them.
     seed : of everything random.
+    records : whether the scored tokens' records are kept beside the results; the LM alone leaves none.
     """
 
     model: str
@@ -95,6 +100,7 @@ class Cell:
     args: dict[str, Any]
     task_settings: dict[str, Any]
     seed: int
+    records: bool = False
 
     @property
     def lm_args(self) -> dict[str, Any]:
@@ -131,6 +137,7 @@ class Cell:
             "task": self.task_settings,
             "seed": self.seed,
             "contents": contents,
+            **({"records": True} if self.records else {}),
         }
 
     def store_folders(self) -> list[Path]:
@@ -227,7 +234,7 @@ def _cells(content: dict[str, Any], path: Path) -> Iterator[Cell]:
     stores = _section(content, "datastores", path, shorthand="path")
     methods = _section(content, "methods", path)
     tasks = _section(content, "tasks", path)
-    seed = content.get("seed", DEFAULT_SEED)
+    seed, records = content.get("seed", DEFAULT_SEED), content.get("records", False)
     _check(path, models, stores, methods, tasks)
     metadata = _mapping(content.get("metadata"), f"{path}: metadata")
     for name, task_settings in tasks.items():
@@ -245,7 +252,8 @@ def _cells(content: dict[str, Any], path: Path) -> Iterator[Cell]:
                     own = {key: value for key, value in settings.items() if key != "model"}
                     args = model_args | (_store_args(stores[store_name]) if store_name else {}) | own
                     args = {key: _filled(value, model, store_name) for key, value in args.items()}
-                    yield Cell(model, store_name, method, task, kind, args, task_settings, seed)
+                    keeps = records and kind == "knn-hf"
+                    yield Cell(model, store_name, method, task, kind, args, task_settings, seed, keeps)
 
 
 def _kind(method: str, settings: dict[str, Any]) -> str:
@@ -270,6 +278,7 @@ def _check(
     for name, store in stores.items():
         _refuse_unknown(store, ["path", "models", *KNN], f"{path}: datastores: {name}")
         _check_types(store, _Store, f"{path}: datastores: {name}")
+        _refuse_records(store, f"{path}: datastores: {name}")
         if "path" not in store:
             raise UserError(f"{path}: datastores: {name} has no `path`; say where the datastore is.")
         for model in _listed(store.get("models")):
@@ -279,6 +288,7 @@ def _check(
         if kind not in ("hf", "knn-hf"):
             raise UserError(f"{path}: methods: {name}: model: {shortened(kind)} is unknown; use hf or knn-hf.")
         _refuse_unknown(method, ["model", *(["context_len"] if kind == "hf" else KNN)], f"{path}: methods: {name}")
+        _refuse_records(method, f"{path}: methods: {name}")
         if kind == "knn-hf" and not stores:
             raise UserError(f"{path}: methods: {name} needs a datastore; list some under `datastores`.")
     for name, task in tasks.items():
@@ -288,6 +298,11 @@ def _check(
         if limit is not None and (mismatch(limit, float) or limit <= 0):
             raise UserError(f"{where}: limit: {shortened(limit)} is not a number above 0.")
         _check_types(task, _Task, where)
+
+
+def _refuse_records(settings: dict[str, Any], where: str) -> None:
+    if "records" in settings:
+        raise UserError(f"{where}: records is for the whole file (records: true at its top): each cell has its own.")
 
 
 def _store_args(store: dict[str, Any]) -> dict[str, Any]:

@@ -34,9 +34,14 @@ def take_fingerprint(model: LanguageModel, tokenizer: Any) -> dict[str, Any]:
     key = model.projected(None).encode(torch.tensor([token_ids]))[0][0, -1].float().cpu()
     fingerprint: dict[str, Any] = {"token_ids": token_ids, "key": [float(f"{x:.5g}") for x in key.tolist()]}
     if tokenizer is not None:
-        ids = json.dumps(tokenizer(PROBE_TEXT, add_special_tokens=False)["input_ids"])
-        fingerprint["tokenizer_sha256"] = hashlib.sha256(ids.encode()).hexdigest()
+        fingerprint["tokenizer_sha256"] = tokenizer_checksum(tokenizer)
     return fingerprint
+
+
+def tokenizer_checksum(tokenizer: Any) -> str:
+    """The SHA-256 of the ids that a tokenizer gives for a fixed text."""
+    ids = json.dumps(tokenizer(PROBE_TEXT, add_special_tokens=False)["input_ids"])
+    return hashlib.sha256(ids.encode()).hexdigest()
 
 
 class StoreRecord(Protocol):

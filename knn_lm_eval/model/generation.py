@@ -33,7 +33,7 @@ from knn_lm_eval.methods.mixture import mixed_log_probs
 from knn_lm_eval.model.accounting import Work
 from knn_lm_eval.model.generation_steps import GenerationSteps
 from knn_lm_eval.model.opening import Augmentation, open_augmentation
-from knn_lm_eval.model.scoring import NEIGHBOURS_PER_BLOCK, FindNeighbours
+from knn_lm_eval.model.scoring import NEIGHBOURS_PER_BLOCK, FindNeighbours, Neighbours
 from knn_lm_eval.model.search_cost import tell_costly_search
 from knn_lm_eval.model.settings import RetrievalSettings
 from knn_lm_eval.system.timing import StageTimer
@@ -236,16 +236,17 @@ class MixedForward:
         find: FindNeighbours
         if automaton is None:
 
-            def find(some: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+            def find(some: Tensor) -> Neighbours:
                 found = self.augmentation.retriever.search(queries[some])
-                return found.distances, found.values, found.counts
+                return Neighbours(found.distances, found.values, found.counts)
 
         else:
             known = np.zeros((len(logits), 0), np.int64) if sequences is None else sequences.cpu().numpy()
             steps = self._walk(automaton, queries, rows.numpy(), from_end[columns.numpy()], known, generating)
 
-            def find(some: Tensor) -> tuple[Tensor, Tensor, None]:
-                return *padded_neighbours([steps[i] for i in some.tolist()], automaton.values), None
+            def find(some: Tensor) -> Neighbours:
+                distances, values, _ = padded_neighbours([steps[i] for i in some.tolist()], automaton.values)
+                return Neighbours(distances, values, None)
 
         self._mix_in(log_probs, rows, columns, find)
         return log_probs
@@ -269,7 +270,7 @@ class MixedForward:
             stop = min(start + block, len(rows))
             found = find(torch.arange(start, stop))
             with self._timed("mixture"):
-                of_block = mixture.weigh(*found, log_probs.device)  # [block, k]
+                of_block = mixture.weigh(found.distances, found.values, found.counts, log_probs.device)  # [block, k]
                 for at in range(start, stop, chunk):
                     here = slice(at, min(at + chunk, stop))
                     place = rows[here], columns[here]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import transformers
@@ -14,6 +16,7 @@ from knn_lm_eval.errors import MissingPackage, UserError, naming_missing_package
 
 try:
     with naming_missing_packages():
+        from knn_lm_eval.lm.fingerprint import tokenizer_checksum
         from knn_lm_eval.lm.language_model import LanguageModel
         from knn_lm_eval.lm.loading import recorded_arguments
         from knn_lm_eval.lm.reading import Reader
@@ -30,6 +33,7 @@ try:
         from knn_lm_eval.model.generation import MixedForward
         from knn_lm_eval.model.one_pass import OnePassScorer
         from knn_lm_eval.model.opening import Augmentation, open_augmentation
+        from knn_lm_eval.model.records import RecordFolder
         from knn_lm_eval.model.retomaton import RetomatonScorer
         from knn_lm_eval.model.scoring import KNNScorer, LMScorer, PassageScorer
         from knn_lm_eval.model.scoring_lm import ScoringLM
@@ -37,6 +41,7 @@ try:
         from knn_lm_eval.model.settings import RetrievalSettings
         from knn_lm_eval.search.retriever import Retriever
         from knn_lm_eval.store.joined import open_clusters
+        from knn_lm_eval.system.files import check_writable
 except MissingPackage:
     report_user_errors()  # lm-eval's command line imports this first of all of ours
     raise
@@ -68,6 +73,8 @@ class KNNHF(ScoringLM):
         given, lm_arguments = RetrievalSettings.take_from(arguments)
         # All that can be wrong without the model is looked at before minutes are spent on loading it.
         opened = open_augmentation(given)
+        if given.records is not None:
+            check_writable(Path(given.records) / ".trial")
         if pretrained is None:
             store = opened.retriever.datastore
             lm_arguments = recorded_arguments(store.manifest.model) | lm_arguments
@@ -95,6 +102,8 @@ class KNNHF(ScoringLM):
         self.settings = opened.record | {"key_module": model.key_module_name, "context_len": given.context_len}
         if given.retomaton:
             self.settings["carry_state"] = given.carry_state
+        if given.records is not None:
+            self.records = RecordFolder(Path(given.records), self._about_records(name), self.rank, self.world_size)
         self._tell_settings()
 
     @property
@@ -113,6 +122,25 @@ class KNNHF(ScoringLM):
         """As lm-eval's, for its command line: user errors end the program with one sentence."""
         report_user_errors()
         return super().create_from_arg_obj(arg_dict, additional_config)
+
+    def _about_records(self, name: str | None) -> dict[str, Any]:
+        """What records say of their run: the LM of this name, the settings, tokenizer and datastore."""
+        store = self.retriever.datastore
+        settings = {name: "inf" if value == math.inf else value for name, value in self.settings.items()}
+        settings |= {"max_length": self.max_length, "lm_arguments": self._loading}
+        return {
+            "model": {"pretrained": name, "dtype": str(self.mixed_forward.model.inner.dtype).removeprefix("torch.")},
+            "settings": settings,
+            "tokenizer": {
+                "name": getattr(self.tokenizer, "name_or_path", None) or None,
+                "sha256": tokenizer_checksum(self.tokenizer),
+            },
+            "datastore": {
+                "path": str(store.path.resolve()),
+                "keys_sha256": store.keys_checksum,
+                "entries": len(store),
+            },
+        }
 
     def _tell_settings(self) -> None:
         shown = dict(self.settings)
@@ -136,6 +164,11 @@ class KNNHF(ScoringLM):
         """Take lm-eval's ``--use_cache`` file, unless it holds results of another model or other settings."""
         database = getattr(cache_hook, "dbdict", None)
         if database is not None:
+            if self.records is not None:
+                raise UserError(
+                    "records and --use_cache do not go together, for what is in the cache would leave no records; "
+                    "leave one out."
+                )
             identity = json.dumps(self._identity(), sort_keys=True)
             stored = database.get("knn_lm_eval identity")
             if stored != identity and len(database):
@@ -205,12 +238,17 @@ class KNNHF(ScoringLM):
 
 def _scorer(model: LanguageModel, opened: Augmentation, softmax_dtype: Any) -> PassageScorer:
     """What scores as the settings say."""
+    keeps_figures = opened.settings.records is not None
     if opened.automaton is not None:
         reader = Reader(model, softmax_dtype)
-        return RetomatonScorer(reader, opened.automaton, opened.mixture, opened.settings.carry_state)
+        return RetomatonScorer(
+            reader, opened.automaton, opened.mixture, opened.settings.carry_state, keeps_figures=keeps_figures
+        )
     if opened.mixture.is_lm_alone:  # the neighbours would count for nothing: the search is left out
-        return LMScorer(Reader(model, softmax_dtype))
+        return LMScorer(Reader(model, softmax_dtype), keeps_figures)
     if opened.searches_all:
-        return OnePassScorer(Reader(model, softmax_dtype), opened.retriever, opened.mixture)
+        reader = Reader(model, softmax_dtype)
+        return OnePassScorer(reader, opened.retriever, opened.mixture, keeps_figures=keeps_figures)
     reads_ahead = model.device.type == "cuda" and not opened.retriever.on_gpus
-    return KNNScorer(Reader(model, softmax_dtype, reads_ahead), opened.retriever, opened.mixture)
+    reader = Reader(model, softmax_dtype, reads_ahead)
+    return KNNScorer(reader, opened.retriever, opened.mixture, keeps_figures)

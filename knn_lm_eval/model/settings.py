@@ -15,9 +15,8 @@ from typing import Any, NamedTuple
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.methods.adaptive import Weight, read_weight
 from knn_lm_eval.methods.automaton import AutomatonSettings
-from knn_lm_eval.model.arguments import Range, listed, read_store_weights, setting
 from knn_lm_eval.model.params import Params
-from knn_lm_eval.model.setting_fields import Range, range_in_words, setting
+from knn_lm_eval.model.setting_fields import Range, listed, range_in_words, read_store_weights, setting
 from knn_lm_eval.store.index_files import DEFAULT_INDEX
 
 KNN_LM, RETOMATON = "Khandelwal et al. 2020", "Alon et al. 2022"
@@ -199,6 +198,13 @@ class RetrievalSettings:
         "for lmbda",
     )
 
+    records: str | os.PathLike | None = setting(
+        None,
+        "each scored token leaves a record there, for `analyse`: probabilities, entropy, rank, heaviest neighbours; a "
+        "folder for each setting",
+        may_be="a folder",
+        shown_default="none are kept",
+    )
     verify: str = setting(
         "auto",
         "whether files of store, index and clusters are read for their checksums when they are opened: `auto` reads "

@@ -149,7 +149,7 @@ class Walks:
             with timed("walk"):
                 automaton.walk(walks, keep_neighbours=True)
                 steps = [neighbours for walk in walks for neighbours in walk.neighbours]
-                distances, values = padded_neighbours(steps, automaton.values)
+                distances, values, _ = padded_neighbours(steps, automaton.values)
             surface.searches += sum(walk.searches for walk in walks)
             yield FoundForSurface(surface, distances, values, None, of_one_k=True)
 

@@ -104,10 +104,7 @@ def _neighbour_finder(lm: KNNHF, reading: Reading, targets: list[int]) -> Callab
 
     def steps(here: slice) -> FoundForTokens:
         neighbours = walk.neighbours[here]
-        distances, values = padded_neighbours(neighbours, automaton.values)
-        entries = torch.full(distances.shape, -1)
-        for row, (_, found) in zip(entries, neighbours, strict=True):
-            row[: len(found)] = torch.from_numpy(found)
+        distances, values, entries = padded_neighbours(neighbours, automaton.values)
         return FoundForTokens(distances, values, entries, None, torch.from_numpy(walk.searched[here]))
 
     return steps
