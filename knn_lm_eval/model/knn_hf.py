@@ -22,6 +22,7 @@ try:
             REPORTED_COUNTS,
             Work,
             describe_store,
+            ngram_matches,
             retrieval_work,
             rounded,
             saved_searches,
@@ -37,6 +38,7 @@ try:
         from knn_lm_eval.model.settings import RetrievalSettings
         from knn_lm_eval.search.retriever import Retriever
         from knn_lm_eval.store.clusters import Clusters
+        from knn_lm_eval.store.suffixes import suffixes_checksums
 except MissingPackage:
     report_user_errors()  # lm-eval's command line imports this first of all of ours
     raise
@@ -128,8 +130,8 @@ class KNNHF(ScoringLM):
         )
 
     def _model_generate(self, context: Any, max_length: int, stop: list[str], **generation_kwargs: Any) -> Any:
-        # HFLM's generate_until with the mixture in each decoding step. With lmbda=0 the LM is alone, as in hf.
-        with self.mixed_forward if self.settings["lmbda"] != 0 else nullcontext():
+        # HFLM's generate_until with the mixture in each decoding step, unless the LM is alone, as in hf.
+        with self.mixed_forward if not self.augmentation.is_lm_alone else nullcontext():
             return super()._model_generate(context, max_length, stop, **generation_kwargs)
 
     def set_cache_hook(self, cache_hook: Any) -> None:
@@ -162,6 +164,7 @@ class KNNHF(ScoringLM):
             "prefix_token_id": self.prefix_token_id,
             "files": store.manifest.files,
             **self.retriever.identity(),
+            **({} if self.augmentation.ngrams is None else {"suffixes": suffixes_checksums(store)}),
             "clusters_files": None if clusters is None else Clusters.open(store, str(clusters)).checksums(),
             "loading": self._loading,
         }
@@ -192,6 +195,7 @@ class KNNHF(ScoringLM):
             "knn": {
                 **of_shards,
                 **saved_searches(counts, self.augmentation.mixture.weight.threshold is not None),
+                **ngram_matches(counts),
                 **self.settings,
                 "setting_sources": self.augmentation.sources,
                 "lm_arguments": self._loading,
@@ -207,10 +211,10 @@ def _scorer(model: LanguageModel, opened: Augmentation, softmax_dtype: Any) -> P
     """What scores as the settings say."""
     if opened.automaton is not None:
         reader = Reader(model, softmax_dtype)
-        return RetomatonScorer(reader, opened.automaton, opened.mixture, opened.settings.carry_state)
+        return RetomatonScorer(reader, opened.automaton, opened.mixture, opened.settings.carry_state, opened.ngrams)
     if opened.mixture.is_lm_alone:  # the neighbours would count for nothing: the search is left out
-        return LMScorer(Reader(model, softmax_dtype))
+        return LMScorer(Reader(model, softmax_dtype), opened.ngrams)
     if opened.searches_all:
-        return OnePassScorer(Reader(model, softmax_dtype), opened.retriever, opened.mixture)
+        return OnePassScorer(Reader(model, softmax_dtype), opened.retriever, opened.mixture, ngrams=opened.ngrams)
     reads_ahead = model.device.type == "cuda" and not opened.retriever.on_gpus
-    return KNNScorer(Reader(model, softmax_dtype, reads_ahead), opened.retriever, opened.mixture)
+    return KNNScorer(Reader(model, softmax_dtype, reads_ahead), opened.retriever, opened.mixture, opened.ngrams)

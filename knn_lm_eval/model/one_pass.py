@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from knn_lm_eval.lm.reading import Passage, Reader, Reading
 from knn_lm_eval.methods.mixture import Mixture
+from knn_lm_eval.model.ngram_mixture import NgramMixture
 from knn_lm_eval.model.scores import Score
 from knn_lm_eval.model.scoring import NEIGHBOURS_PER_BLOCK, FindNeighbours, MixedPairs, PassageScorer
 from knn_lm_eval.model.spool import WaitingRows
@@ -57,6 +58,7 @@ class OnePassScorer(PassageScorer):
     mixture : how LM and neighbours are mixed.
     folder : on a disk with room; None is the cache, ``$KNN_LM_EVAL_CACHE`` or ~/.cache/knn_lm_eval.
     search_bytes : of memory that a search may take; None is as said above.
+    ngrams : an n-gram LM that is mixed in.
     """
 
     reads_all_first = True
@@ -68,10 +70,11 @@ class OnePassScorer(PassageScorer):
         mixture: Mixture,
         folder: Path | None = None,
         search_bytes: int | None = None,
+        ngrams: NgramMixture | None = None,
     ) -> None:
         super().__init__(reader)
         self.retriever, self.folder, self.search_bytes = retriever, folder or cache_root(), search_bytes
-        self._pairs = MixedPairs(reader, mixture)
+        self._pairs = MixedPairs(reader, mixture, ngrams)
         self._told = False
 
     @property

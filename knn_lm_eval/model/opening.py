@@ -18,6 +18,7 @@ from knn_lm_eval.lm.language_model import LanguageModel
 from knn_lm_eval.lm.projection import Projection
 from knn_lm_eval.methods.automaton import Automaton, AutomatonSettings
 from knn_lm_eval.methods.mixture import Mixture
+from knn_lm_eval.model.ngram_mixture import NgramMixture
 from knn_lm_eval.model.params import Params, find_params
 from knn_lm_eval.model.settings import RetrievalSettings, SettingsInForce
 from knn_lm_eval.search.code_distances import CodeDistances
@@ -39,6 +40,7 @@ from knn_lm_eval.store.clusters import Clusters
 from knn_lm_eval.store.datastore import Datastore
 from knn_lm_eval.store.fetching import find_datastore
 from knn_lm_eval.store.index_files import find_parts, searched_index
+from knn_lm_eval.store.suffixes import open_suffixes
 from knn_lm_eval.system.timing import now
 
 logger = logging.getLogger(__name__)
@@ -58,6 +60,7 @@ class Augmentation:
     record : the same, as they stand in results; an adaptive lmbda in its plain form.
     sources : where they come from: ``given``, ``params``, ``store default``, ``default`` or ``index``; the store for
         all others.
+    ngrams : the n-gram LM that is mixed in after the neighbours; None for none.
     """
 
     retriever: Retriever
@@ -68,6 +71,12 @@ class Augmentation:
     settings: RetrievalSettings
     record: dict[str, Any]
     sources: dict[str, str]
+    ngrams: NgramMixture | None = None
+
+    @property
+    def is_lm_alone(self) -> bool:
+        """Whether nothing is mixed into the LM."""
+        return self.mixture.is_lm_alone and self.ngrams is None
 
     @property
     def searches_all(self) -> bool:
@@ -145,7 +154,13 @@ def open_augmentation(given: RetrievalSettings) -> Augmentation:
         settings=settings,
         record=record,
         sources=in_force.sources,
+        ngrams=_open_ngrams(settings, store),
     )
+
+
+def _open_ngrams(settings: RetrievalSettings, store: Datastore) -> NgramMixture | None:
+    assert settings.ngram_lmbda is not None
+    return NgramMixture(open_suffixes(store), settings.ngram_lmbda) if settings.ngram_lmbda else None
 
 
 def open_automaton(
@@ -255,6 +270,8 @@ def _open_on_gpus(settings: RetrievalSettings, store: Datastore, index: str | No
 def _record(settings: RetrievalSettings, retriever: Retriever, key_type: str) -> dict[str, Any]:
     """The settings in force, by name, as far as they count."""
     record = {name: getattr(settings, name) for name in settings.tunable}
+    if not settings.ngram_lmbda:
+        del record["ngram_lmbda"]
     record |= {
         "probe": retriever.probe,
         "knn_sim_func": retriever.sim_func,

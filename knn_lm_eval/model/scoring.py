@@ -14,12 +14,23 @@ import torch
 from torch import Tensor
 
 from knn_lm_eval.lm.reading import PairsByRow, Passage, Reader, Reading
-from knn_lm_eval.methods.mixture import Mixture, WeighedNeighbours, greedy_tokens, knn_log_prob, mix, take_rows
+from knn_lm_eval.methods.adaptive import Constant
+from knn_lm_eval.methods.mixture import (
+    Mixture,
+    WeighedNeighbours,
+    greedy_tokens,
+    knn_log_prob,
+    mix,
+    mixed_log_probs,
+    take_rows,
+)
+from knn_lm_eval.model.ngram_mixture import NgramMixture, NgramReader, NgramRows
 from knn_lm_eval.model.scores import Score, sum_up
 from knn_lm_eval.search.retriever import Retriever
 from knn_lm_eval.system.timing import StageTimer
 
 NEIGHBOURS_PER_BLOCK = 2**21  # 16 bytes each
+ROWS_PER_BLOCK = 2**12  # where there are no neighbours
 
 # rows int64 [n] -> distances [n, k], values [n, k] and counts [n, k] or None of these rows' neighbours.
 FindNeighbours = Callable[[Tensor], tuple[Tensor, Tensor, Tensor | None]]
@@ -90,11 +101,33 @@ class PassageScorer(ABC):
 
 
 class LMScorer(PassageScorer):
-    """Scores passages by the LM alone."""
+    """Scores passages by the LM alone, or by LM and n-grams.
+
+    Parameters
+    ----------
+    reader : as for ``PassageScorer``.
+    ngrams : an n-gram LM that is mixed in.
+    """
+
+    def __init__(self, reader: Reader, ngrams: NgramMixture | None = None) -> None:
+        super().__init__(reader)
+        self._pairs = None if ngrams is None else MixedPairs(reader, Mixture(Constant(0.0), 1.0), ngrams)
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        return self.reader.seconds | ({} if self._pairs is None else self._pairs.seconds)
+
+    @property
+    def counts(self) -> dict[str, float]:
+        return super().counts | ({} if self._pairs is None else self._pairs.counts)
 
     def score_readings(self, readings: Sequence[Reading], want_greedy: bool) -> list[list[Score]]:
         scores = []
         for reading in readings:
+            if self._pairs is not None:
+                self.tokens_scored += sum(reading.lengths)
+                scores += self._pairs.score_reading(reading, _find_none, ROWS_PER_BLOCK, want_greedy)
+                continue
             greedy = None
             if want_greedy:
                 log_probs, greedy = self.reader.target_scores(reading)
@@ -121,35 +154,43 @@ class PairScores(NamedTuple):
 
 
 class MixedPairs:
-    """Scores (row, target) pairs by the mixture of an LM and neighbours.
+    """Scores (row, target) pairs by the mixture of an LM and neighbours, and then of n-grams.
 
     Parameters
     ----------
     reader : of the LM.
     mixture : how the two are mixed.
+    ngrams : an n-gram LM that is mixed in.
 
     Attributes
     ----------
     rows_scored, rows_skipped : positions, and those at which the weight wanted no search.
     """
 
-    def __init__(self, reader: Reader, mixture: Mixture) -> None:
-        self.reader, self.mixture = reader, mixture
+    def __init__(self, reader: Reader, mixture: Mixture, ngrams: NgramMixture | None = None) -> None:
+        self.reader, self.mixture, self.ngrams = reader, mixture, NgramReader(ngrams)
         self.rows_scored, self.rows_skipped = 0, 0
         self._timed = StageTimer(("mixture",), reader.model.device)
 
     @property
     def seconds(self) -> dict[str, float]:
-        return self._timed.seconds
+        return self._timed.seconds | self.ngrams.seconds
 
     @property
     def counts(self) -> dict[str, float]:
         """What was scored so far."""
-        return {"rows": self.rows_scored, "rows_skipped": self.rows_skipped}
+        return {"rows": self.rows_scored, "rows_skipped": self.rows_skipped} | self.ngrams.counts
 
     @torch.inference_mode()
     def score(
-        self, hidden: Tensor, rows: Tensor, targets: Tensor, find: FindNeighbours, block: int, want_greedy: bool
+        self,
+        hidden: Tensor,
+        rows: Tensor,
+        targets: Tensor,
+        find: FindNeighbours,
+        block: int,
+        want_greedy: bool,
+        ngrams: NgramRows | None = None,
     ) -> PairScores:
         """Score each pair of a row of ``hidden`` and a target.
 
@@ -158,6 +199,7 @@ class MixedPairs:
         hidden : ``[n, width]``.
         rows, targets : int64 ``[pairs]``.
         find : is asked for ``block`` rows at a time, or for those that are worth it.
+        ngrams : of the same rows.
         """
         device = hidden.device
         self.rows_scored += len(hidden)
@@ -183,10 +225,11 @@ class MixedPairs:
                     lm_log_probs = table[at, pairs.targets[here]].float()
                     log_probs[here] = self._mix(lm_log_probs, neighbours, at, pairs.targets[here], lmbda, block)
                     if greedy is not None:
-                        best = greedy_tokens(table, neighbours.log_weights, neighbours.values, lmbda)  # [rows]
+                        best = self._best(table, neighbours, lmbda, ngrams, start)  # [rows]
                         greedy[here] = best[at] == pairs.targets[here]
+        mixed = pairs.as_given(log_probs)
         return PairScores(
-            pairs.as_given(log_probs),
+            mixed if ngrams is None else ngrams.mixed(mixed, rows, targets),
             None if greedy is None else pairs.as_given(greedy),
             None if searched is None else pairs.as_given(searched),
         )
@@ -194,7 +237,8 @@ class MixedPairs:
     def score_reading(self, reading: Reading, find: FindNeighbours, block: int, want_greedy: bool) -> list[list[Score]]:
         """The scores of a batch that was read; ``find`` and ``block`` as for ``score``."""
         rows, targets = reading.pairs()
-        log_probs, greedy, searched = self.score(reading.hidden, rows, targets, find, block, want_greedy)
+        ngrams = self.ngrams.of_reading(reading)
+        log_probs, greedy, searched = self.score(reading.hidden, rows, targets, find, block, want_greedy, ngrams)
         searches = None if searched is None else [int(part.sum()) for part in searched.split(reading.lengths)]
         return sum_up(reading, log_probs, greedy, searches)
 
@@ -210,6 +254,21 @@ class MixedPairs:
                 assert wants is not None, "asked only of a weight with a threshold"
                 wanted[start:stop] = wants.cpu()
         return wanted
+
+    def _best(
+        self,
+        table: Tensor,
+        neighbours: WeighedNeighbours,
+        lmbda: float | Tensor,
+        ngrams: NgramRows | None,
+        start: int,
+    ) -> Tensor:
+        """The most probable token of each row of the LM's ``table``, whose rows begin at ``start``: int64 ``[rows]``."""
+        if ngrams is None:
+            return greedy_tokens(table, neighbours.log_weights, neighbours.values, lmbda)
+        of_all = mixed_log_probs(table.float(), neighbours.log_weights, neighbours.values, lmbda)
+        ngrams.mix_into(of_all, start)
+        return of_all.argmax(dim=-1)
 
     def _mix(
         self,
@@ -250,11 +309,14 @@ class KNNScorer(PassageScorer):
     reader : as for ``PassageScorer``.
     retriever : finds the neighbours.
     mixture : how LM and neighbours are mixed.
+    ngrams : an n-gram LM that is mixed in.
     """
 
-    def __init__(self, reader: Reader, retriever: Retriever, mixture: Mixture) -> None:
+    def __init__(
+        self, reader: Reader, retriever: Retriever, mixture: Mixture, ngrams: NgramMixture | None = None
+    ) -> None:
         super().__init__(reader)
-        self.retriever, self._pairs = retriever, MixedPairs(reader, mixture)
+        self.retriever, self._pairs = retriever, MixedPairs(reader, mixture, ngrams)
 
     def score(
         self, batches: Sequence[Sequence[Passage]], want_greedy: bool, following: Sequence[Passage] | None = None
@@ -288,11 +350,16 @@ class KNNScorer(PassageScorer):
         return self._pairs.score_reading(reading, find, block, want_greedy)
 
 
+def _find_none(rows: Tensor) -> tuple[Tensor, Tensor, None]:
+    """No neighbours."""
+    return torch.full((len(rows), 1), math.inf), torch.zeros(len(rows), 1, dtype=torch.int32), None
+
+
 def _find_some(wanted: Tensor, start: int, find: FindNeighbours) -> tuple[Tensor, Tensor, Tensor | None]:
     """The neighbours of those rows from ``start`` on that are ``wanted``; empty slots for the others."""
     (some,) = wanted.nonzero(as_tuple=True)
     if not len(some):
-        return torch.full((len(wanted), 1), math.inf), torch.zeros(len(wanted), 1, dtype=torch.int32), None
+        return _find_none(wanted)
     found_distances, found_values, found_counts = find(some + start)  # [some, k]
     distances = found_distances.new_full((len(wanted), found_distances.shape[1]), math.inf)
     values = found_values.new_zeros(distances.shape)

@@ -76,7 +76,7 @@ def setting(
     return dataclasses.field(default=default, metadata=metadata)
 
 
-KNN_LM, RETOMATON = "Khandelwal et al. 2020", "Alon et al. 2022"
+KNN_LM, RETOMATON, INFINI_GRAM = "Khandelwal et al. 2020", "Alon et al. 2022", "Liu et al. 2024"
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class RetrievalSettings:
     )
     params: str | os.PathLike | bool | None = setting(
         None,
-        "gives what is not given here of k, lmbda, knn_temp, probe, min_knns and max_knns; False goes without",
+        "gives what is not given here of k, lmbda, ngram_lmbda, knn_temp, probe, min_knns and max_knns; False goes without",
         may_be="a file that `tune` wrote, or False",
         shown_default="the datastore's, if it has any",
     )
@@ -112,6 +112,15 @@ class RetrievalSettings:
         may_be="from 0 to 1, or the plain form of a weight per token, as a params file has it",
         in_force=0.25,
         source=f"{KNN_LM}; per token: He et al. 2021 (gate), Drozdov et al. 2022 (buckets)",
+    )
+    ngram_lmbda: float | None = setting(
+        None,
+        "the weight of an n-gram LM of unbounded n over the datastore's text, which is mixed into what LM and neighbours "
+        "give, at tokens before which the text has at least the last token; with lmbda=0, into the LM alone. Needs "
+        "`build_suffix_array`",
+        of=Range(0, 1),
+        in_force=0.0,
+        source=INFINI_GRAM,
     )
     knn_temp: float | None = setting(
         None,
@@ -316,7 +325,7 @@ class SettingsInForce(NamedTuple):
     sources: dict[str, str]
 
 
-TUNABLE, TUNABLE_OF_WALKS = ("k", "lmbda", "knn_temp", "probe"), ("min_knns", "max_knns")
+TUNABLE, TUNABLE_OF_WALKS = ("k", "lmbda", "ngram_lmbda", "knn_temp", "probe"), ("min_knns", "max_knns")
 # The papers' settings.
 DEFAULTS: dict[str, Any] = {
     field.name: field.metadata["in_force"]
