@@ -324,9 +324,7 @@ class MixedForward:
         if self._ngrams.mixture is None:
             return
         if sequences is None:
-            raise UserError(
-                "n-grams are looked up by token ids, and the model was given embeddings: leave ngram_lmbda out."
-            )
+            raise UserError("n-grams are looked up by token ids, and embeddings were given: leave ngram_lmbda out.")
         known = sequences.cpu().numpy()
         padding = np.zeros(len(known), dtype=np.int64)
         if isinstance(mask, Tensor) and mask.shape == sequences.shape:

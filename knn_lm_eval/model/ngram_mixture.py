@@ -1,4 +1,4 @@
-"""The n-gram LM of the datastore's text, mixed into whatever else gives log-probabilities: the LM, or LM and neighbours.
+"""The n-gram LM of the datastore's text, mixed into what the LM, or LM and neighbours, give.
 
     p(y) = (1 - ngram_lmbda) p_others(y) + ngram_lmbda p_ngram(y)
 

@@ -263,7 +263,7 @@ class MixedPairs:
         ngrams: NgramRows | None,
         start: int,
     ) -> Tensor:
-        """The most probable token of each row of the LM's ``table``, whose rows begin at ``start``: int64 ``[rows]``."""
+        """The most probable token of each row of the LM's ``table``, int64 ``[rows]``; the first row is ``start``."""
         if ngrams is None:
             return greedy_tokens(table, neighbours.log_weights, neighbours.values, lmbda)
         of_all = mixed_log_probs(table.float(), neighbours.log_weights, neighbours.values, lmbda)

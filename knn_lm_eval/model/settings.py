@@ -94,7 +94,8 @@ class RetrievalSettings:
     )
     params: str | os.PathLike | bool | None = setting(
         None,
-        "gives what is not given here of k, lmbda, ngram_lmbda, knn_temp, probe, min_knns and max_knns; False goes without",
+        "gives what is not given here of k, lmbda, ngram_lmbda, knn_temp, probe, min_knns and max_knns; False goes "
+        "without",
         may_be="a file that `tune` wrote, or False",
         shown_default="the datastore's, if it has any",
     )
@@ -115,9 +116,8 @@ class RetrievalSettings:
     )
     ngram_lmbda: float | None = setting(
         None,
-        "the weight of an n-gram LM of unbounded n over the datastore's text, which is mixed into what LM and neighbours "
-        "give, at tokens before which the text has at least the last token; with lmbda=0, into the LM alone. Needs "
-        "`build_suffix_array`",
+        "the weight of an n-gram LM of unbounded n over the datastore's text (see `build_suffix_array`), mixed into "
+        "what LM and neighbours give, where the text has the token before; with lmbda=0, into the LM alone",
         of=Range(0, 1),
         in_force=0.0,
         source=INFINI_GRAM,

@@ -183,6 +183,8 @@ def load_tasks(names: Sequence[str], manager: TaskManager, allow_test: bool) -> 
 def _check_model_args(model_args: dict[str, Any]) -> None:
     if given := [name for name in TUNED if name in model_args]:
         raise UserError(f"{given[0]} is what tune looks for: leave it out of --model_args (--k sets a grid).")
+    if model_args.get("ngram_lmbda"):
+        raise UserError("ngram_lmbda is not tuned with the others: leave it out of --model_args.")
     if model_args.get("carry_state"):
         raise UserError("carry_state=True cannot be tuned with: leave it out of --model_args.")
 
