@@ -104,10 +104,14 @@ class NgramRows:
         ----------
         log_probs : without n-grams.
         """
+        log_p = self.log_probs(rows, targets).to(log_probs.device)
+        return mix(log_probs.double(), log_p, self.mixture.lmbda).to(log_probs.dtype)
+
+    def log_probs(self, rows: Tensor, targets: Tensor) -> Tensor:
+        """log p_ngram of each target at its row, float64 ``[pairs]`` on the CPU; NaN where there is none."""
         with self.timed("ngrams"):
             at = rows.cpu().numpy(), targets.cpu().numpy()
-            log_p = torch.from_numpy(self.mixture.ngrams.probabilities(self.matches, *at)).log()
-            return mix(log_probs.double(), log_p.to(log_probs.device), self.mixture.lmbda).to(log_probs.dtype)
+            return torch.from_numpy(self.mixture.ngrams.probabilities(self.matches, *at)).log()
 
     def mix_into(self, table: Tensor, start: int) -> None:
         """Mix them into the log-probabilities ``[n, vocabulary]`` of all tokens, at the rows from ``start`` on."""

@@ -305,6 +305,8 @@ class RetrievalSettings:
             else:
                 values[name] = DEFAULTS.get(name)
                 sources[name] = "index" if name == "probe" else "default"
+        if sources["ngram_lmbda"] == "default":  # without n-grams nothing is said of them
+            del sources["ngram_lmbda"]
         weight = read_weight(values["lmbda"])
         return SettingsInForce(dataclasses.replace(self, **values | {"lmbda": weight.plain()}), weight, sources)
 

@@ -11,14 +11,14 @@ from knn_lm_eval.store.datastore import Datastore
 from knn_lm_eval.store.manifest import FORMAT, FORMAT_VERSION
 from knn_lm_eval.system.files import sha256, write_json
 
-Documents = Sequence[Sequence[int]]
+Documents = Sequence[Sequence[int] | np.ndarray]
 
 
 def make_text_store(folder: Path, documents: Documents) -> Datastore:
     """A datastore of these tokens, whose keys are zeros."""
     folder.mkdir(parents=True)
     lengths = [len(document) for document in documents]
-    values = np.array([token for document in documents for token in document], dtype=np.int32)
+    values = np.concatenate([np.asarray(document, dtype=np.int32) for document in documents])
     np.save(folder / "keys.npy", np.zeros((len(values), 2), dtype=np.float16))
     np.save(folder / "values.npy", values)
     np.save(folder / "document_starts.npy", np.concatenate([[0], np.cumsum(lengths)[:-1]]).astype(np.int64))

@@ -47,7 +47,7 @@ SEGMENTS = {"store.key_stream.ADD_CHUNK": 64, "search.index_memory.MOST_IN_SEGME
 DUMPED_SEGMENTS = {"store.key_stream.ADD_CHUNK": 64, "make.index_dump.SEGMENT_ENTRIES": 128}
 SUFFIXES = "--datastore HERE/store"
 CLUSTERS = "--datastore HERE/store --method kmeans --num_clusters 9 --iterations 3"
-PARTS = {"make.suffix_building.BASE_BYTES": 2**30 - 1500 * 12}
+PARTS = {"make.suffix_building.BASE_BYTES": 2**30 - 5000 * 12}
 MODEL = "--model_args pretrained=MODEL,max_length=64,datastore=HERE/store --metadata data_dir=HERE/data"
 COMMANDS = {
     "dump": Command("dump_datastore", DUMP, ["--resume"]),
