@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from knn_lm_eval.study.tuning import Tuning
 
 GRID = "numbers separated by commas, or FIRST:LAST:COUNT (default: %s)"
-AXES = ("k", "knn_temp", "lmbda", "probe", "min_knns", "max_knns")
+AXES = ("k", "knn_temp", "lmbda", "probe", "min_knns", "max_knns", "ngram_lmbda")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -38,6 +38,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--probe", help="a search for each (default: the index's own)")
     parser.add_argument("--min_knns", help="with retomaton=True in --model_args")
     parser.add_argument("--max_knns", help="with retomaton=True in --model_args")
+    parser.add_argument("--ngram_lmbda", help="weights of n-grams (default: without), such as 0:0.5:11")
     parser.add_argument(
         "--adaptive",
         choices=["none", "buckets", "gate"],
@@ -140,7 +141,8 @@ def print_results(found: Tuning) -> None:
             f"({fit.lmbda.plain()['kind']}: on a sample of {fit.tokens:,} tokens, on which the best constant has "
             f"{math.exp(-fit.constant_log_prob):.4f})"
         )
-    seconds, once = found.seconds, ("forward", "head", "search", "walk")
+    seconds = found.seconds
+    once = [stage for stage in ("forward", "head", "search", "walk", "ngrams") if stage in seconds]
     count = sum(surface.log_prob.size for surface in found.surfaces)
     print(
         f"{found.tokens:,} tokens, {count:,} settings: {seconds['grid']:.1f} s for the grid, "

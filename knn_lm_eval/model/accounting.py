@@ -72,6 +72,13 @@ def saved_searches(counts: Mapping[str, float], chooses: bool) -> dict[str, floa
     return {"saved_searches": counts["rows_skipped"] / max(1, counts["rows"])} if chooses else {}
 
 
+def ngram_matches(counts: Mapping[str, float]) -> dict[str, float]:
+    """How many tokens before the next one the datastore's text has, on average, where n-grams were looked up."""
+    if "ngram_rows" not in counts:
+        return {}
+    return {"mean_ngram_match": counts["ngram_tokens"] / max(1, counts["ngram_rows"])}
+
+
 def describe_store(retriever: Retriever, counts: Mapping[str, float] | None = None) -> dict[str, Any]:
     """The datastore and the index, as they stand in results; of several stores each, and what came from it.
 

@@ -25,6 +25,7 @@ try:
             REPORTED_COUNTS,
             Work,
             describe_store,
+            ngram_matches,
             retrieval_work,
             rounded,
             saved_searches,
@@ -40,7 +41,8 @@ try:
         from knn_lm_eval.model.search_cost import tell_costly_search
         from knn_lm_eval.model.settings import RetrievalSettings
         from knn_lm_eval.search.retriever import Retriever
-        from knn_lm_eval.store.joined import open_clusters
+        from knn_lm_eval.store.joined import open_clusters, stores_of
+        from knn_lm_eval.store.suffixes import suffixes_checksums
         from knn_lm_eval.system.files import check_writable
 except MissingPackage:
     report_user_errors()  # lm-eval's command line imports this first of all of ours
@@ -135,11 +137,10 @@ class KNNHF(ScoringLM):
                 "name": getattr(self.tokenizer, "name_or_path", None) or None,
                 "sha256": tokenizer_checksum(self.tokenizer),
             },
-            "datastore": {
-                "path": str(store.path.resolve()),
-                "keys_sha256": store.keys_checksum,
-                "entries": len(store),
-            },
+            "datastore": [
+                {"path": str(one.path.resolve()), "keys_sha256": one.keys_checksum, "entries": len(one)}
+                for one in stores_of(store)
+            ],
         }
 
     def _tell_settings(self) -> None:
@@ -156,8 +157,8 @@ class KNNHF(ScoringLM):
         )
 
     def _model_generate(self, context: Any, max_length: int, stop: list[str], **generation_kwargs: Any) -> Any:
-        # HFLM's generate_until with the mixture in each decoding step. With lmbda=0 the LM is alone, as in hf.
-        with self.mixed_forward if self.settings["lmbda"] != 0 else nullcontext():
+        # HFLM's generate_until with the mixture in each decoding step, unless the LM is alone, as in hf.
+        with self.mixed_forward if not self.augmentation.is_lm_alone else nullcontext():
             return super()._model_generate(context, max_length, stop, **generation_kwargs)
 
     def set_cache_hook(self, cache_hook: Any) -> None:
@@ -195,6 +196,7 @@ class KNNHF(ScoringLM):
             "prefix_token_id": self.prefix_token_id,
             "files": store.manifest.files,
             **self.retriever.identity(),
+            **({} if self.augmentation.ngrams is None else {"suffixes": suffixes_checksums(store)}),
             "clusters_files": None if clusters is None else open_clusters(store, str(clusters)).checksums(),
             "loading": self._loading,
         }
@@ -225,6 +227,7 @@ class KNNHF(ScoringLM):
             "knn": {
                 **of_shards,
                 **saved_searches(counts, self.augmentation.mixture.weight.threshold is not None),
+                **ngram_matches(counts),
                 **self.settings,
                 "setting_sources": self.augmentation.sources,
                 "lm_arguments": self._loading,
@@ -242,13 +245,15 @@ def _scorer(model: LanguageModel, opened: Augmentation, softmax_dtype: Any) -> P
     if opened.automaton is not None:
         reader = Reader(model, softmax_dtype)
         return RetomatonScorer(
-            reader, opened.automaton, opened.mixture, opened.settings.carry_state, keeps_figures=keeps_figures
+            reader, opened.automaton, opened.mixture, opened.settings.carry_state, keeps_figures, opened.ngrams
         )
     if opened.mixture.is_lm_alone:  # the neighbours would count for nothing: the search is left out
-        return LMScorer(Reader(model, softmax_dtype), keeps_figures)
+        return LMScorer(Reader(model, softmax_dtype), keeps_figures, opened.ngrams)
     if opened.searches_all:
         reader = Reader(model, softmax_dtype)
-        return OnePassScorer(reader, opened.retriever, opened.mixture, keeps_figures=keeps_figures)
+        return OnePassScorer(
+            reader, opened.retriever, opened.mixture, keeps_figures=keeps_figures, ngrams=opened.ngrams
+        )
     reads_ahead = model.device.type == "cuda" and not opened.retriever.on_gpus
     reader = Reader(model, softmax_dtype, reads_ahead)
-    return KNNScorer(reader, opened.retriever, opened.mixture, keeps_figures)
+    return KNNScorer(reader, opened.retriever, opened.mixture, keeps_figures, opened.ngrams)

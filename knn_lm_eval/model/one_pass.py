@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from knn_lm_eval.lm.reading import Passage, Reader, Reading
 from knn_lm_eval.methods.mixture import Mixture
+from knn_lm_eval.model.ngram_mixture import NgramMixture
 from knn_lm_eval.model.scores import Score
 from knn_lm_eval.model.scoring import NEIGHBOURS_PER_BLOCK, FindNeighbours, MixedPairs, Neighbours, PassageScorer
 from knn_lm_eval.model.spool import WaitingRows
@@ -58,6 +59,7 @@ class OnePassScorer(PassageScorer):
     folder : on a disk with room; None is the cache, ``$KNN_LM_EVAL_CACHE`` or ~/.cache/knn_lm_eval.
     search_bytes : of memory that a search may take; None is as said above.
     keeps_figures : as for ``PassageScorer``; the neighbours' entries wait as well, then.
+    ngrams : an n-gram LM that is mixed in.
     """
 
     reads_all_first = True
@@ -70,10 +72,11 @@ class OnePassScorer(PassageScorer):
         folder: Path | None = None,
         search_bytes: int | None = None,
         keeps_figures: bool = False,
+        ngrams: NgramMixture | None = None,
     ) -> None:
         super().__init__(reader, keeps_figures)
         self.retriever, self.folder, self.search_bytes = retriever, folder or cache_root(), search_bytes
-        self._pairs = MixedPairs(reader, mixture, keeps_figures)
+        self._pairs = MixedPairs(reader, mixture, keeps_figures, ngrams)
         self._told = False
 
     @property

@@ -18,6 +18,7 @@ from knn_lm_eval.lm.language_model import LanguageModel
 from knn_lm_eval.lm.projection import Projection
 from knn_lm_eval.methods.automaton import Automaton, AutomatonSettings
 from knn_lm_eval.methods.mixture import Mixture
+from knn_lm_eval.model.ngram_mixture import NgramMixture
 from knn_lm_eval.model.params import Params, find_params
 from knn_lm_eval.model.settings import RetrievalSettings, SettingsInForce
 from knn_lm_eval.model.stores import OpenedStores, open_stores
@@ -42,6 +43,7 @@ from knn_lm_eval.store.clusters import Clusters
 from knn_lm_eval.store.datastore import Datastore
 from knn_lm_eval.store.index_files import EXACT, find_parts, searched_index
 from knn_lm_eval.store.joined import JoinedClusters, JoinedStore, Store, open_clusters, stores_of
+from knn_lm_eval.store.suffixes import open_suffixes
 from knn_lm_eval.system.timing import now
 
 logger = logging.getLogger(__name__)
@@ -62,6 +64,7 @@ class Augmentation:
     record : the same, as they stand in results; an adaptive lmbda in its plain form.
     sources : where they come from: ``given``, ``params``, ``store default``, ``default`` or ``index``; the store for
         all others.
+    ngrams : the n-gram LM that is mixed in after the neighbours; None for none.
     """
 
     retriever: Retriever
@@ -73,6 +76,12 @@ class Augmentation:
     settings: RetrievalSettings
     record: dict[str, Any]
     sources: dict[str, str]
+    ngrams: NgramMixture | None = None
+
+    @property
+    def is_lm_alone(self) -> bool:
+        """Whether nothing is mixed into the LM."""
+        return self.mixture.is_lm_alone and self.ngrams is None
 
     @property
     def searches_all(self) -> bool:
@@ -156,7 +165,30 @@ def open_augmentation(given: RetrievalSettings) -> Augmentation:
         settings=settings,
         record=record,
         sources=in_force.sources,
+        ngrams=_open_ngrams(settings, stores),
     )
+
+
+def _open_ngrams(settings: RetrievalSettings, stores: OpenedStores) -> NgramMixture | None:
+    """The n-gram LM over the text of all stores together."""
+    if not settings.ngram_lmbda:
+        return None
+    if len(set(stores.weights)) > 1:
+        raise UserError(
+            "ngram_lmbda counts n-grams of several datastores alike: leave it or datastore_weights out, or give all "
+            "stores one weight."
+        )
+    if parts := _parts_of_stores(settings):
+        raise UserError(
+            f"ngram_lmbda leaves out whole datastores only, not {parts[0]}: leave ngram_lmbda out, or remove the "
+            f"documents with remove_documents and build the suffix array again."
+        )
+    return NgramMixture(open_suffixes(stores.store), settings.ngram_lmbda)
+
+
+def _parts_of_stores(settings: RetrievalSettings) -> list[str]:
+    """What ``sources`` and ``exclude`` name that is not a whole store."""
+    return [part for part in (*(settings.sources or ()), *(settings.exclude or ())) if OF_STORE in part]
 
 
 def open_automaton(
@@ -267,7 +299,7 @@ def _open_store_retriever(settings: RetrievalSettings, store: Datastore) -> Stor
 
 
 def _check_left_out_for_ray(settings: RetrievalSettings) -> None:
-    parts = [part for part in (*(settings.sources or ()), *(settings.exclude or ())) if OF_STORE in part]
+    parts = _parts_of_stores(settings)
     if settings.retriever == "ray" and parts:
         raise UserError(
             f"retriever=ray leaves out whole datastores only, not {parts[0]}: leave retriever=ray out, or remove the "
@@ -305,6 +337,8 @@ def _open_on_gpus(settings: RetrievalSettings, store: Datastore, index: str | No
 def _record(settings: RetrievalSettings, retriever: Retriever, key_type: str, stores: OpenedStores) -> dict[str, Any]:
     """The settings in force, by name, as far as they count."""
     record = {name: getattr(settings, name) for name in settings.tunable}
+    if not settings.ngram_lmbda:
+        del record["ngram_lmbda"]
     record |= {
         "probe": retriever.probe,
         "knn_sim_func": retriever.sim_func,

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 FORMAT = "knn_lm_eval params"
 FORMAT_VERSION = 1
 STORE_DEFAULT = "params.json"
-NAMES = ("k", "knn_temp", "lmbda", "probe", "min_knns", "max_knns")
+NAMES = ("k", "knn_temp", "lmbda", "ngram_lmbda", "probe", "min_knns", "max_knns")
 # Settings that decide what distances there are: with others, what was tuned need not fit.
 CONDITIONS = (
     *("index", "knn_sim_func", "recompute_dists", "retomaton", "clusters", "duplicates", "no_pointer"),
@@ -36,6 +36,7 @@ class _Settings(TypedDict, total=False):
     k: float
     knn_temp: float
     lmbda: float | dict[str, Any]
+    ngram_lmbda: float
     probe: float
     min_knns: float | Literal["inf"]
     max_knns: float

@@ -11,6 +11,7 @@ from torch import Tensor
 from knn_lm_eval.lm.reading import Passage, Reader, Reading
 from knn_lm_eval.methods.automaton import Automaton, Walk, padded_neighbours
 from knn_lm_eval.methods.mixture import Mixture, mix
+from knn_lm_eval.model.ngram_mixture import NgramMixture
 from knn_lm_eval.model.scores import Score, sum_up
 from knn_lm_eval.model.scoring import MixedPairs, Neighbours, PassageScorer
 from knn_lm_eval.model.token_figures import TokenFigures, lm_scores
@@ -33,6 +34,7 @@ class RetomatonScorer(PassageScorer):
     carry_state : let the windows of one text continue each other's walk, instead of beginning anew; for a weight
         that is the same for all tokens.
     keeps_figures : as for ``PassageScorer``.
+    ngrams : an n-gram LM that is mixed in.
     """
 
     def __init__(
@@ -42,10 +44,11 @@ class RetomatonScorer(PassageScorer):
         mixture: Mixture,
         carry_state: bool = False,
         keeps_figures: bool = False,
+        ngrams: NgramMixture | None = None,
     ) -> None:
         super().__init__(reader, keeps_figures)
         self.automaton, self.mixture, self.carry_state = automaton, mixture, carry_state
-        self._pairs = MixedPairs(reader, mixture, keeps_figures)
+        self._pairs = MixedPairs(reader, mixture, keeps_figures, ngrams)
         self._survivors: dict[int, np.ndarray] = {}  # of the last text, which may go on in the next call
 
     @property
@@ -78,7 +81,7 @@ class RetomatonScorer(PassageScorer):
     def counts(self) -> dict[str, float]:
         walks = self.automaton.statistics
         walked = {"steps": walks.steps, "walk_searches": walks.searches, "candidates": walks.candidates}
-        return super().counts | walked
+        return super().counts | walked | self._pairs.ngrams.counts
 
     @property
     def _heaviest(self) -> int:
@@ -109,6 +112,8 @@ class RetomatonScorer(PassageScorer):
             log_p_knn = torch.from_numpy(np.concatenate([walk.log_p_knn for walk in walked]))  # [tokens]
             self.tokens_scored += len(log_p_knn)
             log_probs = mix(lm_log_prob.double(), log_p_knn, lmbda)
+            if (ngrams := self._pairs.ngrams.of_reading(reading)) is not None:
+                log_probs = ngrams.mixed(log_probs, *reading.pairs())
             if figures is not None:
                 figures = _with_walks(figures, walked, log_p_knn, log_probs, lmbda)
             scores += sum_up(reading, log_probs, searches=[walk.searches for walk in walked], figures=figures)
@@ -152,7 +157,9 @@ class RetomatonScorer(PassageScorer):
             walks.setdefault(place, Walk(queries[end - len(continuation) : end], np.array(continuation)))
         self.automaton.walk(list(walks.values()), keep_neighbours=True)
         first_step = dict(zip(walks, np.cumsum([0, *(length for _, length in walks)])[:-1].tolist(), strict=True))
-        hidden = reading.hidden[torch.cat([torch.arange(end - length, end) for end, length in walks])]  # [steps, width]
+        row_of_step = torch.cat([torch.arange(end - length, end) for end, length in walks])  # [steps]
+        hidden, ngrams = reading.hidden[row_of_step], self._pairs.ngrams.of_reading(reading)
+        ngrams = None if ngrams is None else ngrams.of_rows(row_of_step)
         steps = [neighbours for walk in walks.values() for neighbours in walk.neighbours]
 
         def find(rows: Tensor) -> Neighbours:
@@ -163,7 +170,7 @@ class RetomatonScorer(PassageScorer):
         targets = reading.pairs()[1]
         self.tokens_scored += len(targets)
         block = max(1, WAITING_BYTES // (16 * (self.automaton.settings.k + self.automaton.settings.max_knns)))
-        log_probs, greedy, _, figures = self._pairs.score(hidden, rows, targets, find, block, want_greedy)
+        log_probs, greedy, _, figures = self._pairs.score(hidden, rows, targets, find, block, want_greedy, ngrams)
         if figures is not None:
             searched = np.concatenate([walks[end, len(c)].searched for end, c in reading.asked])
             figures = figures._replace(searched=torch.from_numpy(searched))

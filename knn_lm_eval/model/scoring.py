@@ -14,7 +14,17 @@ import torch
 from torch import Tensor
 
 from knn_lm_eval.lm.reading import PairsByRow, Passage, Reader, Reading
-from knn_lm_eval.methods.mixture import Mixture, WeighedNeighbours, greedy_tokens, knn_log_prob, mix, take_rows
+from knn_lm_eval.methods.adaptive import Constant
+from knn_lm_eval.methods.mixture import (
+    Mixture,
+    WeighedNeighbours,
+    greedy_tokens,
+    knn_log_prob,
+    mix,
+    mixed_log_probs,
+    take_rows,
+)
+from knn_lm_eval.model.ngram_mixture import NgramMixture, NgramReader, NgramRows
 from knn_lm_eval.model.scores import Score, sum_up
 from knn_lm_eval.model.token_figures import TokenFigures, lm_scores
 from knn_lm_eval.report.record_files import NOT_KNOWN
@@ -22,6 +32,7 @@ from knn_lm_eval.search.retriever import Retriever
 from knn_lm_eval.system.timing import StageTimer
 
 NEIGHBOURS_PER_BLOCK = 2**21  # 16 bytes each
+ROWS_PER_BLOCK = 2**12  # where there are no neighbours
 
 
 class Neighbours(NamedTuple):
@@ -110,11 +121,34 @@ class PassageScorer(ABC):
 
 
 class LMScorer(PassageScorer):
-    """Scores passages by the LM alone."""
+    """Scores passages by the LM alone, or by LM and n-grams.
+
+    Parameters
+    ----------
+    reader, keeps_figures : as for ``PassageScorer``.
+    ngrams : an n-gram LM that is mixed in.
+    """
+
+    def __init__(self, reader: Reader, keeps_figures: bool = False, ngrams: NgramMixture | None = None) -> None:
+        super().__init__(reader, keeps_figures)
+        mixture = Mixture(Constant(0.0), 1.0)
+        self._pairs = None if ngrams is None else MixedPairs(reader, mixture, keeps_figures, ngrams)
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        return self.reader.seconds | ({} if self._pairs is None else self._pairs.seconds)
+
+    @property
+    def counts(self) -> dict[str, float]:
+        return super().counts | ({} if self._pairs is None else self._pairs.counts)
 
     def score_readings(self, readings: Sequence[Reading], want_greedy: bool) -> list[list[Score]]:
         scores = []
         for reading in readings:
+            if self._pairs is not None:
+                self.tokens_scored += sum(reading.lengths)
+                scores += self._pairs.score_reading(reading, _find_none, ROWS_PER_BLOCK, want_greedy)
+                continue
             greedy = figures = None
             if self.keeps_figures:
                 log_probs, best, figures = lm_scores(self.reader, reading)
@@ -146,36 +180,47 @@ class PairScores(NamedTuple):
 
 
 class MixedPairs:
-    """Scores (row, target) pairs by the mixture of an LM and neighbours.
+    """Scores (row, target) pairs by the mixture of an LM and neighbours, and then of n-grams.
 
     Parameters
     ----------
     reader : of the LM.
     mixture : how the two are mixed.
     keeps_figures : whether the pairs' figures are kept; ``find`` is to say which entries the neighbours are, then.
+    ngrams : an n-gram LM that is mixed in.
 
     Attributes
     ----------
     rows_scored, rows_skipped : positions, and those at which the weight wanted no search.
     """
 
-    def __init__(self, reader: Reader, mixture: Mixture, keeps_figures: bool = False) -> None:
+    def __init__(
+        self, reader: Reader, mixture: Mixture, keeps_figures: bool = False, ngrams: NgramMixture | None = None
+    ) -> None:
         self.reader, self.mixture, self.keeps_figures = reader, mixture, keeps_figures
+        self.ngrams = NgramReader(ngrams)
         self.rows_scored, self.rows_skipped = 0, 0
         self._timed = StageTimer(("mixture",), reader.model.device)
 
     @property
     def seconds(self) -> dict[str, float]:
-        return self._timed.seconds
+        return self._timed.seconds | self.ngrams.seconds
 
     @property
     def counts(self) -> dict[str, float]:
         """What was scored so far."""
-        return {"rows": self.rows_scored, "rows_skipped": self.rows_skipped}
+        return {"rows": self.rows_scored, "rows_skipped": self.rows_skipped} | self.ngrams.counts
 
     @torch.inference_mode()
     def score(
-        self, hidden: Tensor, rows: Tensor, targets: Tensor, find: FindNeighbours, block: int, want_greedy: bool
+        self,
+        hidden: Tensor,
+        rows: Tensor,
+        targets: Tensor,
+        find: FindNeighbours,
+        block: int,
+        want_greedy: bool,
+        ngrams: NgramRows | None = None,
     ) -> PairScores:
         """Score each pair of a row of ``hidden`` and a target.
 
@@ -184,6 +229,7 @@ class MixedPairs:
         hidden : ``[n, width]``.
         rows, targets : int64 ``[pairs]``.
         find : is asked for ``block`` rows at a time, or for those that are worth it.
+        ngrams : of the same rows.
         """
         device = hidden.device
         self.rows_scored += len(hidden)
@@ -215,27 +261,33 @@ class MixedPairs:
                     knn_log_probs = self._knn_log_probs(neighbours, at, pairs.targets[here], block)
                     log_probs[here] = mix(lm_log_probs, knn_log_probs, take_rows(lmbda, at))
                     if greedy is not None:
-                        best = greedy_tokens(table, neighbours.log_weights, neighbours.values, lmbda)  # [rows]
+                        best = self._best(table, neighbours, lmbda, ngrams, start)  # [rows]
                         greedy[here] = best[at] == pairs.targets[here]
                 if figures is not None:
                     figures.put_lm(here, table, at, pairs.targets[here])
                     figures.put_mixed(here, at, neighbours, knn_log_probs, lmbda)
                     if entries is not None:
                         figures.put_heaviest(here, at, neighbours.log_weights, entries)
+        mixed = pairs.as_given(log_probs)
+        if ngrams is not None:
+            mixed = ngrams.mixed(mixed, rows, targets)
         if figures is not None:
-            figures.log_prob.copy_(log_probs)
-            figures.searched.copy_(torch.ones_like(figures.searched) if searched is None else searched)
+            searches_all = torch.full_like(figures.searched, not self.mixture.is_lm_alone)
+            figures.searched.copy_(searches_all if searched is None else searched)
+            figures = figures.reordered(pairs)._replace(log_prob=mixed)
         return PairScores(
-            pairs.as_given(log_probs),
+            mixed,
             None if greedy is None else pairs.as_given(greedy),
             None if searched is None else pairs.as_given(searched),
-            None if figures is None else figures.reordered(pairs),
+            figures,
         )
 
     def score_reading(self, reading: Reading, find: FindNeighbours, block: int, want_greedy: bool) -> list[list[Score]]:
         """The scores of a batch that was read; ``find`` and ``block`` as for ``score``."""
         rows, targets = reading.pairs()
-        log_probs, greedy, searched, figures = self.score(reading.hidden, rows, targets, find, block, want_greedy)
+        ngrams = self.ngrams.of_reading(reading)
+        scored = self.score(reading.hidden, rows, targets, find, block, want_greedy, ngrams)
+        log_probs, greedy, searched, figures = scored
         searches = None if searched is None else [int(part.sum()) for part in searched.split(reading.lengths)]
         return sum_up(reading, log_probs, greedy, searches, figures)
 
@@ -251,6 +303,21 @@ class MixedPairs:
                 assert wants is not None, "asked only of a weight with a threshold"
                 wanted[start:stop] = wants.cpu()
         return wanted
+
+    def _best(
+        self,
+        table: Tensor,
+        neighbours: WeighedNeighbours,
+        lmbda: float | Tensor,
+        ngrams: NgramRows | None,
+        start: int,
+    ) -> Tensor:
+        """The most probable token of each row of the LM's ``table``, int64 ``[rows]``; the first row is ``start``."""
+        if ngrams is None:
+            return greedy_tokens(table, neighbours.log_weights, neighbours.values, lmbda)
+        of_all = mixed_log_probs(table.float(), neighbours.log_weights, neighbours.values, lmbda)
+        ngrams.mix_into(of_all, start)
+        return of_all.argmax(dim=-1)
 
     def _knn_log_probs(self, neighbours: WeighedNeighbours, at: Tensor, targets: Tensor, block: int) -> Tensor:
         """log p_kNN of each target at its row of ``neighbours``, float32 ``[pairs]``; a row may have many."""
@@ -282,11 +349,19 @@ class KNNScorer(PassageScorer):
     retriever : finds the neighbours.
     mixture : how LM and neighbours are mixed.
     keeps_figures : as for ``PassageScorer``.
+    ngrams : an n-gram LM that is mixed in.
     """
 
-    def __init__(self, reader: Reader, retriever: Retriever, mixture: Mixture, keeps_figures: bool = False) -> None:
+    def __init__(
+        self,
+        reader: Reader,
+        retriever: Retriever,
+        mixture: Mixture,
+        keeps_figures: bool = False,
+        ngrams: NgramMixture | None = None,
+    ) -> None:
         super().__init__(reader, keeps_figures)
-        self.retriever, self._pairs = retriever, MixedPairs(reader, mixture, keeps_figures)
+        self.retriever, self._pairs = retriever, MixedPairs(reader, mixture, keeps_figures, ngrams)
 
     def score(
         self, batches: Sequence[Sequence[Passage]], want_greedy: bool, following: Sequence[Passage] | None = None
@@ -320,11 +395,16 @@ class KNNScorer(PassageScorer):
         return self._pairs.score_reading(reading, find, block, want_greedy)
 
 
+def _find_none(rows: Tensor) -> Neighbours:
+    """No neighbours."""
+    return Neighbours(torch.full((len(rows), 1), math.inf), torch.zeros(len(rows), 1, dtype=torch.int32), None)
+
+
 def _find_some(wanted: Tensor, start: int, find: FindNeighbours) -> Neighbours:
     """The neighbours of those rows from ``start`` on that are ``wanted``; empty slots for the others."""
     (some,) = wanted.nonzero(as_tuple=True)
     if not len(some):
-        return Neighbours(torch.full((len(wanted), 1), math.inf), torch.zeros(len(wanted), 1, dtype=torch.int32), None)
+        return _find_none(wanted)
     found = find(some + start)  # [some, k]
 
     def spread(part: Tensor, empty: float) -> Tensor:

@@ -19,7 +19,7 @@ from knn_lm_eval.model.params import Params
 from knn_lm_eval.model.setting_fields import Range, listed, range_in_words, read_store_weights, setting
 from knn_lm_eval.store.index_files import DEFAULT_INDEX
 
-KNN_LM, RETOMATON = "Khandelwal et al. 2020", "Alon et al. 2022"
+KNN_LM, RETOMATON, INFINI_GRAM = "Khandelwal et al. 2020", "Alon et al. 2022", "Liu et al. 2024"
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,8 @@ class RetrievalSettings:
     )
     params: str | os.PathLike | bool | None = setting(
         None,
-        "gives what is not given here of k, lmbda, knn_temp, probe, min_knns and max_knns; False goes without",
+        "gives what is not given here of k, lmbda, ngram_lmbda, knn_temp, probe, min_knns and max_knns; False goes "
+        "without",
         may_be="a file that `tune` wrote, or False",
         shown_default="the datastore's, if it has any",
     )
@@ -75,6 +76,14 @@ class RetrievalSettings:
         may_be="from 0 to 1, or the plain form of a weight per token, as a params file has it",
         in_force=0.25,
         source=f"{KNN_LM}; per token: He et al. 2021 (gate), Drozdov et al. 2022 (buckets)",
+    )
+    ngram_lmbda: float | None = setting(
+        None,
+        "the weight of an n-gram LM of unbounded n over the datastore's text (see `build_suffix_array`), mixed into "
+        "what LM and neighbours give, where the text has the token before; with lmbda=0, into the LM alone",
+        of=Range(0, 1),
+        in_force=0.0,
+        source=INFINI_GRAM,
     )
     knn_temp: float | None = setting(
         None,
@@ -271,6 +280,8 @@ class RetrievalSettings:
             else:
                 values[name] = DEFAULTS.get(name)
                 sources[name] = "index" if name == "probe" else "default"
+        if sources["ngram_lmbda"] == "default":  # without n-grams nothing is said of them
+            del sources["ngram_lmbda"]
         weight = read_weight(values["lmbda"])
         return SettingsInForce(dataclasses.replace(self, **values | {"lmbda": weight.plain()}), weight, sources)
 
@@ -291,7 +302,7 @@ class SettingsInForce(NamedTuple):
     sources: dict[str, str]
 
 
-TUNABLE, TUNABLE_OF_WALKS = ("k", "lmbda", "knn_temp", "probe"), ("min_knns", "max_knns")
+TUNABLE, TUNABLE_OF_WALKS = ("k", "lmbda", "ngram_lmbda", "knn_temp", "probe"), ("min_knns", "max_knns")
 # The papers' settings.
 DEFAULTS: dict[str, Any] = {
     field.name: field.metadata["in_force"]

@@ -22,7 +22,7 @@ from knn_lm_eval.study.run import find_tasks, load_knn_hf, perplexity, score_tas
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
 
-TUNED = ("params", "k", "lmbda", "knn_temp")
+TUNED = ("params", "k", "lmbda", "ngram_lmbda", "knn_temp")
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,7 @@ def tune(
     probe: Axis | None = None,
     min_knns: Axis | None = None,
     max_knns: Axis | None = None,
+    ngram_lmbda: Axis | None = None,
     adaptive: Literal["none", "buckets", "gate"] = "none",
     saved_searches: float = 0.0,
     seed: int = 0,
@@ -115,6 +116,7 @@ def tune(
     tasks : perplexity tasks on a validation split.
     k, knn_temp, lmbda, probe, min_knns, max_knns : what to try, see ``Axis``; ``k`` None is 16, 64, 256 and 1024 as far
         as the store has so many (RetoMaton: the largest), the others None the model's own.
+    ngram_lmbda : weights of n-grams to try; None leaves n-grams out.
     adaptive : fit an lmbda per token as well: by nearest distance, or by a small network over LM and neighbours.
     saved_searches : the fraction of searches to do without: by a gate's threshold, or by RetoMaton's min_knns.
     seed : for ``adaptive``.
@@ -129,16 +131,19 @@ def tune(
     retomaton = bool(model_args.get("retomaton"))
     _check_model_args(model_args)
     _check_saved_searches(saved_searches, retomaton, adaptive)
+    if ngram_lmbda and adaptive != "none":
+        raise UserError(f"--adaptive {adaptive} is fitted without n-grams: leave it or --ngram_lmbda out.")
     if limit is not None and not limit > 0:
         raise UserError(f"--limit {limit:g} must be above 0.")
-    axes = {"k": k, "probe": probe, "min_knns": min_knns, "max_knns": max_knns}
+    axes = {"k": k, "probe": probe, "min_knns": min_knns, "max_knns": max_knns, "ngram_lmbda": ngram_lmbda}
     entries = open_stores(RetrievalSettings.take_from(model_args)[0]).store.kept
     grid = make_grid(entries, retomaton, knn_temp=knn_temp, lmbda=lmbda, **axes)
     manager = find_tasks(model_args, metadata)
     loaded_tasks = load_tasks(tasks, manager, allow_test)
 
     # Any lmbda and temperature will do; they are given so that no saved default counts.
-    lm = load_knn_hf(model_args, k=grid.k[-1], lmbda=0.5, knn_temp=1.0, params=False)
+    of_ngrams = 0.5 if ngram_lmbda else 0.0
+    lm = load_knn_hf(model_args, k=grid.k[-1], lmbda=0.5, knn_temp=1.0, ngram_lmbda=of_ngrams, params=False)
     scorer = GridScorer(lm, grid, None if adaptive == "none" else seed)
     score_tasks(lm, scorer, loaded_tasks, manager, limit)
     best = find_best(scorer.surfaces, scorer.tokens_scored, saved_searches)

@@ -31,6 +31,7 @@ VERBS: dict[str, tuple[str, str, int]] = {
     ),
     "build_index": ("--datastore HERE/store --factory IVF4,SQ8 --quality_queries 0 --name other", WITH_RESUME, 8),
     "cluster_datastore": ("--datastore HERE/store --method kmeans --num_clusters 9 --name other", WITH_RESUME, 12),
+    "build_suffix_array": ("--datastore HERE/store", WITH_RESUME, 5),
     "prune_datastore random": (
         "--datastore HERE/store --method random --keep 0.5 --output HERE/new",
         NOTHING_KEPT,
