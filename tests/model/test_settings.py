@@ -17,7 +17,7 @@ from knn_lm_eval.model.settings import DEFAULTS, RetrievalSettings, settings_tab
 
 def test_the_papers_settings_are_the_defaults() -> None:
     papers = {"k": 1024, "lmbda": 0.25, "knn_temp": 1.0, "min_knns": 1, "max_knns": 1024}
-    assert DEFAULTS == papers | {"ngram_lmbda": 0.0}
+    assert papers | {"ngram_lmbda": 0.0} == DEFAULTS
 
 
 def test_the_table_of_arguments_is_that_of_the_documentation() -> None:
