@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from knn_lm_eval.report.analysis_tables import counted, overview_table, property_table
+from knn_lm_eval.report.analysis_tables import concentration_table, counted, overview_table, property_table
 from knn_lm_eval.report.plots import Bar, Chart, Line, interval_chart, line_chart
 from knn_lm_eval.report.rendering import render
 from knn_lm_eval.report.tables import WARNING, Table, visible
@@ -78,7 +78,7 @@ def _overview(analysis: dict[str, Any]) -> Section:
         "What retrieval brought: a token's gain is log p − log p_LM in nats. The curve adds up gains, the largest "
         "first: it rises to all that was gained, and what losses leave of it is its end, the mean gain."
     )
-    return Section("All tokens", introduction, [overview_table(analysis)], charts)
+    return Section("All tokens", introduction, [overview_table(analysis), concentration_table(analysis)], charts)
 
 
 def _property(analysis: dict[str, Any], name: str) -> Section:

@@ -13,7 +13,7 @@ FIGURES = ["gain", "interval", "helped", "helped by", "hurt", "hurt by"]
 
 def analysis_tables(analysis: dict[str, Any]) -> list[Table]:
     """The overview, and a table for each method and property."""
-    tables = [overview_table(analysis)]
+    tables = [overview_table(analysis), concentration_table(analysis)]
     for method in analysis["methods"]:
         tables += [property_table(analysis, method, name) for name in method["by"]]
     return tables
@@ -21,19 +21,13 @@ def analysis_tables(analysis: dict[str, Any]) -> list[Table]:
 
 def overview_table(analysis: dict[str, Any]) -> Table:
     """A row for each method."""
-    header = ["method", "perplexity", "of the LM", *FIGURES, "90 % of gains on", "90 % of losses on"]
-    several = len(analysis["methods"]) > 1
+    header = ["method", "perplexity", "of the LM", *FIGURES]
     rows = []
     for method in analysis["methods"]:
-        summary, concentration = method["summary"], method["concentration"]
+        summary = method["summary"]
         row = [method["name"], _number(summary["perplexity"]), _number(summary["lm_perplexity"])]
         row += [_nats(summary["gain"]), interval(summary["gain"]), *_helped_and_hurt(summary)]
-        row += [_share(concentration["share_of_tokens"]), _share(concentration["share_of_tokens_lost"])]
-        if several:
-            row += [_nats(method["difference"]), interval(method["difference"])]
         rows.append(row)
-    if several:
-        header += [f"gain beyond {analysis['methods'][0]['name']}", "interval of that"]
     notes = [
         f"{analysis['tokens']:,} tokens of {counted(analysis['documents'], 'document')} of "
         f"{', '.join(analysis['tasks']) or 'no task'}. Gains are log p - log p_LM in nats a token; intervals of "
@@ -41,6 +35,24 @@ def overview_table(analysis: dict[str, Any]) -> Table:
         *analysis["notes"],
     ]
     return Table("All tokens", header, rows, notes)
+
+
+def concentration_table(analysis: dict[str, Any]) -> Table:
+    """On how few tokens gains and losses fall, a row for each method; of several, what each gains beyond the first."""
+    header = ["method", "90 % of gains on", "90 % of losses on", "searched"]
+    if several := len(analysis["methods"]) > 1:
+        header += [f"gain beyond {analysis['methods'][0]['name']}", "interval"]
+    rows = [
+        [
+            method["name"],
+            _share(method["concentration"]["share_of_tokens"]),
+            _share(method["concentration"]["share_of_tokens_lost"]),
+            _share(method["summary"]["searched"]),
+            *([_nats(method["difference"]), interval(method["difference"])] if several else []),
+        ]
+        for method in analysis["methods"]
+    ]
+    return Table("On how few tokens", header, rows)
 
 
 def property_table(analysis: dict[str, Any], method: dict[str, Any], name: str) -> Table:
