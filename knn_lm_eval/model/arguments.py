@@ -1,4 +1,4 @@
-"""What one retrieval argument may be: a number in a range, a word, several things in one text; and how it is described."""
+"""What one retrieval argument may be (a number in a range, a word, several things in one text), and its description."""
 
 from __future__ import annotations
 
