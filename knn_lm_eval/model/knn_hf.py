@@ -34,6 +34,7 @@ try:
         from knn_lm_eval.model.generation import MixedForward
         from knn_lm_eval.model.one_pass import OnePassScorer
         from knn_lm_eval.model.opening import Augmentation, open_augmentation
+        from knn_lm_eval.model.overlaps import find_overlaps
         from knn_lm_eval.model.records import RecordFolder
         from knn_lm_eval.model.retomaton import RetomatonScorer
         from knn_lm_eval.model.scoring import KNNScorer, LMScorer, PassageScorer
@@ -105,7 +106,8 @@ class KNNHF(ScoringLM):
         if given.retomaton:
             self.settings["carry_state"] = given.carry_state
         if given.records is not None:
-            self.records = RecordFolder(Path(given.records), self._about_records(name), self.rank, self.world_size)
+            about, store = self._about_records(name), self.retriever.datastore
+            self.records = RecordFolder(Path(given.records), about, self.rank, self.world_size, find_overlaps(store))
         self._tell_settings()
 
     @property

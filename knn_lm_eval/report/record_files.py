@@ -83,7 +83,7 @@ class PartJSON(TypedDict):
     model: _LM
     settings: dict[str, Any]
     tokenizer: _Tokenizer
-    datastore: _Store
+    datastore: list[_Store]  # several in the order in which their entries are numbered through
 
 
 RUN = ("model", "settings", "tokenizer", "datastore")  # what all parts of a folder have in common

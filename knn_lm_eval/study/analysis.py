@@ -15,7 +15,9 @@ from knn_lm_eval.errors import UserError
 from knn_lm_eval.report.binning import Binned, by_edges, by_kind, by_quantiles
 from knn_lm_eval.report.record_files import HEAVIEST, NOT_KNOWN, Records, check_same_tokens, read_records
 from knn_lm_eval.report.token_analysis import Draws, analyse_method, gains_of, paired_difference, units_of
+from knn_lm_eval.store.choosing import store_names
 from knn_lm_eval.store.datastore import Datastore
+from knn_lm_eval.store.joined import JoinedStore, Store, stores_of
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +95,7 @@ def analyse(
     }
 
 
-def bin_tokens(records: Records, store: Datastore | None) -> list[Binned]:
+def bin_tokens(records: Records, store: Store | None) -> list[Binned]:
     """The tokens of records by all that they are looked at by; without a store, by what the records alone say."""
     of = records.columns
     binned = [
@@ -112,15 +114,35 @@ def bin_tokens(records: Records, store: Datastore | None) -> list[Binned]:
     if len(records.tasks) > 1:
         binned.append(by_kind("task", "task", of["task"].astype(int), records.tasks))
     if store is not None:
-        counts = count_values(store, int(of["token"].max()) + 1)
+        counts = _count_in_all(store, int(of["token"].max()) + 1)
         title = "how often the token stands in the datastore"
         binned.insert(0, by_edges("frequency", title, counts[of["token"]], FREQUENCY_EDGES, whole=True))
         found = of["entry_0"] >= 0
-        proposed = np.where(found, store.values[np.maximum(of["entry_0"], 0)] == of["token"], -1).astype(int)
+        proposed = np.where(found, _values_of(store, np.maximum(of["entry_0"], 0)) == of["token"], -1).astype(int)
         title = "whether the heaviest neighbour has the token"
         binned.append(by_kind("proposed", title, proposed, ["no", "yes"]))
         binned.append(by_source(records, store))
     return binned
+
+
+def _values_of(store: Store, entries: np.ndarray) -> np.ndarray:
+    """The values of entries, int32 ``[n]``."""
+    if not isinstance(store, JoinedStore):
+        return store.values[entries]
+    values = np.empty(len(entries), dtype=np.int32)
+    for one, start, stop in zip(store.stores, store.starts[:-1], store.starts[1:], strict=True):
+        here = (entries >= start) & (entries < stop)
+        values[here] = one.values[entries[here] - start]
+    return values
+
+
+def _count_in_all(store: Store, vocabulary: int) -> np.ndarray:
+    """``count_values`` of one store, or of several together."""
+    of_each = [count_values(one, vocabulary) for one in stores_of(store)]
+    total = np.zeros(max(map(len, of_each)), dtype=np.int64)
+    for counts in of_each:
+        total[: len(counts)] += counts
+    return total
 
 
 def count_values(store: Datastore, vocabulary: int) -> np.ndarray:
@@ -145,10 +167,13 @@ def count_values(store: Datastore, vocabulary: int) -> np.ndarray:
     return counts
 
 
-def by_source(records: Records, store: Datastore) -> Binned:
-    """Where in the datastore the heaviest neighbours stand: the documents most in demand, or parts of a single one."""
+def by_source(records: Records, store: Store) -> Binned:
+    """Where the heaviest neighbours stand: in which store; of one, in which documents, or parts of a single one."""
     entries = records.columns["entry_0"]
     title = "where the heaviest neighbour stands"
+    if isinstance(store, JoinedStore):
+        numbers = np.where(entries < 0, -1, np.searchsorted(store.starts, entries, side="right") - 1)
+        return by_kind("source", title, numbers, list(store.names))
     if not store.in_text_order or len(store.document_starts) < 2:
         ends = [len(store) * part // STORE_PARTS for part in range(STORE_PARTS + 1)]
         parts = np.where(entries < 0, -1, np.searchsorted(ends, entries, side="right") - 1)
@@ -165,7 +190,7 @@ def by_source(records: Records, store: Datastore) -> Binned:
 
 
 def _examples(
-    records: Records, binnings: Sequence[Binned], store: Datastore | None, decoder: Any, count: int
+    records: Records, binnings: Sequence[Binned], store: Store | None, decoder: Any, count: int
 ) -> dict[str, list[dict[str, Any]]]:
     """Of each property's cells, the tokens most helped and most hurt: by property, a list of cells in order."""
     gains = gains_of(records)
@@ -185,7 +210,7 @@ def _examples(
     return found
 
 
-def _example(records: Records, at: int, store: Datastore | None, decoder: Any) -> dict[str, Any]:
+def _example(records: Records, at: int, store: Store | None, decoder: Any) -> dict[str, Any]:
     """A token with what stands before it, its probabilities, and its heaviest neighbours, ready for JSON."""
     of = {name: column[at].item() for name, column in records.columns.items()}
     with np.errstate(over="ignore"):
@@ -218,39 +243,58 @@ def _before(records: Records, at: int) -> list[int]:
     return of["token"][here][same].tolist()
 
 
-def _neighbour(entry: int, weight: float, store: Datastore | None, decoder: Any) -> dict[str, Any]:
+def _neighbour(entry: int, weight: float, store: Store | None, decoder: Any) -> dict[str, Any]:
     """An entry with its token and the text before it, from its document; no text where it is not known."""
     value = context = ""
     if store is not None:
-        value = _decoded(decoder, [int(store.values[entry])])
-        if store.in_text_order:
-            document = int(np.searchsorted(store.document_starts, entry, side="right")) - 1
-            begin = max(int(store.document_starts[document]), entry - CONTEXT_TOKENS)
-            context = _decoded(decoder, store.values[begin:entry].tolist())
+        own, at = _own_place(store, entry)
+        value = _decoded(decoder, [int(own.values[at])])
+        if own.in_text_order:
+            document = int(np.searchsorted(own.document_starts, at, side="right")) - 1
+            begin = max(int(own.document_starts[document]), at - CONTEXT_TOKENS)
+            context = _decoded(decoder, own.values[begin:at].tolist())
     return {"entry": entry, "weight": weight, "value": value, "context": context}
+
+
+def _own_place(store: Store, entry: int) -> tuple[Datastore, int]:
+    """Of several stores the one that an entry is in, and its number there."""
+    if not isinstance(store, JoinedStore):
+        return store, entry
+    number = int(np.searchsorted(store.starts, entry, side="right")) - 1
+    return store.stores[number], entry - int(store.starts[number])
 
 
 def _decoded(decoder: Any, tokens: Sequence[int]) -> str:
     return " ".join(map(str, tokens)) if decoder is None else decoder.decode(list(tokens))
 
 
-def _open_store(records: Records, given: Path | None, notes: list[str]) -> Datastore | None:
-    """The store of these records; None, and a note, where it is not at its place any more."""
+def _open_store(records: Records, given: Path | None, notes: list[str]) -> Store | None:
+    """The store, or stores, of these records; None, and a note, where it is not at its place any more."""
     about = records.about["datastore"]
+    if given is not None and len(about) > 1:
+        raise UserError(
+            f"The records in {records.folder} were made with {len(about)} datastores, which are looked for where they "
+            f"were: leave --datastore out."
+        )
+    paths = [one["path"] for one in about] if given is None else [str(given)]
     try:
-        store = Datastore.open(given or about["path"])
+        stores = [Datastore.open(path) for path in paths]
     except UserError as error:
         if given is not None:
             raise
         notes.append(f"Without the datastore ({error}) nothing is said of frequencies, sources and neighbours' texts.")
         return None
-    if store.keys_checksum == about["keys_sha256"] and len(store) == about["entries"]:
-        return store
-    sentence = f"{store.path} is not the datastore that the records in {records.folder} were made with"
-    if given is not None:
-        raise UserError(f"{sentence}; give the one that was used.")
-    notes.append(f"{sentence}, or was changed since: nothing is said of frequencies, sources and neighbours' texts.")
-    return None
+    for store, said in zip(stores, about, strict=True):
+        if store.keys_checksum == said["keys_sha256"] and len(store) == said["entries"]:
+            continue
+        sentence = f"{store.path} is not the datastore that the records in {records.folder} were made with"
+        if given is not None:
+            raise UserError(f"{sentence}; give the one that was used.")
+        notes.append(
+            f"{sentence}, or was changed since: nothing is said of frequencies, sources and neighbours' texts."
+        )
+        return None
+    return stores[0] if len(stores) == 1 else JoinedStore(tuple(stores), tuple(store_names(paths)))
 
 
 def _open_tokenizer(records: Records, given: str | None, notes: list[str]) -> Any:

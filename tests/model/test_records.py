@@ -17,12 +17,14 @@ import pytest
 from helpers.forks import Child
 from helpers.oracle import lm_outputs
 from helpers.stores import change_json, flip_bit
+from helpers.texts import longest_end, ngram_p
 from helpers.tiny_model import EVAL_TEXT, MAX_LENGTH
 from lm_eval.api.instance import Instance
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from knn_lm_eval import KNNHF, UserError
 from knn_lm_eval.make.pruning import prune_greedy_merge
+from knn_lm_eval.make.suffix_building import build_suffix_array
 from knn_lm_eval.methods.adaptive import Buckets, Gate
 from knn_lm_eval.model import records as records_module
 from knn_lm_eval.report.record_files import COLUMNS, Records, check_same_tokens, read_records
@@ -96,6 +98,14 @@ def make(store: Datastore, pruned: Datastore, model_folder: Path) -> Callable[..
     return make
 
 
+@pytest.fixture(scope="module")
+def sorted_store(store: Datastore, tmp_path_factory: pytest.TempPathFactory) -> Datastore:
+    folder = tmp_path_factory.mktemp("sorted") / "store"
+    shutil.copytree(store.path, folder)
+    build_suffix_array(Datastore.open(folder))
+    return Datastore.open(folder)
+
+
 def by_request(records: Records, task: str) -> dict[tuple[int, int], dict[str, np.ndarray]]:
     columns = records.columns
     of_task = columns["task"] == records.tasks.index(task)
@@ -134,7 +144,7 @@ def test_records_are_what_was_scored(name: str, make: Callable[..., KNNHF], tmp_
     check_mixture(records, lm)
     assert (records.columns["overlap"] == -1).all()
     about = json.loads((tmp_path / "r" / "loglikelihood-0-00000-of-00001.json").read_text())
-    assert about["datastore"]["keys_sha256"] == lm.retriever.datastore.keys_checksum
+    assert about["datastore"][0]["keys_sha256"] == lm.retriever.datastore.keys_checksum
     assert about["settings"]["lmbda"] == lm.settings["lmbda"] and about["tasks"] == ["choices"]
 
 
@@ -202,6 +212,47 @@ def test_what_is_asked_for_twice_is_recorded_once(make: Callable[..., KNNHF], tm
     make(lmbda=0.4, records=tmp_path / "r").loglikelihood([*requests, requests[-1]])
     make(lmbda=0.4, records=tmp_path / "once").loglikelihood(requests)
     assert len(read_records(tmp_path / "r")) == len(read_records(tmp_path / "once"))
+
+
+NGRAMS: dict[str, dict[str, Any]] = {
+    "LM": {"lmbda": 0},
+    "kNN-LM": {"lmbda": 0.4},
+    "gate with a threshold": {"lmbda": GATE},
+    "one search for all": {"lmbda": 0.4, "search_all": True},
+    "RetoMaton": {"lmbda": 0.4, "retomaton": True, "min_knns": 3},
+    "RetoMaton, buckets": {"lmbda": BUCKETS, "retomaton": True, "min_knns": 3},
+}
+
+
+@pytest.mark.parametrize("name", NGRAMS)
+def test_records_of_a_mixture_with_ngrams(
+    name: str, make: Callable[..., KNNHF], sorted_store: Datastore, tmp_path: Path
+) -> None:
+    """log p is the whole mixture's, and overlaps are those of plain loops over the datastore's documents."""
+    how = NGRAMS[name] | {"datastore": str(sorted_store.path), "ngram_lmbda": 0.3}
+    plain, lm = make(**how), make(**how, records=tmp_path / "r")
+    texts, pairs = lm.loglikelihood_rolling(rolling()), lm.loglikelihood(choices())
+    assert texts == plain.loglikelihood_rolling(rolling()) and pairs == plain.loglikelihood(choices())
+    records = read_records(tmp_path / "r")
+    documents = [p.tolist() for p in np.split(np.array(sorted_store.values), sorted_store.document_starts[1:])]
+    of_texts, of_pairs = by_request(records, "texts"), by_request(records, "choices")
+    for number, score in enumerate(texts):
+        mine = of_texts[number, 0]
+        assert mine["log_prob"].astype(np.float64).sum() == pytest.approx(score, rel=1e-6)
+    for number, (score, _) in enumerate(pairs):
+        assert of_pairs[number // 2, number % 2]["log_prob"].astype(np.float64).sum() == pytest.approx(score, rel=1e-6)
+    for number in (1, 2):  # short ones
+        mine, tokens = of_texts[number, 0], lm.tok_encode(TEXTS[number])
+        for place in range(len(tokens)):
+            of = {column: float(part[place]) for column, part in mine.items()}
+            p_knn = 0.0 if math.isnan(of["knn_log_prob"]) else math.exp(of["knn_log_prob"])
+            others = (1 - of["lmbda"]) * math.exp(of["lm_log_prob"]) + of["lmbda"] * p_knn
+            read = [lm.prefix_token_id, *tokens[:place]][-int(of["read"]) :]
+            p = ngram_p(documents, read, tokens[place])
+            expected = others if math.isnan(p) else 0.7 * others + 0.3 * p
+            assert math.exp(of["log_prob"]) == pytest.approx(expected, rel=1e-4)
+            assert of["overlap"] == longest_end(documents, tokens[: place + 1], continued=False)
+    assert (records.columns["searched"].any()) == (name != "LM")
 
 
 def test_overlaps_are_measured_where_something_measures_them(make: Callable[..., KNNHF], tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ from knn_lm_eval.study.analysis import analyse, bin_tokens, count_values
 
 DRAWS = Draws(resamples=50)
 TEXTS = [EVAL_TEXT[start : start + 90] for start in range(0, 540, 90)]
-ABOUT: dict[str, Any] = {"settings": {}, "datastore": {}, "tokenizer": {"name": None, "sha256": ""}, "model": {}}
+ABOUT: dict[str, Any] = {"settings": {}, "datastore": [], "tokenizer": {"name": None, "sha256": ""}, "model": {}}
 
 
 def random_records(seed: int, documents: int, tokens: int, lost: float = 0.0) -> Records:
@@ -311,7 +311,7 @@ def test_without_store_and_tokenizer_the_rest_is_there(folders: list[Path], tmp_
     (said,) = moved.glob("*.json")
     content = json.loads(said.read_text())
     content.pop("sha256")
-    content["datastore"]["path"] = str(tmp_path / "gone")
+    content["datastore"][0]["path"] = str(tmp_path / "gone")
     content["tokenizer"]["name"] = str(tmp_path / "gone")
     said.write_text(json.dumps(content))
     analysis = analyse([moved], draws=DRAWS)
