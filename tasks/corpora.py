@@ -84,7 +84,7 @@ def _hub_column(path: str, name: str, split: str, column: str) -> list[str]:
 
 def _local_wikitext(split: str, data_dir: object) -> str | None:
     """The split's text from the data folder; None where the hub is to be asked."""
-    folder = _data_folder(data_dir)
+    folder = data_folder(data_dir)
     if folder is None:
         return None
     inner = next((folder / name for name in WIKITEXT_FOLDERS if (folder / name).is_dir()), folder)
@@ -153,7 +153,7 @@ LAW_SOURCE = (
 
 def law(split: str, data_dir: object = None, **_metadata: Any) -> dict[str, datasets.Dataset]:
     """Each line (sentence) as its own document; blank lines are no documents."""
-    folder = _data_folder(data_dir)
+    folder = data_folder(data_dir)
     if folder is None:
         raise UserError(f"law needs a data folder: {LAW_SOURCE}, and give {HOW_TO_GIVE}")
     if (folder / "law").is_dir():
@@ -178,7 +178,8 @@ def python_docs(**_metadata: Any) -> dict[str, datasets.Dataset]:
 # ------------------------------------------------------------------------------------------------ Local files
 
 
-def _data_folder(data_dir: object) -> Path | None:
+def data_folder(data_dir: object) -> Path | None:
+    """The folder that metadata or the environment variable gives; None where neither does."""
     given = data_dir or os.environ.get(DATA_VARIABLE)
     if not given:
         return None

@@ -11,6 +11,7 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may wait for a network
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests run side by side; threads would only get in each other's way
 
+from helpers.stores import part_of
 from helpers.tiny_model import TRAIN_TEXT, make_llama
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -87,3 +88,21 @@ def clustered(store: Datastore) -> Datastore:
     """The same, with k-means clusters."""
     cluster_kmeans(store, num_clusters=200, sample=2000)
     return store
+
+
+@pytest.fixture(scope="session")
+def whole(store: Datastore, tmp_path_factory: pytest.TempPathFactory) -> Datastore:
+    """The same without an index."""
+    return part_of(store, tmp_path_factory.mktemp("several") / "whole", 0, len(store.document_starts))
+
+
+@pytest.fixture(scope="session")
+def halves(store: Datastore, whole: Datastore) -> list[Datastore]:
+    """The same documents in two stores, ``law`` and ``wiki``, each with an exact index and clusters."""
+    folder, documents = whole.path.parent, len(store.document_starts)
+    middle = documents // 3
+    parts = [part_of(store, folder / "law", 0, middle), part_of(store, folder / "wiki", middle, documents)]
+    for part in parts:
+        build_index(part, "Flat")
+        cluster_kmeans(part, num_clusters=60, sample=1000)
+    return [Datastore.open(part.path) for part in parts]

@@ -171,19 +171,22 @@ def _memory(cell: Cell, size: ModelSize | None) -> int | None:
         return None
     total = size.bytes
     if "datastore" in cell.args:
-        folder = Path(cell.args["datastore"])
         try:
-            manifest = Manifest.read(folder)
-            total += 4 * manifest.count
-            name = searched_index(folder, manifest.derived, cell.args.get("index"))
-            if name is None:
-                return total + (folder / KEYS).stat().st_size
-            index = read_json(IndexFiles(folder, name).metadata)
-            check_json(index, _IndexSizes, folder, "build the index again")
-            total += index["bytes"] + index.get("bytes_held", 0)
+            total += sum(_bytes_of_store(folder, cell.args.get("index")) for folder in cell.store_folders())
         except (UserError, OSError):
             return None
     return total
+
+
+def _bytes_of_store(folder: Path, index: str | None) -> int:
+    """Of values and index, or of the keys that are searched without one."""
+    manifest = Manifest.read(folder)
+    name = searched_index(folder, manifest.derived, index)
+    if name is None:
+        return 4 * manifest.count + (folder / KEYS).stat().st_size
+    metadata = read_json(IndexFiles(folder, name).metadata)
+    check_json(metadata, _IndexSizes, folder, "build the index again")
+    return 4 * manifest.count + metadata["bytes"] + metadata.get("bytes_held", 0)
 
 
 def _matrix_product_speed() -> float:

@@ -5,6 +5,7 @@
       gpt2: {pretrained: gpt2, max_length: 1024}
     datastores:
       law: stores/gpt2-law                  # or {path: ..., models: [gpt2], index: ...}
+      both: {path: [stores/gpt2-law, stores/gpt2-wiki]}
     methods:
       base: {model: hf}
       knn: {k: 1024, lmbda: 0.25}
@@ -33,6 +34,7 @@ from lm_eval.models.huggingface import HFLM
 from knn_lm_eval.errors import UserError, printable, shortened
 from knn_lm_eval.model.params import STORE_DEFAULT
 from knn_lm_eval.model.settings import RetrievalSettings
+from knn_lm_eval.store.choosing import list_stores
 from knn_lm_eval.store.fetching import cache_folder, is_address
 from knn_lm_eval.store.index_files import EXACT, IndexFiles, searched_index
 from knn_lm_eval.store.manifest import Manifest
@@ -40,7 +42,10 @@ from knn_lm_eval.system.file_contents import contents_of
 from knn_lm_eval.system.files import read_json
 from knn_lm_eval.system.json_schema import mismatch
 
-TOP = ("output", "models", "datastores", "methods", "tasks", "metadata", "include_path", "batch_size", "device", "seed")
+TOP = (
+    *("output", "models", "datastores", "methods", "tasks", "metadata", "include_path", "batch_size", "device", "seed"),
+    "records",
+)
 TASK = ("task", "limit", "num_fewshot", "metadata", "gen_kwargs", "apply_chat_template", "system_instruction")
 HF = [name for name in inspect.signature(HFLM.__init__).parameters if name not in ("self", "kwargs")]
 # Arguments of the LM that may be folders whose content counts.
@@ -57,10 +62,11 @@ class _Top(TypedDict, total=False):
     batch_size: int | str
     device: str | None
     seed: int
+    records: bool
 
 
 class _Store(TypedDict, total=False):
-    path: str | int  # a folder may be called 2024
+    path: str | int | list[str | int]  # a folder may be called 2024; several are searched together
     models: str | list[str] | None
 
 
@@ -83,6 +89,7 @@ class Cell:
     args : its model arguments.
     task_settings : what ``TASK`` lists, ``task`` always among them.
     seed : of everything random.
+    records : whether the scored tokens' records are kept beside the results; the LM alone leaves none.
     """
 
     model: str
@@ -93,6 +100,7 @@ class Cell:
     args: dict[str, Any]
     task_settings: dict[str, Any]
     seed: int
+    records: bool = False
 
     @property
     def lm_args(self) -> dict[str, Any]:
@@ -117,10 +125,10 @@ class Cell:
                 inside = sorted(path for path in Path(folder).iterdir() if path.is_file())
                 contents[name] = {path.name: contents_of(path).sha256 for path in inside}
         if "datastore" in self.args:
-            given = str(self.args["datastore"])
-            folder = cache_folder(given) if is_address(given) else Path(given)
             try:
-                contents |= self._contents_of_store(folder)
+                folders = self.store_folders()
+                of_stores = [self._contents_of_store(folder, len(folders) == 1) for folder in folders]
+                contents |= of_stores[0] if len(of_stores) == 1 else {"stores": of_stores}
             except (UserError, OSError, KeyError, ValueError, NotImplementedError):  # the last of odd names of clusters
                 contents["keys"] = None  # to be reported when the cell is run
         return {
@@ -129,10 +137,17 @@ class Cell:
             "task": self.task_settings,
             "seed": self.seed,
             "contents": contents,
+            **({"records": True} if self.records else {}),
         }
 
-    def _contents_of_store(self, folder: Path) -> dict[str, Any]:
-        """The checksums of the store's files, and of those of its index, clusters and default params that count."""
+    def store_folders(self) -> list[Path]:
+        """Where the datastores are, or will be once they are fetched; raises UserError where none is named."""
+        paths = list_stores(self.args["datastore"])
+        return [cache_folder(path) if is_address(path) else Path(path) for path in paths]
+
+    def _contents_of_store(self, folder: Path, alone: bool) -> dict[str, Any]:
+        """The checksums of the store's files, and of those of its index, clusters and default params that count, as
+        they do where it is ``alone``."""
         manifest = Manifest.read(folder)
         name = searched_index(folder, manifest.derived, self.args.get("index"))
         index = IndexFiles(folder, name or EXACT)
@@ -146,7 +161,7 @@ class Cell:
                 said: manifest.derived[said]["sha256"] if said in manifest.derived else contents_of(path).sha256
                 for path, said in of_paths.items()
             }
-        if (default := folder / STORE_DEFAULT).is_file():
+        if alone and (default := folder / STORE_DEFAULT).is_file():
             found["default"] = contents_of(default).sha256
         return found
 
@@ -219,7 +234,7 @@ def _cells(content: dict[str, Any], path: Path) -> Iterator[Cell]:
     stores = _section(content, "datastores", path, shorthand="path")
     methods = _section(content, "methods", path)
     tasks = _section(content, "tasks", path)
-    seed = content.get("seed", DEFAULT_SEED)
+    seed, records = content.get("seed", DEFAULT_SEED), content.get("records", False)
     _check(path, models, stores, methods, tasks)
     metadata = _mapping(content.get("metadata"), f"{path}: metadata")
     for name, task_settings in tasks.items():
@@ -237,7 +252,8 @@ def _cells(content: dict[str, Any], path: Path) -> Iterator[Cell]:
                     own = {key: value for key, value in settings.items() if key != "model"}
                     args = model_args | (_store_args(stores[store_name]) if store_name else {}) | own
                     args = {key: _filled(value, model, store_name) for key, value in args.items()}
-                    yield Cell(model, store_name, method, task, kind, args, task_settings, seed)
+                    keeps = records and kind == "knn-hf"
+                    yield Cell(model, store_name, method, task, kind, args, task_settings, seed, keeps)
 
 
 def _kind(method: str, settings: dict[str, Any]) -> str:
@@ -262,6 +278,7 @@ def _check(
     for name, store in stores.items():
         _refuse_unknown(store, ["path", "models", *KNN], f"{path}: datastores: {name}")
         _check_types(store, _Store, f"{path}: datastores: {name}")
+        _refuse_records(store, f"{path}: datastores: {name}")
         if "path" not in store:
             raise UserError(f"{path}: datastores: {name} has no `path`; say where the datastore is.")
         for model in _listed(store.get("models")):
@@ -271,6 +288,7 @@ def _check(
         if kind not in ("hf", "knn-hf"):
             raise UserError(f"{path}: methods: {name}: model: {shortened(kind)} is unknown; use hf or knn-hf.")
         _refuse_unknown(method, ["model", *(["context_len"] if kind == "hf" else KNN)], f"{path}: methods: {name}")
+        _refuse_records(method, f"{path}: methods: {name}")
         if kind == "knn-hf" and not stores:
             raise UserError(f"{path}: methods: {name} needs a datastore; list some under `datastores`.")
     for name, task in tasks.items():
@@ -282,13 +300,21 @@ def _check(
         _check_types(task, _Task, where)
 
 
+def _refuse_records(settings: dict[str, Any], where: str) -> None:
+    if "records" in settings:
+        raise UserError(f"{where}: records is for the whole file (records: true at its top): each cell has its own.")
+
+
 def _store_args(store: dict[str, Any]) -> dict[str, Any]:
     args = {key: value for key, value in store.items() if key not in ("path", "models")}
-    return args | {"datastore": str(store["path"])}
+    several = isinstance(store["path"], list)
+    return args | {"datastore": [str(path) for path in store["path"]] if several else str(store["path"])}
 
 
 def _filled(value: Any, model: str, datastore: str | None) -> Any:
     """A setting with the cell's names in the places of ``{model}`` and ``{datastore}``."""
+    if isinstance(value, list):
+        return [_filled(part, model, datastore) for part in value]
     if not isinstance(value, str):
         return value
     return value.replace("{model}", model).replace("{datastore}", datastore or "")

@@ -10,6 +10,9 @@ import functools
 import gc
 import json
 import logging
+import os
+import shutil
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -32,7 +35,7 @@ from knn_lm_eval.system.locks import locked
 
 logger = logging.getLogger(__name__)
 
-RESULTS, SAMPLES = "results_*.json", "samples_*.jsonl"
+RESULTS, SAMPLES, RECORDS = "results_*.json", "samples_*.jsonl", "records"
 
 
 @dataclass
@@ -154,6 +157,9 @@ def _run_group(matrix: Matrix, group: Sequence[OpenedCell], outcomes: Outcomes) 
             outcomes.tell(cell, "done")
         except Exception as error:
             outcomes.tell(cell, "failed", error)
+        finally:
+            if cell.records:
+                shutil.rmtree(_unfinished_records(matrix, cell), ignore_errors=True)
 
 
 def _read_once(matrix: Matrix, group: Sequence[OpenedCell]) -> Exception | None:
@@ -173,7 +179,31 @@ def _read_once(matrix: Matrix, group: Sequence[OpenedCell]) -> Exception | None:
 
 def _open(matrix: Matrix, cell: Cell, loaded: LoadedModel) -> SharedLM:
     kind = SharedBaseLM if cell.kind == "hf" else SharedLM
-    return kind(loaded, **cell.args, batch_size=matrix.batch_size, device=matrix.device)
+    args = dict(cell.args)
+    if cell.records:
+        folder = _unfinished_records(matrix, cell)
+        _remove_left_records(folder)
+        args["records"] = str(folder)
+    return kind(loaded, **args, batch_size=matrix.batch_size, device=matrix.device)
+
+
+def _unfinished_records(matrix: Matrix, cell: Cell) -> Path:
+    """Where this process's records of a cell are until its results are there."""
+    folder = matrix.output / cell.folder
+    return folder.with_name(f".{folder.name}.{RECORDS}-{socket.gethostname()}-{os.getpid()}")
+
+
+def _remove_left_records(ours: Path) -> None:
+    """Remove what earlier processes on this machine left: this one's, and those of processes that are no more."""
+    stem = ours.name.rpartition("-")[0]
+    for left in ours.parent.glob(f"{stem}-*"):
+        try:
+            os.kill(int(left.name.rpartition("-")[2]), 0)
+        except ProcessLookupError:
+            shutil.rmtree(left, ignore_errors=True)
+        except (OSError, ValueError):  # of another user; of another name
+            continue
+    shutil.rmtree(ours, ignore_errors=True)
 
 
 def _sharing(opened: Sequence[OpenedCell]) -> Iterator[list[OpenedCell]]:
@@ -240,6 +270,8 @@ def _write(matrix: Matrix, cell: Cell, results: dict[str, Any]) -> None:
             return  # another benchmark of the same cell was faster
         with unfinished_folder(folder, is_left) as unfinished:
             _save_as_lm_eval(unfinished, cell, results, samples)
+            if (records := _unfinished_records(matrix, cell)).is_dir():
+                os.replace(records, unfinished / RECORDS)
             if finished_results(unfinished, cell.checksum()) is None:  # lm-eval only warns
                 raise UserError(f"The results of {cell} could not be written below {matrix.output}; is the disk full?")
 

@@ -9,18 +9,21 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
 import torch
+from lm_eval.api.instance import Instance
 
 from knn_lm_eval.lm.language_model import LanguageModel
 from knn_lm_eval.lm.reading import Passage, Reader
 from knn_lm_eval.model.accounting import rounded
 from knn_lm_eval.model.knn_hf import KNNHF
+from knn_lm_eval.model.records import RecordWriter
 from knn_lm_eval.model.scores import Score
 from knn_lm_eval.model.scoring import LMScorer, PassageScorer
-from knn_lm_eval.model.scoring_lm import ScoringLM
+from knn_lm_eval.model.scoring_lm import ScoringLM, Window
 
 
 class ReadingEnds(Exception):
@@ -52,6 +55,14 @@ class _Sharing(ScoringLM):
         if self.shared_pass is None:
             return super().score_passages(batches, want_greedy, following)
         return self.shared_pass.score(self, batches, want_greedy)
+
+    def recording(
+        self, kind: str, requests: Sequence[Instance] | None, windows: list[list[Window]], starts: list[int]
+    ) -> AbstractContextManager[RecordWriter | None]:
+        """As ``ScoringLM``'s; while scores are made for all, nobody writes records of them."""
+        if self.shared_pass is not None and self.shared_pass.reading:
+            return nullcontext()
+        return super().recording(kind, requests, windows, starts)
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """As ``hf``'s; each evaluation generates for itself."""

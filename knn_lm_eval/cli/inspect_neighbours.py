@@ -63,7 +63,7 @@ def main(arguments: argparse.Namespace) -> None:
     shown = {name: lm.settings[name] for name in names if lm.settings[name] is not None}
     if isinstance(shown["lmbda"], dict):  # an adaptive one has hundreds of numbers
         shown["lmbda"] = shown["lmbda"]["kind"]
-    settings = f"{lm.retriever.datastore.path.name}: " + ", ".join(f"{name}={value}" for name, value in shown.items())
+    settings = f"{lm.retriever.datastore.name}: " + ", ".join(f"{name}={value}" for name, value in shown.items())
     written = {
         arguments.html: lambda: token_page(tokens, "Neighbours of a text", settings),
         arguments.json: lambda: json.dumps({"settings": settings, "tokens": [asdict(token) for token in tokens]}),

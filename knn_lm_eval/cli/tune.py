@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import math
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from knn_lm_eval.cli.arguments import (
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from knn_lm_eval.study.tuning import Tuning
 
 GRID = "numbers separated by commas, or FIRST:LAST:COUNT (default: %s)"
-AXES = ("k", "knn_temp", "lmbda", "probe", "min_knns", "max_knns")
+AXES = ("k", "knn_temp", "lmbda", "probe", "min_knns", "max_knns", "ngram_lmbda")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -37,6 +38,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--probe", help="a search for each (default: the index's own)")
     parser.add_argument("--min_knns", help="with retomaton=True in --model_args")
     parser.add_argument("--max_knns", help="with retomaton=True in --model_args")
+    parser.add_argument("--ngram_lmbda", help="weights of n-grams (default: without), such as 0:0.5:11")
     parser.add_argument(
         "--adaptive",
         choices=["none", "buckets", "gate"],
@@ -62,6 +64,8 @@ def main(arguments: argparse.Namespace) -> None:
     check_outputs(arguments.output)
     axes = {name: axis for name in AXES if (axis := getattr(arguments, name)) is not None}
     model_args = read_model_args(arguments)
+    if arguments.save_default:
+        check_one_store(model_args)
 
     from knn_lm_eval.system.files import held_output
 
@@ -83,11 +87,22 @@ def main(arguments: argparse.Namespace) -> None:
     print_results(found)
     print(f"Wrote {arguments.output}: use it with params={arguments.output} in --model_args.")
     if arguments.save_default:
-        print(f"The datastore {found.datastore.path} has it as its default.")
+        print(f"The datastore {found.datastore.label} has it as its default.")
     if edges := found.edges():
         logging.warning(
             "The best setting lies on the grid's edge, and a better one may lie beyond: widen %s.",
             ", ".join(f"--{name} ({value:g})" for name, value in edges.items()),
+        )
+
+
+def check_one_store(model_args: dict[str, Any]) -> None:
+    """Raise UserError where there are several datastores, none of which can keep what is tuned for all."""
+    from knn_lm_eval.store.choosing import list_stores
+
+    if len(paths := list_stores(model_args.get("datastore"))) > 1:
+        raise UserError(
+            f"--save_default keeps the result in the datastore, and there are {len(paths)}: leave it out, and give "
+            f"params=FILE where they are used together."
         )
 
 
@@ -108,7 +123,7 @@ def write(found: Tuning, arguments: argparse.Namespace) -> None:
         found.write_grid(arguments.output.with_suffix(".csv"))
         draw_grid(arguments.output, arguments.tasks, perplexities, axes, found.best.place)
     if arguments.save_default:
-        default = found.datastore.path / STORE_DEFAULT
+        default = Path(found.datastore.label) / STORE_DEFAULT
         with disk_errors_in(default.parent), locked(default.with_name(f".{default.name}.lock"), str(default)):
             found.params.write(default)
 
@@ -126,7 +141,8 @@ def print_results(found: Tuning) -> None:
             f"({fit.lmbda.plain()['kind']}: on a sample of {fit.tokens:,} tokens, on which the best constant has "
             f"{math.exp(-fit.constant_log_prob):.4f})"
         )
-    seconds, once = found.seconds, ("forward", "head", "search", "walk")
+    seconds = found.seconds
+    once = [stage for stage in ("forward", "head", "search", "walk", "ngrams") if stage in seconds]
     count = sum(surface.log_prob.size for surface in found.surfaces)
     print(
         f"{found.tokens:,} tokens, {count:,} settings: {seconds['grid']:.1f} s for the grid, "

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -34,9 +34,14 @@ def take_fingerprint(model: LanguageModel, tokenizer: Any) -> dict[str, Any]:
     key = model.projected(None).encode(torch.tensor([token_ids]))[0][0, -1].float().cpu()
     fingerprint: dict[str, Any] = {"token_ids": token_ids, "key": [float(f"{x:.5g}") for x in key.tolist()]}
     if tokenizer is not None:
-        ids = json.dumps(tokenizer(PROBE_TEXT, add_special_tokens=False)["input_ids"])
-        fingerprint["tokenizer_sha256"] = hashlib.sha256(ids.encode()).hexdigest()
+        fingerprint["tokenizer_sha256"] = tokenizer_checksum(tokenizer)
     return fingerprint
+
+
+def tokenizer_checksum(tokenizer: Any) -> str:
+    """The SHA-256 of the ids that a tokenizer gives for a fixed text."""
+    ids = json.dumps(tokenizer(PROBE_TEXT, add_special_tokens=False)["input_ids"])
+    return hashlib.sha256(ids.encode()).hexdigest()
 
 
 class StoreRecord(Protocol):
@@ -75,6 +80,39 @@ def check_store_model(manifest: StoreRecord, model: LanguageModel, tokenizer: An
         "Import it with --pretrained to record one.",
         used_by,
     )
+
+
+def check_same_model(stores: Sequence[tuple[str, StoreRecord]]) -> None:
+    """Check that datastores were made by one model, as far as their fingerprints tell; needs no model.
+
+    Parameters
+    ----------
+    stores : each one's name for messages, and its manifest.
+
+    Raises
+    ------
+    UserError
+        Where two were made by different models.
+    """
+    known = [(name, manifest, manifest.fingerprint) for name, manifest in stores if manifest.fingerprint is not None]
+    for name, manifest, fingerprint in known[1:]:
+        first_name, first, of_first = known[0]
+        if not _are_alike(of_first, fingerprint):
+            raise UserError(
+                f"The datastores {first_name} and {name} were made by different models ({first.model['pretrained']} "
+                f"and {manifest.model['pretrained']}), so they cannot be searched together; dump them with one model."
+            )
+
+
+def _are_alike(some: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two fingerprints may be of one model, in another dtype perhaps."""
+    names = ("token_ids", "tokenizer_sha256")
+    if any(name in some and name in other and some[name] != other[name] for name in names):
+        return False
+    if len(some["key"]) != len(other["key"]):
+        return False
+    before, now = torch.tensor(some["key"]), torch.tensor(other["key"])
+    return float((before - now).norm()) <= SIMILAR_MODEL * float(before.norm())
 
 
 def check_model_sizes(dimension: int, largest_value: int, width: int, vocabulary: int, used_by: str) -> None:

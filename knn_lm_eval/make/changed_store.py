@@ -5,6 +5,7 @@ What is new waits in a hidden folder of the store's until all of it is there; se
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -17,8 +18,11 @@ from knn_lm_eval.store.change import Change, TailRecord
 from knn_lm_eval.store.datastore import Datastore
 from knn_lm_eval.store.index_files import IndexFiles, index_names
 from knn_lm_eval.store.manifest import FileRecord, Manifest, file_record, held_manifest
+from knn_lm_eval.store.suffixes import FOLDER, has_suffixes, without_suffixes
 from knn_lm_eval.system.files import fsync, read_json
 from knn_lm_eval.system.seals import check_seal, write_sealed_json
+
+logger = logging.getLogger(__name__)
 
 LOG_PROBS = "lm_log_probs.npy"  # of all entries, made again when pruning asks for it
 PARAMS = "params.json"
@@ -100,7 +104,9 @@ class Changed:
         """
         names = index_names(self.store)
         laid_out = [folder.name for name in names for folder in IndexFiles(self.store.path, name).laid_out()]
-        gone = list(dict.fromkeys([*self.gone, *laid_out, LOG_PROBS]))
+        if has_suffixes(self.store):
+            logger.warning("The suffix array is of the text as it was, and goes: build it again (build_suffix_array).")
+        gone = list(dict.fromkeys([*self.gone, *laid_out, LOG_PROBS, FOLDER]))
         gone = [name for name in gone if os.path.lexists(self.store.path / name)]
         with held_manifest(self.store.path) as manifest:
             if manifest != self.store.manifest:
@@ -109,6 +115,7 @@ class Changed:
                     f"same command again (with --resume, where it has that)."
                 )
             kept = {name: record for name, record in manifest.derived.items() if name not in gone}
+            kept = without_suffixes(kept)
             changed: Manifest = replace(manifest, derived=_as_before(manifest.derived, kept | self.derived), **fields)
             waiting = self._in_store(self.folder)
             Change(waiting, changed.to_json(), self.places, self.tails, gone).make(self.store.path)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -19,6 +20,10 @@ from knn_lm_eval.store.change import Change, one_change_of
 from knn_lm_eval.store.datastore import Datastore
 from knn_lm_eval.store.manifest import DOCUMENT_STARTS, REMOVED, VALUES, file_record, held_manifest
 from knn_lm_eval.store.removed import Removed
+from knn_lm_eval.store.suffixes import FOLDER as SUFFIXES
+from knn_lm_eval.store.suffixes import has_suffixes, without_suffixes
+
+logger = logging.getLogger(__name__)
 
 WAITING = ".removing"
 TOKENS_COMPARED = 8  # of a document, before all of it
@@ -66,6 +71,8 @@ def remove_documents(folder: str | Path, documents: Sequence[int] | np.ndarray) 
         removed = Removed.of_documents(numbers, store.document_starts, len(store))
         if not removed.kept:
             raise UserError(f"Nothing would stay of the datastore {folder}; delete it instead.")
+        if has_suffixes(store):
+            logger.warning("The suffix array has the removed documents, and goes: build it again (build_suffix_array).")
         _write(folder, numbers)
     return Datastore.open(folder)
 
@@ -77,8 +84,9 @@ def _write(folder: Path, numbers: np.ndarray) -> None:
     np.save(waiting / REMOVED, numbers)
     record = file_record(waiting / REMOVED)
     with held_manifest(folder) as manifest:
-        manifest = replace(manifest, files=manifest.files | {REMOVED: record})
-        Change(WAITING, manifest.to_json(), {REMOVED: f"{WAITING}/{REMOVED}"}).make(folder)
+        derived = without_suffixes(manifest.derived)
+        manifest = replace(manifest, files=manifest.files | {REMOVED: record}, derived=derived)
+        Change(WAITING, manifest.to_json(), {REMOVED: f"{WAITING}/{REMOVED}"}, gone=[SUFFIXES]).make(folder)
 
 
 def documents_of_text(store: Datastore, text: Path, load_lm: Callable[[], CausalHFLM], folder: Path) -> Found:

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from knn_lm_eval.methods.automaton_kernels import advance, follow, gather
+from knn_lm_eval.methods.automaton_kernels import advance, follow, gather, heaviest
 
 # queries [n, dimension] -> (distances float32 [n, k], entries int64 [n, k]); empty slots have entry -1.
 Search = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
@@ -80,6 +80,7 @@ class Walk:
         where there is no candidate.
     searched : bool ``[steps]``, where a full search was made.
     neighbours : per step (distances float32, entries int64), where asked for.
+    heaviest : the candidates that weigh most, where asked for.
     """
 
     queries: np.ndarray
@@ -90,11 +91,41 @@ class Walk:
     log_p_knn: np.ndarray = field(default_factory=lambda: np.empty(0))
     searched: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=bool))
     neighbours: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
+    heaviest: Heaviest | None = None
 
     @property
     def searches(self) -> int:
         """Full searches made."""
         return int(self.searched.sum())
+
+
+@dataclass
+class Heaviest:
+    """The candidates that weigh most at each step of a walk.
+
+    Attributes
+    ----------
+    nearest : float32 ``[steps]``, the least distance; infinity where there is no candidate.
+    entries, weights : int64 and float32 ``[steps, most]``, nearest first, and their shares of p_kNN; -1 and 0 where
+        there are fewer.
+    """
+
+    nearest: np.ndarray
+    entries: np.ndarray
+    weights: np.ndarray
+
+    @classmethod
+    def empty(cls, steps: int, most: int) -> Heaviest:
+        """Room for so many steps."""
+        return cls(np.empty(steps, np.float32), np.empty((steps, most), np.int64), np.empty((steps, most), np.float32))
+
+    def parts(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The arrays."""
+        return self.nearest, self.entries, self.weights
+
+    def split(self, ends: np.ndarray) -> list[Heaviest]:
+        """Those of consecutive steps, cut before ``ends``."""
+        return [Heaviest(*parts) for parts in zip(*(np.split(part, ends) for part in self.parts()), strict=True)]
 
 
 class _Lockstep:
@@ -152,6 +183,15 @@ class _Lockstep:
             if step == self._lengths[i] - 1:
                 walk.survivors_at_end = self.survivors[i, : self.survivor_counts[i]].copy()
 
+    def note_heaviest(self, step: int, counts: np.ndarray, knn_temp: float, most: int) -> None:
+        """Leave with the active walks which of a step's candidates weigh most."""
+        entries, weights = np.empty((len(counts), most), np.int64), np.empty((len(counts), most), np.float32)
+        nearest = heaviest(self.distances, self.entries, counts, knn_temp, entries, weights)
+        for i, walk in enumerate(self.walks[: len(counts)]):
+            assert walk.heaviest is not None
+            for kept, found in zip(walk.heaviest.parts(), (nearest, entries, weights), strict=True):
+                kept[step] = found[i]
+
 
 class Automaton:
     """Walks sequences over a datastore.
@@ -203,9 +243,18 @@ class Automaton:
             self.kept,
         )
 
-    def walk(self, walks: Sequence[Walk], keep_neighbours: bool = False) -> None:
-        """Walk all sequences to their ends, side by side; fills in what ``Walk`` says."""
+    def walk(self, walks: Sequence[Walk], keep_neighbours: bool = False, keep_heaviest: int = 0) -> None:
+        """Walk all sequences to their ends, side by side; fills in what ``Walk`` says.
+
+        Parameters
+        ----------
+        keep_neighbours : whether all candidates are kept.
+        keep_heaviest : of how many candidates is kept which weigh most; 0 keeps none.
+        """
         lockstep = _Lockstep(walks, self.settings.k + self.settings.max_knns)
+        if keep_heaviest:
+            for walk in walks:
+                walk.heaviest = Heaviest.empty(len(walk.queries), keep_heaviest)
         if self.settings.min_knns > lockstep.width:
             self._search_everywhere(lockstep.walks)
         for step in range(lockstep.steps):
@@ -237,6 +286,8 @@ class Automaton:
                 lockstep.survivor_counts,
             )
             lockstep.note(step, log_p, counts, keep_neighbours)
+            if keep_heaviest:
+                lockstep.note_heaviest(step, counts, self.settings.knn_temp, keep_heaviest)
             self.statistics.steps += active
             self.statistics.candidates += int(counts.sum())
             self.statistics.seconds["automaton"] += self.clock() - start
@@ -330,18 +381,23 @@ class Automaton:
         self.statistics.seconds["search"] += self.clock() - start
 
 
-def padded_neighbours(steps: Sequence[tuple[np.ndarray, np.ndarray]], values: np.ndarray) -> tuple[Tensor, Tensor]:
+def padded_neighbours(
+    steps: Sequence[tuple[np.ndarray, np.ndarray]], values: np.ndarray
+) -> tuple[Tensor, Tensor, Tensor]:
     """Steps' neighbours (distances and entries, as a walk keeps them), side by side.
 
     Returns
     -------
     distances : float32 ``[steps, most neighbours]``; infinity in empty slots.
     values : int32, of the same shape; 0 in empty slots.
+    entries : int64, of the same shape; -1 in empty slots.
     """
     width = max(1, *(len(distances) for distances, _ in steps)) if steps else 1
     distances = np.full((len(steps), width), np.inf, dtype=np.float32)
     values_found = np.zeros((len(steps), width), dtype=np.int32)
+    entries_found = np.full((len(steps), width), -1, dtype=np.int64)
     for i, (step_distances, entries) in enumerate(steps):
         distances[i, : len(entries)] = step_distances
         values_found[i, : len(entries)] = values[entries]
-    return torch.from_numpy(distances), torch.from_numpy(values_found)
+        entries_found[i, : len(entries)] = entries
+    return torch.from_numpy(distances), torch.from_numpy(values_found), torch.from_numpy(entries_found)

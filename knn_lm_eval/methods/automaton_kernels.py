@@ -190,3 +190,46 @@ def _advance(weights, distances, entries, counts, values, document_starts, targe
             survivors[i, j] = entries[i, survived[order[j]]]
         survivor_counts[i] = number
     return log_p
+
+
+@compiled
+def heaviest(distances, entries, counts, temperature, chosen_entries, chosen_weights):
+    """Which candidates weigh most, nearest first, and their shares of p_kNN.
+
+    Parameters
+    ----------
+    distances, entries, counts : as for ``advance``.
+    chosen_entries, chosen_weights : int64 and float32 ``[n, most]``, written to; -1 and 0 where there are fewer.
+
+    Returns
+    -------
+    float32 ``[n]``: the least distances; infinity where there is no candidate.
+    """
+    n, most = chosen_entries.shape
+    nearest = np.full(n, np.inf, dtype=np.float32)
+    for i in range(n):
+        chosen_entries[i] = -1
+        chosen_weights[i] = 0.0
+        if counts[i] == 0:
+            continue
+        nearest[i] = distances[i, : counts[i]].min()
+        total, filled = 0.0, 0
+        kept = np.empty(most, dtype=np.float32)
+        for j in range(counts[i]):
+            distance = distances[i, j]
+            exponent = (np.float64(nearest[i]) - np.float64(distance)) / temperature
+            if exponent > -745.0:
+                total += math.exp(exponent)
+            if filled == most and not distance < kept[most - 1]:
+                continue
+            place = min(filled, most - 1)
+            while place > 0 and distance < kept[place - 1]:
+                kept[place], chosen_entries[i, place] = kept[place - 1], chosen_entries[i, place - 1]
+                place -= 1
+            kept[place], chosen_entries[i, place] = distance, entries[i, j]
+            filled = min(filled + 1, most)
+        for place in range(filled):
+            chosen_weights[i, place] = (
+                math.exp((np.float64(nearest[i]) - np.float64(kept[place])) / temperature) / total
+            )
+    return nearest

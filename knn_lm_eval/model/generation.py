@@ -32,8 +32,9 @@ from knn_lm_eval.methods.automaton import Automaton, Walk, padded_neighbours
 from knn_lm_eval.methods.mixture import mixed_log_probs
 from knn_lm_eval.model.accounting import Work
 from knn_lm_eval.model.generation_steps import GenerationSteps
+from knn_lm_eval.model.ngram_mixture import Context, NgramReader
 from knn_lm_eval.model.opening import Augmentation, open_augmentation
-from knn_lm_eval.model.scoring import NEIGHBOURS_PER_BLOCK, FindNeighbours
+from knn_lm_eval.model.scoring import NEIGHBOURS_PER_BLOCK, FindNeighbours, Neighbours
 from knn_lm_eval.model.search_cost import tell_costly_search
 from knn_lm_eval.model.settings import RetrievalSettings
 from knn_lm_eval.system.timing import StageTimer
@@ -97,6 +98,7 @@ class MixedForward:
         self.model, self.augmentation = model, augmentation
         self._positions, self._skipped = 0, 0
         self._timed = StageTimer(("forward", "mixture"), model.device)
+        self._ngrams = NgramReader(augmentation.ngrams)
         self._inside: ExitStack | None = None
         # In ``generate``: the sequences of the step at hand, and the candidates after each sequence of the last one.
         self._steps = GenerationSteps()
@@ -109,7 +111,7 @@ class MixedForward:
             "rows": self._positions,
             "rows_skipped": self._skipped,
         }
-        return Work(counts, self._timed.seconds)
+        return Work(counts | self._ngrams.counts, self._timed.seconds | self._ngrams.seconds)
 
     def __enter__(self) -> MixedForward:
         if self._inside is not None:
@@ -189,7 +191,9 @@ class MixedForward:
             real = mask[:, -length:][:, kept].bool().cpu()
         if sequences is None:
             sequences = arguments.get("input_ids")
-        log_probs = self._mix(logits, keys[:, kept], real, kept.numpy() - length, sequences, generating)
+        from_end = kept.numpy() - length
+        log_probs = self._mix(logits, keys[:, kept], real, from_end, sequences, generating)
+        self._mix_ngrams_in(log_probs, real, from_end, sequences, mask)
         if in_generate:
             # Processors of logits, such as the repetition penalty, expect the level that the LM's logits have.
             log_probs += logits.float().logsumexp(dim=-1, keepdim=True)
@@ -218,7 +222,7 @@ class MixedForward:
         sequences: Tensor | None,
         generating: bool,
     ) -> Tensor:
-        """Log-probabilities ``[batch, kept, vocabulary]`` of the mixture where ``real``, of the LM elsewhere.
+        """Log-probabilities ``[batch, kept, vocabulary]`` of LM and neighbours where ``real``, of the LM elsewhere.
 
         ``from_end`` says where in its sequence a kept position is: -1 is the last.
         """
@@ -236,16 +240,17 @@ class MixedForward:
         find: FindNeighbours
         if automaton is None:
 
-            def find(some: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+            def find(some: Tensor) -> Neighbours:
                 found = self.augmentation.retriever.search(queries[some])
-                return found.distances, found.values, found.counts
+                return Neighbours(found.distances, found.values, found.counts)
 
         else:
             known = np.zeros((len(logits), 0), np.int64) if sequences is None else sequences.cpu().numpy()
             steps = self._walk(automaton, queries, rows.numpy(), from_end[columns.numpy()], known, generating)
 
-            def find(some: Tensor) -> tuple[Tensor, Tensor, None]:
-                return *padded_neighbours([steps[i] for i in some.tolist()], automaton.values), None
+            def find(some: Tensor) -> Neighbours:
+                distances, values, _ = padded_neighbours([steps[i] for i in some.tolist()], automaton.values)
+                return Neighbours(distances, values, None)
 
         self._mix_in(log_probs, rows, columns, find)
         return log_probs
@@ -269,7 +274,7 @@ class MixedForward:
             stop = min(start + block, len(rows))
             found = find(torch.arange(start, stop))
             with self._timed("mixture"):
-                of_block = mixture.weigh(*found, log_probs.device)  # [block, k]
+                of_block = mixture.weigh(found.distances, found.values, found.counts, log_probs.device)  # [block, k]
                 for at in range(start, stop, chunk):
                     here = slice(at, min(at + chunk, stop))
                     place = rows[here], columns[here]
@@ -277,6 +282,25 @@ class MixedForward:
                     neighbours = of_block.of_rows(slice(at - start, at - start + chunk))
                     lmbda = mixture.lmbda(mixture.weight.lm_features(table), neighbours)
                     log_probs[place] = mixed_log_probs(table, neighbours.log_weights, neighbours.values, lmbda)
+
+    def _mix_ngrams_in(
+        self, log_probs: Tensor, real: Tensor, from_end: np.ndarray, sequences: Tensor | None, mask: Any
+    ) -> None:
+        """Mix the n-gram LM, if there is one, into ``[batch, kept, vocabulary]`` where ``real``; as for ``_mix``."""
+        if self._ngrams.mixture is None:
+            return
+        if sequences is None:
+            raise UserError("n-grams are looked up by token ids, and embeddings were given: leave ngram_lmbda out.")
+        known = sequences.cpu().numpy()
+        padding = np.zeros(len(known), dtype=np.int64)
+        if isinstance(mask, Tensor) and mask.shape == sequences.shape:
+            padding = mask.bool().int().argmax(dim=-1).cpu().numpy()  # on the left
+        for row, tokens in enumerate(known):
+            (columns,) = real[row].nonzero(as_tuple=True)
+            for column in columns.tolist():
+                context = tokens[padding[row] : len(tokens) + from_end[column] + 1]
+                rows = self._ngrams.of_contexts([Context(context, 1)])
+                rows.mix_into(log_probs[row, column : column + 1], 0)
 
     def _walk(
         self,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import transformers
@@ -14,6 +16,7 @@ from knn_lm_eval.errors import MissingPackage, UserError, naming_missing_package
 
 try:
     with naming_missing_packages():
+        from knn_lm_eval.lm.fingerprint import tokenizer_checksum
         from knn_lm_eval.lm.language_model import LanguageModel
         from knn_lm_eval.lm.loading import recorded_arguments
         from knn_lm_eval.lm.reading import Reader
@@ -22,6 +25,7 @@ try:
             REPORTED_COUNTS,
             Work,
             describe_store,
+            ngram_matches,
             retrieval_work,
             rounded,
             saved_searches,
@@ -30,13 +34,17 @@ try:
         from knn_lm_eval.model.generation import MixedForward
         from knn_lm_eval.model.one_pass import OnePassScorer
         from knn_lm_eval.model.opening import Augmentation, open_augmentation
+        from knn_lm_eval.model.overlaps import find_overlaps
+        from knn_lm_eval.model.records import RecordFolder
         from knn_lm_eval.model.retomaton import RetomatonScorer
         from knn_lm_eval.model.scoring import KNNScorer, LMScorer, PassageScorer
         from knn_lm_eval.model.scoring_lm import ScoringLM
         from knn_lm_eval.model.search_cost import tell_costly_search
         from knn_lm_eval.model.settings import RetrievalSettings
         from knn_lm_eval.search.retriever import Retriever
-        from knn_lm_eval.store.clusters import Clusters
+        from knn_lm_eval.store.joined import open_clusters, stores_of
+        from knn_lm_eval.store.suffixes import suffixes_checksums
+        from knn_lm_eval.system.files import check_writable
 except MissingPackage:
     report_user_errors()  # lm-eval's command line imports this first of all of ours
     raise
@@ -68,12 +76,14 @@ class KNNHF(ScoringLM):
         given, lm_arguments = RetrievalSettings.take_from(arguments)
         # All that can be wrong without the model is looked at before minutes are spent on loading it.
         opened = open_augmentation(given)
+        if given.records is not None:
+            check_writable(Path(given.records) / ".trial")
         if pretrained is None:
             store = opened.retriever.datastore
             lm_arguments = recorded_arguments(store.manifest.model) | lm_arguments
             pretrained = lm_arguments.pop("pretrained")
             if pretrained is None:
-                raise UserError(f"The datastore {store.path} does not know its model; give pretrained=MODEL.")
+                raise UserError(f"The datastore {store.label} does not know its model; give pretrained=MODEL.")
         # gguf_file, subfolder, quantisation and the like: what a cache of results must not mix up.
         self._loading = {
             name: str(value)
@@ -95,6 +105,9 @@ class KNNHF(ScoringLM):
         self.settings = opened.record | {"key_module": model.key_module_name, "context_len": given.context_len}
         if given.retomaton:
             self.settings["carry_state"] = given.carry_state
+        if given.records is not None:
+            about, store = self._about_records(name), self.retriever.datastore
+            self.records = RecordFolder(Path(given.records), about, self.rank, self.world_size, find_overlaps(store))
         self._tell_settings()
 
     @property
@@ -114,6 +127,24 @@ class KNNHF(ScoringLM):
         report_user_errors()
         return super().create_from_arg_obj(arg_dict, additional_config)
 
+    def _about_records(self, name: str | None) -> dict[str, Any]:
+        """What records say of their run: the LM of this name, the settings, tokenizer and datastore."""
+        store = self.retriever.datastore
+        settings = {name: "inf" if value == math.inf else value for name, value in self.settings.items()}
+        settings |= {"max_length": self.max_length, "lm_arguments": self._loading}
+        return {
+            "model": {"pretrained": name, "dtype": str(self.mixed_forward.model.inner.dtype).removeprefix("torch.")},
+            "settings": settings,
+            "tokenizer": {
+                "name": getattr(self.tokenizer, "name_or_path", None) or None,
+                "sha256": tokenizer_checksum(self.tokenizer),
+            },
+            "datastore": [
+                {"path": str(one.path.resolve()), "keys_sha256": one.keys_checksum, "entries": len(one)}
+                for one in stores_of(store)
+            ],
+        }
+
     def _tell_settings(self) -> None:
         shown = dict(self.settings)
         weight, sources = self.augmentation.mixture.weight, self.augmentation.sources
@@ -122,20 +153,25 @@ class KNNHF(ScoringLM):
         store = self.retriever.datastore
         logger.info(
             "knn-hf with the datastore %s (%s entries): %s",
-            store.path,
+            store.label,
             f"{len(store):,}",
             ", ".join(f"{name}={value} ({sources.get(name, 'store')})" for name, value in shown.items()),
         )
 
     def _model_generate(self, context: Any, max_length: int, stop: list[str], **generation_kwargs: Any) -> Any:
-        # HFLM's generate_until with the mixture in each decoding step. With lmbda=0 the LM is alone, as in hf.
-        with self.mixed_forward if self.settings["lmbda"] != 0 else nullcontext():
+        # HFLM's generate_until with the mixture in each decoding step, unless the LM is alone, as in hf.
+        with self.mixed_forward if not self.augmentation.is_lm_alone else nullcontext():
             return super()._model_generate(context, max_length, stop, **generation_kwargs)
 
     def set_cache_hook(self, cache_hook: Any) -> None:
         """Take lm-eval's ``--use_cache`` file, unless it holds results of another model or other settings."""
         database = getattr(cache_hook, "dbdict", None)
         if database is not None:
+            if self.records is not None:
+                raise UserError(
+                    "records and --use_cache do not go together, for what is in the cache would leave no records; "
+                    "leave one out."
+                )
             identity = json.dumps(self._identity(), sort_keys=True)
             stored = database.get("knn_lm_eval identity")
             if stored != identity and len(database):
@@ -162,7 +198,8 @@ class KNNHF(ScoringLM):
             "prefix_token_id": self.prefix_token_id,
             "files": store.manifest.files,
             **self.retriever.identity(),
-            "clusters_files": None if clusters is None else Clusters.open(store, str(clusters)).checksums(),
+            **({} if self.augmentation.ngrams is None else {"suffixes": suffixes_checksums(store)}),
+            "clusters_files": None if clusters is None else open_clusters(store, str(clusters)).checksums(),
             "loading": self._loading,
         }
 
@@ -192,10 +229,11 @@ class KNNHF(ScoringLM):
             "knn": {
                 **of_shards,
                 **saved_searches(counts, self.augmentation.mixture.weight.threshold is not None),
+                **ngram_matches(counts),
                 **self.settings,
                 "setting_sources": self.augmentation.sources,
                 "lm_arguments": self._loading,
-                **describe_store(self.retriever),
+                **describe_store(self.retriever, counts),
                 "processes": self.world_size,
                 **{name: counts[name] for name in REPORTED_COUNTS},
                 "seconds": rounded(seconds),
@@ -205,12 +243,19 @@ class KNNHF(ScoringLM):
 
 def _scorer(model: LanguageModel, opened: Augmentation, softmax_dtype: Any) -> PassageScorer:
     """What scores as the settings say."""
+    keeps_figures = opened.settings.records is not None
     if opened.automaton is not None:
         reader = Reader(model, softmax_dtype)
-        return RetomatonScorer(reader, opened.automaton, opened.mixture, opened.settings.carry_state)
+        return RetomatonScorer(
+            reader, opened.automaton, opened.mixture, opened.settings.carry_state, keeps_figures, opened.ngrams
+        )
     if opened.mixture.is_lm_alone:  # the neighbours would count for nothing: the search is left out
-        return LMScorer(Reader(model, softmax_dtype))
+        return LMScorer(Reader(model, softmax_dtype), keeps_figures, opened.ngrams)
     if opened.searches_all:
-        return OnePassScorer(Reader(model, softmax_dtype), opened.retriever, opened.mixture)
+        reader = Reader(model, softmax_dtype)
+        return OnePassScorer(
+            reader, opened.retriever, opened.mixture, keeps_figures=keeps_figures, ngrams=opened.ngrams
+        )
     reads_ahead = model.device.type == "cuda" and not opened.retriever.on_gpus
-    return KNNScorer(Reader(model, softmax_dtype, reads_ahead), opened.retriever, opened.mixture)
+    reader = Reader(model, softmax_dtype, reads_ahead)
+    return KNNScorer(reader, opened.retriever, opened.mixture, keeps_figures, opened.ngrams)

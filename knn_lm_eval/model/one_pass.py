@@ -19,8 +19,9 @@ from tqdm import tqdm
 
 from knn_lm_eval.lm.reading import Passage, Reader, Reading
 from knn_lm_eval.methods.mixture import Mixture
+from knn_lm_eval.model.ngram_mixture import NgramMixture
 from knn_lm_eval.model.scores import Score
-from knn_lm_eval.model.scoring import NEIGHBOURS_PER_BLOCK, FindNeighbours, MixedPairs, PassageScorer
+from knn_lm_eval.model.scoring import NEIGHBOURS_PER_BLOCK, FindNeighbours, MixedPairs, Neighbours, PassageScorer
 from knn_lm_eval.model.spool import WaitingRows
 from knn_lm_eval.search.retriever import Retriever
 from knn_lm_eval.system.files import cache_root, check_free_space
@@ -32,7 +33,7 @@ logger = logging.getLogger(__name__)
 SEARCHED_BYTES = 64
 SHARE_OF_MEMORY = 4  # a search may take one part in so many of the memory that is available
 LEAST_BYTES, USUAL_BYTES = 2**27, 2**31  # that it may take at least, and where nobody knows what is available
-WAITING_BYTES = 20  # on disk per query and neighbour, at most: distance, value and count
+WAITING_BYTES, ENTRY_BYTES = 20, 8  # on disk per query and neighbour, at most: distance, value and count; its entry
 
 
 class _Read(NamedTuple):
@@ -57,6 +58,8 @@ class OnePassScorer(PassageScorer):
     mixture : how LM and neighbours are mixed.
     folder : on a disk with room; None is the cache, ``$KNN_LM_EVAL_CACHE`` or ~/.cache/knn_lm_eval.
     search_bytes : of memory that a search may take; None is as said above.
+    keeps_figures : as for ``PassageScorer``; the neighbours' entries wait as well, then.
+    ngrams : an n-gram LM that is mixed in.
     """
 
     reads_all_first = True
@@ -68,10 +71,12 @@ class OnePassScorer(PassageScorer):
         mixture: Mixture,
         folder: Path | None = None,
         search_bytes: int | None = None,
+        keeps_figures: bool = False,
+        ngrams: NgramMixture | None = None,
     ) -> None:
-        super().__init__(reader)
+        super().__init__(reader, keeps_figures)
         self.retriever, self.folder, self.search_bytes = retriever, folder or cache_root(), search_bytes
-        self._pairs = MixedPairs(reader, mixture)
+        self._pairs = MixedPairs(reader, mixture, keeps_figures, ngrams)
         self._told = False
 
     @property
@@ -104,22 +109,23 @@ class OnePassScorer(PassageScorer):
 
     def _score(self, readings: Iterator[Reading], want_greedy: bool) -> list[list[Score]]:
         with ExitStack() as files:
-            queries, hidden, distances, values, counts = (
-                files.enter_context(WaitingRows(self.folder)) for _ in range(5)
+            queries, hidden, distances, values, counts, entries = (
+                files.enter_context(WaitingRows(self.folder)) for _ in range(6)
             )
             read, wanted = self._wait(readings, queries, hidden)
-            self._search(queries, distances, values, counts)
+            self._search(queries, distances, values, counts, entries)
             place = wanted.cumsum(0) - 1  # [rows], among the queries
 
             def found_for(first_row: int) -> FindNeighbours:
-                def find(rows: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+                def find(rows: Tensor) -> Neighbours:
                     at = place[rows + first_row]
                     some = int(at[0]), int(at[-1]) + 1  # ascending, as rows are
                     within = at - at[0]
-                    return (
+                    return Neighbours(
                         distances.read(*some)[within],
                         values.read(*some)[within],
                         counts.read(*some)[within] if len(counts) else None,
+                        entries.read(*some)[within] if len(entries) else None,
                     )
 
                 return find
@@ -151,7 +157,14 @@ class OnePassScorer(PassageScorer):
             queries.append(reading.queries[wants.to(reading.queries.device)])
         return read, torch.cat(wanted)
 
-    def _search(self, queries: WaitingRows, distances: WaitingRows, values: WaitingRows, counts: WaitingRows) -> None:
+    def _search(
+        self,
+        queries: WaitingRows,
+        distances: WaitingRows,
+        values: WaitingRows,
+        counts: WaitingRows,
+        entries: WaitingRows,
+    ) -> None:
         """The neighbours of all queries, in as few searches as memory allows."""
         at_once = self._queries_at_once
         searches = -(-len(queries) // at_once)
@@ -163,6 +176,8 @@ class OnePassScorer(PassageScorer):
             values.append(found.values)
             if found.counts is not None:
                 counts.append(found.counts)
+            if self.keeps_figures:
+                entries.append(found.entries)
 
     @property
     def _block(self) -> int:
@@ -178,7 +193,8 @@ class OnePassScorer(PassageScorer):
     def _check_disk(self, rows: int) -> None:
         item = self.reader.model.inner.dtype.itemsize
         width = self.retriever.datastore.dimension + self.reader.hidden_size
-        needed = rows * (width * item + WAITING_BYTES * self.retriever.k)
+        of_neighbour = WAITING_BYTES + (ENTRY_BYTES if self.keeps_figures else 0)
+        needed = rows * (width * item + of_neighbour * self.retriever.k)
         self.folder.mkdir(parents=True, exist_ok=True)
         check_free_space(self.folder, needed, "what waits for the search of all texts at once")
         if not self._told:

@@ -13,7 +13,7 @@ from typing import Any, Literal, TypedDict
 
 from knn_lm_eval.errors import UserError, shortened
 from knn_lm_eval.store.clusters import Clusters
-from knn_lm_eval.store.datastore import Datastore
+from knn_lm_eval.store.joined import JoinedClusters, JoinedStore, Store
 from knn_lm_eval.system.files import read_json
 from knn_lm_eval.system.json_schema import Count, check_json
 from knn_lm_eval.system.seals import check_seal, write_sealed_json
@@ -24,15 +24,19 @@ logger = logging.getLogger(__name__)
 FORMAT = "knn_lm_eval params"
 FORMAT_VERSION = 1
 STORE_DEFAULT = "params.json"
-NAMES = ("k", "knn_temp", "lmbda", "probe", "min_knns", "max_knns")
+NAMES = ("k", "knn_temp", "lmbda", "ngram_lmbda", "probe", "min_knns", "max_knns")
 # Settings that decide what distances there are: with others, what was tuned need not fit.
-CONDITIONS = ("index", "knn_sim_func", "recompute_dists", "retomaton", "clusters", "duplicates", "no_pointer")
+CONDITIONS = (
+    *("index", "knn_sim_func", "recompute_dists", "retomaton", "clusters", "duplicates", "no_pointer"),
+    *("datastore_weights", "sources", "exclude"),
+)
 
 
 class _Settings(TypedDict, total=False):
     k: float
     knn_temp: float
     lmbda: float | dict[str, Any]
+    ngram_lmbda: float
     probe: float
     min_knns: float | Literal["inf"]
     max_knns: float
@@ -91,7 +95,7 @@ class Params:
         )
 
     @classmethod
-    def read(cls, path: Path, store: Datastore) -> Params:
+    def read(cls, path: Path, store: Store) -> Params:
         """Read a file and check that it is for this datastore (and so for its model).
 
         Raises
@@ -122,7 +126,7 @@ class Params:
             model = store.manifest.model["pretrained"]
             raise UserError(
                 f"{path} was tuned for another datastore ({tuned_for.get('datastore')}, of the model "
-                f"{tuned_for.get('model')}) than {store.path} (of {model}); tune again for this one."
+                f"{tuned_for.get('model')}) than {store.label} (of {model}); tune again for this one."
             )
         if tuned_with := tuned_for.get("measured_with"):
             logger.warning(
@@ -143,7 +147,7 @@ class Params:
                 ", ".join(f"{name}={settings.get(name)}" for name in changed),
             )
 
-    def check_contents(self, store: Datastore, index: dict[str, str], clusters: Clusters | None) -> None:
+    def check_contents(self, store: Store, index: dict[str, str], clusters: Clusters | JoinedClusters | None) -> None:
         """Warn where index or clusters are not those that were tuned with, though they have the same names.
 
         ``index`` is the checksums of the index's files, by name.
@@ -155,11 +159,11 @@ class Params:
             logger.warning(
                 "The params were tuned with other content of %s than %s has under that name now: they may not fit.",
                 " and ".join(changed),
-                store.path,
+                store.label,
             )
 
 
-def tuned_contents(index: dict[str, str], clusters: Clusters | None) -> dict[str, dict[str, str]]:
+def tuned_contents(index: dict[str, str], clusters: Clusters | JoinedClusters | None) -> dict[str, dict[str, str]]:
     """The SHA-256 of the files whose content decides what distances there are, by file, of index and clusters.
 
     ``index`` is the checksums of the index's files, by name.
@@ -173,14 +177,16 @@ def tuned_contents(index: dict[str, str], clusters: Clusters | None) -> dict[str
     }
 
 
-def find_params(given: str | os.PathLike | bool | None, store: Datastore) -> tuple[Params | None, str]:
+def find_params(given: str | os.PathLike | bool | None, store: Store) -> tuple[Params | None, str]:
     """The params in force and where they come from: ``params`` (the file given) or ``store default``.
 
     Parameters
     ----------
-    given : a file; None takes the store's default where it has one, False none.
+    given : a file; None takes the store's default where it has one, False none. Several stores have none together.
     """
     if given is None:
+        if isinstance(store, JoinedStore):
+            return None, "store default"
         default = store.path / STORE_DEFAULT
         return (Params.read(default, store) if default.exists() else None), "store default"
     if isinstance(given, bool):

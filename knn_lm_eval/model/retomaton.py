@@ -11,8 +11,11 @@ from torch import Tensor
 from knn_lm_eval.lm.reading import Passage, Reader, Reading
 from knn_lm_eval.methods.automaton import Automaton, Walk, padded_neighbours
 from knn_lm_eval.methods.mixture import Mixture, mix
+from knn_lm_eval.model.ngram_mixture import NgramMixture
 from knn_lm_eval.model.scores import Score, sum_up
-from knn_lm_eval.model.scoring import MixedPairs, PassageScorer
+from knn_lm_eval.model.scoring import MixedPairs, Neighbours, PassageScorer
+from knn_lm_eval.model.token_figures import TokenFigures, lm_scores
+from knn_lm_eval.report.record_files import HEAVIEST
 
 # Memory for queries and hidden states that wait for the walk, and for neighbours kept where is_greedy is asked.
 WAITING_BYTES = 2**27
@@ -30,12 +33,22 @@ class RetomatonScorer(PassageScorer):
     mixture : how LM and neighbours are mixed.
     carry_state : let the windows of one text continue each other's walk, instead of beginning anew; for a weight
         that is the same for all tokens.
+    keeps_figures : as for ``PassageScorer``.
+    ngrams : an n-gram LM that is mixed in.
     """
 
-    def __init__(self, reader: Reader, automaton: Automaton, mixture: Mixture, carry_state: bool = False) -> None:
-        super().__init__(reader)
+    def __init__(
+        self,
+        reader: Reader,
+        automaton: Automaton,
+        mixture: Mixture,
+        carry_state: bool = False,
+        keeps_figures: bool = False,
+        ngrams: NgramMixture | None = None,
+    ) -> None:
+        super().__init__(reader, keeps_figures)
         self.automaton, self.mixture, self.carry_state = automaton, mixture, carry_state
-        self._pairs = MixedPairs(reader, mixture)
+        self._pairs = MixedPairs(reader, mixture, keeps_figures, ngrams)
         self._survivors: dict[int, np.ndarray] = {}  # of the last text, which may go on in the next call
 
     @property
@@ -68,7 +81,12 @@ class RetomatonScorer(PassageScorer):
     def counts(self) -> dict[str, float]:
         walks = self.automaton.statistics
         walked = {"steps": walks.steps, "walk_searches": walks.searches, "candidates": walks.candidates}
-        return super().counts | walked
+        return super().counts | walked | self._pairs.ngrams.counts
+
+    @property
+    def _heaviest(self) -> int:
+        """Of how many candidates a walk is to keep which weigh most."""
+        return HEAVIEST if self.keeps_figures else 0
 
     def _needs_neighbours(self, want_greedy: bool) -> bool:
         return want_greedy or self.mixture.weight.constant is None
@@ -77,25 +95,34 @@ class RetomatonScorer(PassageScorer):
         """All continuations walk together, and leave log p_kNN of their targets alone."""
         lmbda = self.mixture.weight.constant
         assert lmbda is not None, "other weights look at each step's neighbours"
-        lm_log_probs, walks = [], []
+        of_lm: list[tuple[Tensor, TokenFigures | None]] = []
+        walks: list[Walk] = []
         for reading in readings:
-            lm_log_probs.append(self.reader.target_log_probs(reading))
+            if self.keeps_figures:
+                scored = lm_scores(self.reader, reading)
+                of_lm.append((scored.log_probs, scored.figures))
+            else:
+                of_lm.append((self.reader.target_log_probs(reading), None))
             queries = reading.queries.float().cpu().numpy()  # [rows, dimension]
             walks += [Walk(queries[end - len(c) : end], np.array(c)) for end, c in reading.asked]
         self._walk(walks, [p.text for reading in readings for p in reading.passages for _ in p.continuations])
         scores, waiting = [], iter(walks)
-        for reading, lm_log_prob in zip(readings, lm_log_probs, strict=True):
+        for reading, (lm_log_prob, figures) in zip(readings, of_lm, strict=True):
             walked = [next(waiting) for _ in reading.asked]
             log_p_knn = torch.from_numpy(np.concatenate([walk.log_p_knn for walk in walked]))  # [tokens]
             self.tokens_scored += len(log_p_knn)
             log_probs = mix(lm_log_prob.double(), log_p_knn, lmbda)
-            scores += sum_up(reading, log_probs, searches=[walk.searches for walk in walked])
+            if (ngrams := self._pairs.ngrams.of_reading(reading)) is not None:
+                log_probs = ngrams.mixed(log_probs, *reading.pairs())
+            if figures is not None:
+                figures = _with_walks(figures, walked, log_p_knn, log_probs, lmbda)
+            scores += sum_up(reading, log_probs, searches=[walk.searches for walk in walked], figures=figures)
         return scores
 
     def _walk(self, walks: list[Walk], texts: list[int | None]) -> None:
         """Walk each on its own; with ``carry_state``, those of one text as one."""
         if not self.carry_state:
-            self.automaton.walk(walks)
+            self.automaton.walk(walks, keep_heaviest=self._heaviest)
             return
         windows: dict[int | None, list[Walk]] = {}
         for walk, text in zip(walks, texts, strict=True):
@@ -106,7 +133,7 @@ class RetomatonScorer(PassageScorer):
             if text in self._survivors:
                 whole.survivors = self._survivors.pop(text)
             joined.append(whole)
-        self.automaton.walk(joined)
+        self.automaton.walk(joined, keep_heaviest=self._heaviest)
         # Only the last text can go on in the next call.
         last = texts[-1]
         self._survivors = {} if last is None else {last: joined[list(windows).index(last)].survivors_at_end}
@@ -116,6 +143,9 @@ class RetomatonScorer(PassageScorer):
                 of_text, np.split(whole.log_p_knn, ends), np.split(whole.searched, ends), strict=True
             ):
                 walk.log_p_knn, walk.searched = log_p_knn, searched
+            if whole.heaviest is not None:
+                for walk, heaviest in zip(of_text, whole.heaviest.split(ends), strict=True):
+                    walk.heaviest = heaviest
 
     def _score_with_neighbours(self, reading: Reading, want_greedy: bool) -> list[list[Score]]:
         """Scores with is_greedy or an adaptive weight, for which each step's neighbours must be kept."""
@@ -127,15 +157,38 @@ class RetomatonScorer(PassageScorer):
             walks.setdefault(place, Walk(queries[end - len(continuation) : end], np.array(continuation)))
         self.automaton.walk(list(walks.values()), keep_neighbours=True)
         first_step = dict(zip(walks, np.cumsum([0, *(length for _, length in walks)])[:-1].tolist(), strict=True))
-        hidden = reading.hidden[torch.cat([torch.arange(end - length, end) for end, length in walks])]  # [steps, width]
+        row_of_step = torch.cat([torch.arange(end - length, end) for end, length in walks])  # [steps]
+        hidden, ngrams = reading.hidden[row_of_step], self._pairs.ngrams.of_reading(reading)
+        ngrams = None if ngrams is None else ngrams.of_rows(row_of_step)
         steps = [neighbours for walk in walks.values() for neighbours in walk.neighbours]
 
-        def find(rows: Tensor) -> tuple[Tensor, Tensor, None]:
-            return *padded_neighbours([steps[row] for row in rows.tolist()], self.automaton.values), None
+        def find(rows: Tensor) -> Neighbours:
+            distances, values, entries = padded_neighbours([steps[row] for row in rows.tolist()], self.automaton.values)
+            return Neighbours(distances, values, None, entries)
 
         rows = torch.cat([torch.arange(len(c)) + first_step[end, len(c)] for end, c in reading.asked])
         targets = reading.pairs()[1]
         self.tokens_scored += len(targets)
         block = max(1, WAITING_BYTES // (16 * (self.automaton.settings.k + self.automaton.settings.max_knns)))
-        log_probs, greedy, _ = self._pairs.score(hidden, rows, targets, find, block, want_greedy)
-        return sum_up(reading, log_probs, greedy, [walks[end, len(c)].searches for end, c in reading.asked])
+        log_probs, greedy, _, figures = self._pairs.score(hidden, rows, targets, find, block, want_greedy, ngrams)
+        if figures is not None:
+            searched = np.concatenate([walks[end, len(c)].searched for end, c in reading.asked])
+            figures = figures._replace(searched=torch.from_numpy(searched))
+        return sum_up(reading, log_probs, greedy, [walks[end, len(c)].searches for end, c in reading.asked], figures)
+
+
+def _with_walks(
+    figures: TokenFigures, walks: Sequence[Walk], log_p_knn: Tensor, log_probs: Tensor, lmbda: float
+) -> TokenFigures:
+    """The LM's figures of some tokens, with what walks along them found; all of the tokens' order."""
+    heaviest = [walk.heaviest.parts() for walk in walks if walk.heaviest is not None]
+    nearest, entries, weights = (torch.from_numpy(np.concatenate(parts)) for parts in zip(*heaviest, strict=True))
+    return figures._replace(
+        knn_log_prob=log_p_knn.float(),
+        log_prob=log_probs.float(),
+        nearest=nearest,
+        lmbda=torch.full(log_p_knn.shape, lmbda).masked_fill(log_p_knn.isnan(), 0.0),
+        searched=torch.from_numpy(np.concatenate([walk.searched for walk in walks])),
+        entries=entries,
+        weights=weights,
+    )

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from knn_lm_eval.lm.reading import Reading
+from knn_lm_eval.model.token_figures import TokenFigures
 
 # A text's parts: of each the sum of its tokens' log-probabilities (natural logarithm), and how many tokens it has.
 Spans = list[tuple[float, int]]
@@ -22,11 +23,13 @@ class Score(NamedTuple):
     log_prob : the sum of its tokens' log-probabilities (natural logarithm).
     is_greedy : whether each token is the most probable one; False where nobody asked.
     searches : full searches made for it; None where every token is searched.
+    figures : what is known of its tokens; None where nobody keeps records.
     """
 
     log_prob: float
     is_greedy: bool
     searches: int | None = None
+    figures: TokenFigures | None = None
 
 
 def sum_up(
@@ -34,6 +37,7 @@ def sum_up(
     log_probs: Tensor,
     greedy: Tensor | None = None,
     searches: Sequence[int] | None = None,
+    figures: TokenFigures | None = None,
 ) -> list[list[Score]]:
     """The scores of each passage's continuations, from those of their tokens.
 
@@ -42,12 +46,14 @@ def sum_up(
     log_probs : ``[tokens]``, in the order of ``reading.pairs()``.
     greedy : bool ``[tokens]``; None where nobody asked.
     searches : full searches made, per continuation; None where every token is searched.
+    figures : of all tokens; None where nobody keeps records.
     """
     lengths = reading.lengths
     sums = [float(part.sum()) for part in log_probs.split(lengths)]
     all_greedy = [False] * len(lengths) if greedy is None else [bool(part.all()) for part in greedy.split(lengths)]
     made = [None] * len(lengths) if searches is None else searches
-    scores = (Score(*score) for score in zip(sums, all_greedy, made, strict=True))
+    known = [None] * len(lengths) if figures is None else figures.split(lengths)
+    scores = (Score(*score) for score in zip(sums, all_greedy, made, known, strict=True))
     return [[next(scores) for _ in passage.continuations] for passage in reading.passages]
 
 

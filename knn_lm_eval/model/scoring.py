@@ -14,15 +14,45 @@ import torch
 from torch import Tensor
 
 from knn_lm_eval.lm.reading import PairsByRow, Passage, Reader, Reading
-from knn_lm_eval.methods.mixture import Mixture, WeighedNeighbours, greedy_tokens, knn_log_prob, mix, take_rows
+from knn_lm_eval.methods.adaptive import Constant
+from knn_lm_eval.methods.mixture import (
+    Mixture,
+    WeighedNeighbours,
+    greedy_tokens,
+    knn_log_prob,
+    mix,
+    mixed_log_probs,
+    take_rows,
+)
+from knn_lm_eval.model.ngram_mixture import NgramMixture, NgramReader, NgramRows
 from knn_lm_eval.model.scores import Score, sum_up
+from knn_lm_eval.model.token_figures import TokenFigures, lm_scores
+from knn_lm_eval.report.record_files import NOT_KNOWN
 from knn_lm_eval.search.retriever import Retriever
 from knn_lm_eval.system.timing import StageTimer
 
 NEIGHBOURS_PER_BLOCK = 2**21  # 16 bytes each
+ROWS_PER_BLOCK = 2**12  # where there are no neighbours
 
-# rows int64 [n] -> distances [n, k], values [n, k] and counts [n, k] or None of these rows' neighbours.
-FindNeighbours = Callable[[Tensor], tuple[Tensor, Tensor, Tensor | None]]
+
+class Neighbours(NamedTuple):
+    """Those of ``n`` positions, ``[n, k]``.
+
+    Attributes
+    ----------
+    distances : float32; infinity in empty slots.
+    values : int32.
+    counts : how often each counts; None for once.
+    entries : int64, -1 in empty slots; None where nobody asks which they are.
+    """
+
+    distances: Tensor
+    values: Tensor
+    counts: Tensor | None
+    entries: Tensor | None = None
+
+
+FindNeighbours = Callable[[Tensor], Neighbours]  # rows int64 [n] -> these rows' neighbours
 
 
 class PassageScorer(ABC):
@@ -31,6 +61,7 @@ class PassageScorer(ABC):
     Parameters
     ----------
     reader : reads for this scorer alone.
+    keeps_figures : whether scores have their tokens' figures, for records.
 
     Attributes
     ----------
@@ -41,8 +72,8 @@ class PassageScorer(ABC):
 
     reads_all_first = False
 
-    def __init__(self, reader: Reader) -> None:
-        self.reader = reader
+    def __init__(self, reader: Reader, keeps_figures: bool = False) -> None:
+        self.reader, self.keeps_figures = reader, keeps_figures
         self.tokens_scored = 0
 
     def score(
@@ -90,18 +121,44 @@ class PassageScorer(ABC):
 
 
 class LMScorer(PassageScorer):
-    """Scores passages by the LM alone."""
+    """Scores passages by the LM alone, or by LM and n-grams.
+
+    Parameters
+    ----------
+    reader, keeps_figures : as for ``PassageScorer``.
+    ngrams : an n-gram LM that is mixed in.
+    """
+
+    def __init__(self, reader: Reader, keeps_figures: bool = False, ngrams: NgramMixture | None = None) -> None:
+        super().__init__(reader, keeps_figures)
+        mixture = Mixture(Constant(0.0), 1.0)
+        self._pairs = None if ngrams is None else MixedPairs(reader, mixture, keeps_figures, ngrams)
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        return self.reader.seconds | ({} if self._pairs is None else self._pairs.seconds)
+
+    @property
+    def counts(self) -> dict[str, float]:
+        return super().counts | ({} if self._pairs is None else self._pairs.counts)
 
     def score_readings(self, readings: Sequence[Reading], want_greedy: bool) -> list[list[Score]]:
         scores = []
         for reading in readings:
-            greedy = None
-            if want_greedy:
+            if self._pairs is not None:
+                self.tokens_scored += sum(reading.lengths)
+                scores += self._pairs.score_reading(reading, _find_none, ROWS_PER_BLOCK, want_greedy)
+                continue
+            greedy = figures = None
+            if self.keeps_figures:
+                log_probs, best, figures = lm_scores(self.reader, reading)
+                greedy = best if want_greedy else None
+            elif want_greedy:
                 log_probs, greedy = self.reader.target_scores(reading)
             else:
                 log_probs = self.reader.target_log_probs(reading)
             self.tokens_scored += len(log_probs)
-            scores += sum_up(reading, log_probs, greedy)
+            scores += sum_up(reading, log_probs, greedy, figures=figures)
         return scores
 
 
@@ -113,43 +170,57 @@ class PairScores(NamedTuple):
     log_probs : float32, of the mixture.
     greedy : whether the target is the most probable token; None where nobody asked.
     searched : whether the row was searched; None where all were.
+    figures : all that is known of them; None where nobody keeps records.
     """
 
     log_probs: Tensor
     greedy: Tensor | None
     searched: Tensor | None
+    figures: TokenFigures | None
 
 
 class MixedPairs:
-    """Scores (row, target) pairs by the mixture of an LM and neighbours.
+    """Scores (row, target) pairs by the mixture of an LM and neighbours, and then of n-grams.
 
     Parameters
     ----------
     reader : of the LM.
     mixture : how the two are mixed.
+    keeps_figures : whether the pairs' figures are kept; ``find`` is to say which entries the neighbours are, then.
+    ngrams : an n-gram LM that is mixed in.
 
     Attributes
     ----------
     rows_scored, rows_skipped : positions, and those at which the weight wanted no search.
     """
 
-    def __init__(self, reader: Reader, mixture: Mixture) -> None:
-        self.reader, self.mixture = reader, mixture
+    def __init__(
+        self, reader: Reader, mixture: Mixture, keeps_figures: bool = False, ngrams: NgramMixture | None = None
+    ) -> None:
+        self.reader, self.mixture, self.keeps_figures = reader, mixture, keeps_figures
+        self.ngrams = NgramReader(ngrams)
         self.rows_scored, self.rows_skipped = 0, 0
         self._timed = StageTimer(("mixture",), reader.model.device)
 
     @property
     def seconds(self) -> dict[str, float]:
-        return self._timed.seconds
+        return self._timed.seconds | self.ngrams.seconds
 
     @property
     def counts(self) -> dict[str, float]:
         """What was scored so far."""
-        return {"rows": self.rows_scored, "rows_skipped": self.rows_skipped}
+        return {"rows": self.rows_scored, "rows_skipped": self.rows_skipped} | self.ngrams.counts
 
     @torch.inference_mode()
     def score(
-        self, hidden: Tensor, rows: Tensor, targets: Tensor, find: FindNeighbours, block: int, want_greedy: bool
+        self,
+        hidden: Tensor,
+        rows: Tensor,
+        targets: Tensor,
+        find: FindNeighbours,
+        block: int,
+        want_greedy: bool,
+        ngrams: NgramRows | None = None,
     ) -> PairScores:
         """Score each pair of a row of ``hidden`` and a target.
 
@@ -158,6 +229,7 @@ class MixedPairs:
         hidden : ``[n, width]``.
         rows, targets : int64 ``[pairs]``.
         find : is asked for ``block`` rows at a time, or for those that are worth it.
+        ngrams : of the same rows.
         """
         device = hidden.device
         self.rows_scored += len(hidden)
@@ -166,37 +238,58 @@ class MixedPairs:
         log_probs = torch.empty(len(pairs), device=device)
         greedy = torch.zeros(len(pairs), dtype=torch.bool, device=device) if want_greedy else None
         searched = torch.empty(len(pairs), dtype=torch.bool, device=device) if chooses else None
+        figures = TokenFigures.empty(len(pairs), device) if self.keeps_figures else None
         for block_start in range(0, len(hidden), block):
             block_end = min(block_start + block, len(hidden))
-            of_block = None if chooses else self._weigh(find(torch.arange(block_start, block_end)), device)
+            found = None if chooses else find(torch.arange(block_start, block_end))
+            of_block = None if found is None else self._weigh(found, device)
             for start, stop, table in self.reader.tables(hidden, block_start, block_end):
                 here, at = pairs.within(start, stop)
                 lm_part = self.mixture.weight.lm_features(table)
-                if of_block is not None:
-                    neighbours = of_block.of_rows(slice(start - block_start, stop - block_start))
+                if found is not None and of_block is not None:
+                    of_table = slice(start - block_start, stop - block_start)
+                    neighbours = of_block.of_rows(of_table)
+                    entries = None if found.entries is None else found.entries[of_table]
                 else:
-                    neighbours, wanted = self._where_wanted(lm_part, start, find, device)
+                    some, wanted = self._where_wanted(lm_part, start, find)
+                    neighbours, entries = self._weigh(some, device), some.entries
                     assert searched is not None
                     searched[here] = wanted[at]
                 with self._timed("mixture"):
                     lmbda = self.mixture.lmbda(lm_part, neighbours)
                     lm_log_probs = table[at, pairs.targets[here]].float()
-                    log_probs[here] = self._mix(lm_log_probs, neighbours, at, pairs.targets[here], lmbda, block)
+                    knn_log_probs = self._knn_log_probs(neighbours, at, pairs.targets[here], block)
+                    log_probs[here] = mix(lm_log_probs, knn_log_probs, take_rows(lmbda, at))
                     if greedy is not None:
-                        best = greedy_tokens(table, neighbours.log_weights, neighbours.values, lmbda)  # [rows]
+                        best = self._best(table, neighbours, lmbda, ngrams, start)  # [rows]
                         greedy[here] = best[at] == pairs.targets[here]
+                if figures is not None:
+                    figures.put_lm(here, table, at, pairs.targets[here])
+                    figures.put_mixed(here, at, neighbours, knn_log_probs, lmbda)
+                    if entries is not None:
+                        figures.put_heaviest(here, at, neighbours.log_weights, entries)
+        mixed = pairs.as_given(log_probs)
+        if ngrams is not None:
+            mixed = ngrams.mixed(mixed, rows, targets)
+        if figures is not None:
+            searches_all = torch.full_like(figures.searched, not self.mixture.is_lm_alone)
+            figures.searched.copy_(searches_all if searched is None else searched)
+            figures = figures.reordered(pairs)._replace(log_prob=mixed)
         return PairScores(
-            pairs.as_given(log_probs),
+            mixed,
             None if greedy is None else pairs.as_given(greedy),
             None if searched is None else pairs.as_given(searched),
+            figures,
         )
 
     def score_reading(self, reading: Reading, find: FindNeighbours, block: int, want_greedy: bool) -> list[list[Score]]:
         """The scores of a batch that was read; ``find`` and ``block`` as for ``score``."""
         rows, targets = reading.pairs()
-        log_probs, greedy, searched = self.score(reading.hidden, rows, targets, find, block, want_greedy)
+        ngrams = self.ngrams.of_reading(reading)
+        scored = self.score(reading.hidden, rows, targets, find, block, want_greedy, ngrams)
+        log_probs, greedy, searched, figures = scored
         searches = None if searched is None else [int(part.sum()) for part in searched.split(reading.lengths)]
-        return sum_up(reading, log_probs, greedy, searches)
+        return sum_up(reading, log_probs, greedy, searches, figures)
 
     @torch.inference_mode()
     def wanted(self, hidden: Tensor, block: int) -> Tensor:
@@ -211,35 +304,40 @@ class MixedPairs:
                 wanted[start:stop] = wants.cpu()
         return wanted
 
-    def _mix(
+    def _best(
         self,
-        lm_log_probs: Tensor,
+        table: Tensor,
         neighbours: WeighedNeighbours,
-        at: Tensor,
-        targets: Tensor,
         lmbda: float | Tensor,
-        block: int,
+        ngrams: NgramRows | None,
+        start: int,
     ) -> Tensor:
-        """log p of each target at its row of ``neighbours``, float32 ``[pairs]``; a row may have many."""
-        knn_log_probs = torch.empty_like(lm_log_probs)
+        """The most probable token of each row of the LM's ``table``, int64 ``[rows]``; the first row is ``start``."""
+        if ngrams is None:
+            return greedy_tokens(table, neighbours.log_weights, neighbours.values, lmbda)
+        of_all = mixed_log_probs(table.float(), neighbours.log_weights, neighbours.values, lmbda)
+        ngrams.mix_into(of_all, start)
+        return of_all.argmax(dim=-1)
+
+    def _knn_log_probs(self, neighbours: WeighedNeighbours, at: Tensor, targets: Tensor, block: int) -> Tensor:
+        """log p_kNN of each target at its row of ``neighbours``, float32 ``[pairs]``; a row may have many."""
+        found = torch.empty(len(targets), device=neighbours.log_weights.device)
         for begin in range(0, len(targets), block):
             some = slice(begin, begin + block)
             log_weights, values = neighbours.log_weights[at[some]], neighbours.values[at[some]]  # [pairs, k]
-            knn_log_probs[some] = knn_log_prob(log_weights, values, targets[some])
-        return mix(lm_log_probs, knn_log_probs, take_rows(lmbda, at))
+            found[some] = knn_log_prob(log_weights, values, targets[some])
+        return found
 
-    def _where_wanted(
-        self, lm_part: Tensor | None, start: int, find: FindNeighbours, device: torch.device
-    ) -> tuple[WeighedNeighbours, Tensor]:
+    def _where_wanted(self, lm_part: Tensor | None, start: int, find: FindNeighbours) -> tuple[Neighbours, Tensor]:
         """The neighbours of the rows from ``start`` on that want a search, and which do, bool ``[rows]``."""
         wanted = self.mixture.weight.wants_search(lm_part)
         assert wanted is not None, "asked only of a weight with a threshold"
         self.rows_skipped += int((~wanted).sum())
-        return self._weigh(_find_some(wanted.cpu(), start, find), device), wanted
+        return _find_some(wanted.cpu(), start, find), wanted
 
-    def _weigh(self, found: tuple[Tensor, Tensor, Tensor | None], device: torch.device) -> WeighedNeighbours:
+    def _weigh(self, found: Neighbours, device: torch.device) -> WeighedNeighbours:
         with self._timed("mixture"):
-            return self.mixture.weigh(*found, device)
+            return self.mixture.weigh(found.distances, found.values, found.counts, device)
 
 
 class KNNScorer(PassageScorer):
@@ -250,11 +348,20 @@ class KNNScorer(PassageScorer):
     reader : as for ``PassageScorer``.
     retriever : finds the neighbours.
     mixture : how LM and neighbours are mixed.
+    keeps_figures : as for ``PassageScorer``.
+    ngrams : an n-gram LM that is mixed in.
     """
 
-    def __init__(self, reader: Reader, retriever: Retriever, mixture: Mixture) -> None:
-        super().__init__(reader)
-        self.retriever, self._pairs = retriever, MixedPairs(reader, mixture)
+    def __init__(
+        self,
+        reader: Reader,
+        retriever: Retriever,
+        mixture: Mixture,
+        keeps_figures: bool = False,
+        ngrams: NgramMixture | None = None,
+    ) -> None:
+        super().__init__(reader, keeps_figures)
+        self.retriever, self._pairs = retriever, MixedPairs(reader, mixture, keeps_figures, ngrams)
 
     def score(
         self, batches: Sequence[Sequence[Passage]], want_greedy: bool, following: Sequence[Passage] | None = None
@@ -279,26 +386,35 @@ class KNNScorer(PassageScorer):
         return super().counts | self._pairs.counts
 
     def _score_reading(self, reading: Reading, want_greedy: bool) -> list[list[Score]]:
-        def find(rows: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        def find(rows: Tensor) -> Neighbours:
             found = self.retriever.search(reading.queries[rows])
-            return found.distances, found.values, found.counts
+            return Neighbours(found.distances, found.values, found.counts, found.entries)
 
         self.tokens_scored += sum(reading.lengths)
         block = max(1, NEIGHBOURS_PER_BLOCK // self.retriever.k)
         return self._pairs.score_reading(reading, find, block, want_greedy)
 
 
-def _find_some(wanted: Tensor, start: int, find: FindNeighbours) -> tuple[Tensor, Tensor, Tensor | None]:
+def _find_none(rows: Tensor) -> Neighbours:
+    """No neighbours."""
+    return Neighbours(torch.full((len(rows), 1), math.inf), torch.zeros(len(rows), 1, dtype=torch.int32), None)
+
+
+def _find_some(wanted: Tensor, start: int, find: FindNeighbours) -> Neighbours:
     """The neighbours of those rows from ``start`` on that are ``wanted``; empty slots for the others."""
     (some,) = wanted.nonzero(as_tuple=True)
     if not len(some):
-        return torch.full((len(wanted), 1), math.inf), torch.zeros(len(wanted), 1, dtype=torch.int32), None
-    found_distances, found_values, found_counts = find(some + start)  # [some, k]
-    distances = found_distances.new_full((len(wanted), found_distances.shape[1]), math.inf)
-    values = found_values.new_zeros(distances.shape)
-    distances[some], values[some] = found_distances, found_values
-    if found_counts is None:
-        return distances, values, None
-    counts = found_counts.new_ones(distances.shape)
-    counts[some] = found_counts
-    return distances, values, counts
+        return _find_none(wanted)
+    found = find(some + start)  # [some, k]
+
+    def spread(part: Tensor, empty: float) -> Tensor:
+        whole = part.new_full((len(wanted), part.shape[1]), empty)
+        whole[some] = part
+        return whole
+
+    return Neighbours(
+        spread(found.distances, math.inf),
+        spread(found.values, 0),
+        None if found.counts is None else spread(found.counts, 1),
+        None if found.entries is None else spread(found.entries, NOT_KNOWN),
+    )

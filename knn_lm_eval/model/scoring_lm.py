@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 from accelerate import find_executable_batch_size
@@ -15,6 +15,7 @@ from knn_lm_eval.errors import UserError
 from knn_lm_eval.lm.language_model import LanguageModel
 from knn_lm_eval.lm.loading import CausalHFLM
 from knn_lm_eval.lm.reading import Passage
+from knn_lm_eval.model.records import RecordedTexts, RecordFolder, RecordWriter, label_requests
 from knn_lm_eval.model.scores import RollingLoglikelihood, Score, spans_of
 from knn_lm_eval.model.scoring import PassageScorer
 
@@ -44,11 +45,14 @@ class ScoringLM(CausalHFLM):
     scorer : scores passages.
     context_len : in rolling windows, the tokens of context that each token has at least.
     carry_state : whether windows are scored in the text's order, since each goes on where the one before ended.
+    records : where each scored token leaves a record, of a scorer that keeps figures; None leaves none.
     """
 
     scorer: PassageScorer
     context_len: int
     carry_state = False
+    records: RecordFolder | None = None
+    _asked: Sequence[Instance] | None = None  # the requests whose tokens are being scored
 
     @property
     def language_model(self) -> LanguageModel:
@@ -62,12 +66,12 @@ class ScoringLM(CausalHFLM):
 
     @contextmanager
     def scored_by(self, scorer: PassageScorer) -> Iterator[None]:
-        """Inside, ``scorer`` has the requests."""
-        usual, self.scorer = self.scorer, scorer
+        """Inside, ``scorer`` has the requests, and nothing is recorded."""
+        usual, self.scorer, self.records = (self.scorer, self.records), scorer, None
         try:
             yield
         finally:
-            self.scorer = usual
+            self.scorer, self.records = usual
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """The log-likelihood of each request's whole text, in windows with ``context_len`` tokens of context.
@@ -89,17 +93,39 @@ class ScoringLM(CausalHFLM):
             for request in requests
         ]
         results = [RollingLoglikelihood(0.0, 0, None)] * len(requests)
-        for number, of_windows in self._score_in_windows(windows, False, disable_tqdm):
-            searches = [score.searches for score in of_windows.values() if score.searches is not None]
-            tokens = [len(continuation) for _, continuation in windows[number]]
-            results[number] = RollingLoglikelihood(
-                sum(score.log_prob for score in of_windows.values()),
-                sum(tokens),
-                sum(searches) if searches else None,
-                spans_of([(of_windows[place].log_prob, length) for place, length in enumerate(tokens)]),
-            )
-            self.cache_hook.add_partial("loglikelihood_rolling", requests[number].args, results[number])
+        with self.recording("loglikelihood_rolling", requests, windows, [0] * len(windows)) as records:
+            for number, of_windows in self._score_in_windows(windows, False, disable_tqdm, records=records):
+                searches = [score.searches for score in of_windows.values() if score.searches is not None]
+                tokens = [len(continuation) for _, continuation in windows[number]]
+                results[number] = RollingLoglikelihood(
+                    sum(score.log_prob for score in of_windows.values()),
+                    sum(tokens),
+                    sum(searches) if searches else None,
+                    spans_of([(of_windows[place].log_prob, length) for place, length in enumerate(tokens)]),
+                )
+                self.cache_hook.add_partial("loglikelihood_rolling", requests[number].args, results[number])
         return list(results)
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """As lm-eval's; records say which documents the requests are of."""
+        self._asked = requests
+        try:
+            return super().loglikelihood(requests, disable_tqdm)
+        finally:
+            self._asked = None
+
+    def recording(
+        self,
+        kind: str,
+        requests: Sequence[Instance] | None,
+        windows: list[list[Window]],
+        starts: list[int],
+    ) -> AbstractContextManager[RecordWriter | None]:
+        """What writes the records of these texts; nothing where none are asked for."""
+        if self.records is None:
+            return nullcontext()
+        labelled = label_requests(requests, len(windows))
+        return self.records.writing(kind, RecordedTexts(*labelled, windows, starts, self.max_length))
 
     def _loglikelihood_tokens(
         self,
@@ -110,11 +136,14 @@ class ScoringLM(CausalHFLM):
     ) -> list[tuple[float, bool]]:
         results: list[tuple[float, bool]] = [(0.0, True)] * len(requests)  # of an empty continuation
         windows = [self._windows(context, continuation) for _, context, continuation in requests]
-        for number, of_windows in self._score_in_windows(windows, True, disable_tqdm, override_bs):
-            log_prob = sum(score.log_prob for score in of_windows.values())
-            results[number] = log_prob, all(score.is_greedy for score in of_windows.values())
-            if requests[number][0] is not None:
-                self.cache_hook.add_partial("loglikelihood", requests[number][0], results[number])
+        # A prefix token that stands for an empty context is none of the text's own.
+        starts = [0 if context == [self.prefix_token_id] else len(context) for _, context, _ in requests]
+        with self.recording("loglikelihood", self._asked, windows, starts) as records:
+            for number, of_windows in self._score_in_windows(windows, True, disable_tqdm, override_bs, records):
+                log_prob = sum(score.log_prob for score in of_windows.values())
+                results[number] = log_prob, all(score.is_greedy for score in of_windows.values())
+                if requests[number][0] is not None:
+                    self.cache_hook.add_partial("loglikelihood", requests[number][0], results[number])
         return results
 
     def _windows(self, context: list[int], continuation: list[int]) -> list[Window]:
@@ -138,6 +167,7 @@ class ScoringLM(CausalHFLM):
         want_greedy: bool,
         disable_tqdm: bool = False,
         batch_size: int | None = None,
+        records: RecordWriter | None = None,
     ) -> Iterator[tuple[int, dict[int, Score]]]:
         """Score texts in windows, a list for each; yields (the text, its scores by window) as they get done."""
         places = [(text, place) for text, of_text in enumerate(windows) for place in range(len(of_text))]
@@ -150,6 +180,10 @@ class ScoringLM(CausalHFLM):
             [text for text, _ in places],
         ):
             text, place = places[number]
+            if records is not None:
+                assert score.figures is not None, "the scorer keeps figures where there are records"
+                records.add(text, place, score.figures)
+                score = score._replace(figures=None)  # written; a long text's would take memory until it is done
             of_text = scores.setdefault(text, {})
             of_text[place] = score
             if len(of_text) == len(windows[text]):

@@ -19,18 +19,18 @@ READINGS = 3  # the first ones may load or compile what later ones use
 
 def tell_costly_search(opened: Augmentation, model: LanguageModel) -> None:
     """Warn where exact search without an index takes longer a token than the LM does; see ``ExactRetriever``."""
-    retriever = opened.retriever
-    if not isinstance(retriever, ExactRetriever) or opened.mixture.is_lm_alone:
+    exact = [part for part in opened.retriever.of_stores if isinstance(part, ExactRetriever)]
+    if not exact or opened.mixture.is_lm_alone:
         return
     tokens = min(TOKENS, getattr(model.inner.config, "max_position_embeddings", TOKENS))
-    search = retriever.microseconds(QUERIES)
+    search = sum(retriever.microseconds(QUERIES) for retriever in exact)
     lm = _lm_microseconds(Reader(model), tokens, search)
     if search > lm:
-        store = retriever.datastore
+        store = max((retriever.datastore for retriever in exact), key=len)
         logger.warning(
             "Exact search among %s entries takes about %s us a token here, and the LM %s us: an index takes less, see "
             "`knn-lm-eval build_index --datastore %s`.",
-            f"{len(store):,}",
+            f"{sum(len(retriever.datastore) for retriever in exact):,}",
             f"{search:,.0f}",
             f"{lm:,.0f}",
             store.path,

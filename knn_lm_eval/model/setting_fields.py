@@ -7,6 +7,7 @@ import math
 from typing import Any, NamedTuple
 
 from knn_lm_eval.errors import UserError
+from knn_lm_eval.store.joined import BETWEEN
 
 
 class Range(NamedTuple):
@@ -73,3 +74,24 @@ def range_in_words(field: dataclasses.Field) -> str:
     if isinstance(field.default, bool):
         return "True or False"
     return str(allowed) if isinstance(allowed, Range) else " or ".join(allowed)
+
+
+def listed(value: Any) -> list[Any]:
+    """A list that was given as one, or as a text with ``BETWEEN`` between its parts."""
+    if isinstance(value, (list, tuple)):
+        return list(value)
+    return value.split(BETWEEN) if isinstance(value, str) else [value]
+
+
+def read_store_weights(value: Any) -> tuple[float, ...]:
+    """The weights of several stores; raises UserError."""
+    try:
+        weights = tuple(float(weight) for weight in listed(value))
+    except (TypeError, ValueError):
+        weights = ()
+    if not weights or not all(0 < weight < math.inf for weight in weights):
+        raise UserError(
+            f"datastore_weights={value} should be a number above 0 for each datastore, such as 2{BETWEEN}0.5; exclude "
+            f"leaves a store out."
+        )
+    return weights

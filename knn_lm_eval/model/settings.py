@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,10 +16,10 @@ from knn_lm_eval.errors import UserError
 from knn_lm_eval.methods.adaptive import Weight, read_weight
 from knn_lm_eval.methods.automaton import AutomatonSettings
 from knn_lm_eval.model.params import Params
-from knn_lm_eval.model.setting_fields import Range, range_in_words, setting
+from knn_lm_eval.model.setting_fields import Range, listed, range_in_words, read_store_weights, setting
 from knn_lm_eval.store.index_files import DEFAULT_INDEX
 
-KNN_LM, RETOMATON = "Khandelwal et al. 2020", "Alon et al. 2022"
+KNN_LM, RETOMATON, INFINI_GRAM = "Khandelwal et al. 2020", "Alon et al. 2022", "Liu et al. 2024"
 
 
 @dataclass(frozen=True)
@@ -29,15 +29,36 @@ class RetrievalSettings:
     A number that is out of range, and a word that is unknown, raise UserError.
     """
 
-    datastore: str | os.PathLike | None = setting(
+    datastore: str | os.PathLike | Sequence[str | os.PathLike] | None = setting(
         None,
-        "where keys, values and index are; from an address it is fetched first",
-        may_be="a folder, https://... or hf://datasets/...",
+        "where keys, values and index are; from an address it is fetched first. Several, of one LM, are searched "
+        "together: `stores/law+stores/wiki`, or a list",
+        may_be="a folder, https://... or hf://datasets/..., or several",
         shown_default="the environment variable KNN_LM_EVAL_DATASTORE",
+    )
+    datastore_weights: str | float | Sequence[float] | None = setting(
+        None,
+        "of several datastores, how much each one's entries weigh: as if it held each so often",
+        may_be="a number above 0 for each, such as 2+0.5, or a list",
+        shown_default="1 for each",
+    )
+    sources: str | Sequence[str] | None = setting(
+        None,
+        "the parts of the datastores that count: a store by its folder's name, or, as `STORE:TEXT`, one of the texts "
+        "that were dumped or appended to it, by its file's name",
+        may_be="names with + between them, or a list",
+        shown_default="all",
+    )
+    exclude: str | Sequence[str] | None = setting(
+        None,
+        "the parts that do not count, named likewise",
+        may_be="names with + between them, or a list",
+        shown_default="none",
     )
     params: str | os.PathLike | bool | None = setting(
         None,
-        "gives what is not given here of k, lmbda, knn_temp, probe, min_knns and max_knns; False goes without",
+        "gives what is not given here of k, lmbda, ngram_lmbda, knn_temp, probe, min_knns and max_knns; False goes "
+        "without",
         may_be="a file that `tune` wrote, or False",
         shown_default="the datastore's, if it has any",
     )
@@ -55,6 +76,14 @@ class RetrievalSettings:
         may_be="from 0 to 1, or the plain form of a weight per token, as a params file has it",
         in_force=0.25,
         source=f"{KNN_LM}; per token: He et al. 2021 (gate), Drozdov et al. 2022 (buckets)",
+    )
+    ngram_lmbda: float | None = setting(
+        None,
+        "the weight of an n-gram LM of unbounded n over the datastore's text (see `build_suffix_array`), mixed into "
+        "what LM and neighbours give, where the text has the token before; with lmbda=0, into the LM alone",
+        of=Range(0, 1),
+        in_force=0.0,
+        source=INFINI_GRAM,
     )
     knn_temp: float | None = setting(
         None,
@@ -178,6 +207,13 @@ class RetrievalSettings:
         "for lmbda",
     )
 
+    records: str | os.PathLike | None = setting(
+        None,
+        "each scored token leaves a record there, for `analyse`: probabilities, entropy, rank, heaviest neighbours; a "
+        "folder for each setting",
+        may_be="a folder",
+        shown_default="none are kept",
+    )
     verify: str = setting(
         "auto",
         "whether files of store, index and clusters are read for their checksums when they are opened: `auto` reads "
@@ -186,6 +222,11 @@ class RetrievalSettings:
     )
 
     def __post_init__(self) -> None:
+        for name in ("sources", "exclude"):
+            if (parts := getattr(self, name)) is not None:
+                object.__setattr__(self, name, tuple(map(str, listed(parts))))
+        if self.datastore_weights is not None:
+            object.__setattr__(self, "datastore_weights", read_store_weights(self.datastore_weights))
         for field in dataclasses.fields(self):
             value, allowed = getattr(self, field.name), field.metadata["of"]
             if value is None:
@@ -239,6 +280,8 @@ class RetrievalSettings:
             else:
                 values[name] = DEFAULTS.get(name)
                 sources[name] = "index" if name == "probe" else "default"
+        if sources["ngram_lmbda"] == "default":  # without n-grams nothing is said of them
+            del sources["ngram_lmbda"]
         weight = read_weight(values["lmbda"])
         return SettingsInForce(dataclasses.replace(self, **values | {"lmbda": weight.plain()}), weight, sources)
 
@@ -259,7 +302,7 @@ class SettingsInForce(NamedTuple):
     sources: dict[str, str]
 
 
-TUNABLE, TUNABLE_OF_WALKS = ("k", "lmbda", "knn_temp", "probe"), ("min_knns", "max_knns")
+TUNABLE, TUNABLE_OF_WALKS = ("k", "lmbda", "ngram_lmbda", "knn_temp", "probe"), ("min_knns", "max_knns")
 # The papers' settings.
 DEFAULTS: dict[str, Any] = {
     field.name: field.metadata["in_force"]

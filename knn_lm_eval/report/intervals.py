@@ -84,20 +84,33 @@ def paired_interval(
     terms = terms[(terms[:, 1] > 0) & (terms[:, 3] > 0)]
     if len(terms) < 2:
         return None
-    sums = terms.sum(axis=0)
-    difference = float(_difference(sums, aggregation))
-    error = _jackknife(_difference(sums - terms, aggregation))
-    bound = student_t(_degrees_of_freedom(terms), confidence) * error
-    low, high = difference - bound, difference + bound
     generator = np.random.default_rng(seed)
-    if len(terms) in BOOTSTRAPPED and error > 0:
-        lower, upper = _bootstrap_t(terms, aggregation, resamples, confidence, generator)
-        # Where too many draws have no spread at all, there is no such limit.
-        low, high = (min(low, lower) if math.isfinite(lower) else low), (max(high, upper) if upper < math.inf else high)
+    difference, low, high = _limits(terms, aggregation, resamples, confidence, generator)
     p_value = None
     if 2.0 ** (1 - len(terms)) <= 1 - confidence:
         p_value = _exchange_p(terms, aggregation, resamples, generator)
     return Interval(difference, low, high, p_value)
+
+
+def mean_interval(
+    units: np.ndarray, resamples: int = DEFAULT_RESAMPLES, confidence: float = 0.95, seed: int = DEFAULT_SEED
+) -> tuple[float, float, float] | None:
+    """The mean sum a / sum b and its limits, which are those of ``paired_interval`` for a baseline of 0.
+
+    Parameters
+    ----------
+    units : float64 ``[units, 2]``, a and b.
+    resamples, confidence, seed : as for ``paired_interval``.
+
+    Returns
+    -------
+    None where fewer than two units have a length.
+    """
+    units = units[units[:, 1] > 0]
+    if len(units) < 2:
+        return None
+    terms = np.column_stack([units, np.zeros(len(units)), units[:, 1]])
+    return _limits(terms, "mean", resamples, confidence, np.random.default_rng(seed))
 
 
 def standard_error(documents: Sequence[np.ndarray], aggregation: str) -> float | None:
@@ -149,6 +162,22 @@ def _error(documents: Sequence[np.ndarray], aggregation: str) -> float | None:
     away = np.split(without_one - without_one.mean(), np.cumsum(lengths)[:-1])
     alike = sum(float(of_document[1:] @ of_document[:-1]) for of_document in away)
     return math.hypot(_jackknife(without_one), math.sqrt(2 * max(0.0, alike) * (len(terms) - 1) / len(terms)))
+
+
+def _limits(
+    terms: np.ndarray, aggregation: str, resamples: int, confidence: float, generator: np.random.Generator
+) -> tuple[float, float, float]:
+    """The difference of two methods, and its limits, from ``[units, 4]``."""
+    sums = terms.sum(axis=0)
+    difference = float(_difference(sums, aggregation))
+    error = _jackknife(_difference(sums - terms, aggregation))
+    bound = student_t(_degrees_of_freedom(terms), confidence) * error
+    low, high = difference - bound, difference + bound
+    if len(terms) in BOOTSTRAPPED and error > 0:
+        lower, upper = _bootstrap_t(terms, aggregation, resamples, confidence, generator)
+        # Where too many draws have no spread at all, there is no such limit.
+        low, high = (min(low, lower) if math.isfinite(lower) else low), (max(high, upper) if upper < math.inf else high)
+    return difference, low, high
 
 
 def _difference(sums: np.ndarray, aggregation: str) -> np.ndarray:  # [..., 4] -> [...]

@@ -12,11 +12,13 @@ class Neighbour:
 
     Attributes
     ----------
-    entry : its number.
+    entry : its number in its datastore.
     distance : squared L2, or the negated inner product.
     weight : its share of p_kNN.
     value, context : the token that it proposes, and the text before it, decoded; no text where the store is in no
         text order.
+    store, document : the name of the datastore, and the document's number in it; None where the store is in no text
+        order, or nobody noted it.
     """
 
     entry: int
@@ -24,6 +26,8 @@ class Neighbour:
     weight: float
     value: str
     context: str
+    store: str | None = None
+    document: int | None = None
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import torch
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.search.exact import ExactSearch
 from knn_lm_eval.search.exact_distances import filled_slots
-from knn_lm_eval.search.retriever import EntryDistances, Retriever, SearchSettings
+from knn_lm_eval.search.retriever import EntryDistances, SearchSettings, StoreRetriever
 from knn_lm_eval.store.datastore import Datastore
 from knn_lm_eval.store.index_files import EXACT
 from knn_lm_eval.store.key_stream import finite_keys
@@ -25,7 +25,7 @@ BETWEEN_DEVICES = "+"  # lm-eval splits its arguments at commas and at =
 SAMPLE_BYTES = 2**25  # of keys, on which the time of a search is measured
 
 
-class ExactRetriever(Retriever):
+class ExactRetriever(StoreRetriever):
     """As ``Retriever``, by comparing all keys.
 
     Parameters

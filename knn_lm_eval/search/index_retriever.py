@@ -26,7 +26,7 @@ from knn_lm_eval.search.faiss_index import (
     to_gpus,
     vectors_compared,
 )
-from knn_lm_eval.search.retriever import EntryDistances, Retriever, SearchSettings
+from knn_lm_eval.search.retriever import EntryDistances, SearchSettings, StoreRetriever
 from knn_lm_eval.search.sign_codes import SignSearch
 from knn_lm_eval.store.datastore import Datastore
 from knn_lm_eval.store.index_files import DEFAULT_INDEX, index_checksums
@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 AnyIndexRetriever = TypeVar("AnyIndexRetriever", bound="IndexRetriever")
 
 
-class IndexRetriever(Retriever):
+class IndexRetriever(StoreRetriever):
     """As ``Retriever``, by an index.
 
     Parameters

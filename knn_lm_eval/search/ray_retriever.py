@@ -23,7 +23,7 @@ from knn_lm_eval.search.exact_retriever import ExactRetriever
 from knn_lm_eval.search.faiss_index import open_index, set_probe
 from knn_lm_eval.search.index_retriever import IndexRetriever
 from knn_lm_eval.search.ray_shards import Shards, count_nodes
-from knn_lm_eval.search.retriever import EntryDistances, Found, Retriever, SearchSettings
+from knn_lm_eval.search.retriever import EntryDistances, Found, SearchSettings, StoreRetriever
 from knn_lm_eval.search.shard import FoundArrays
 from knn_lm_eval.store.datastore import Datastore
 from knn_lm_eval.store.index_files import DEFAULT_INDEX, EXACT, IndexPart
@@ -31,7 +31,7 @@ from knn_lm_eval.store.manifest import KEYS
 from knn_lm_eval.system.timing import now
 
 
-class ShardedRetriever(Retriever):
+class ShardedRetriever(StoreRetriever):
     """As ``Retriever``, with the search and all that is asked of entries done by shards on Ray nodes.
 
     Attributes

@@ -19,6 +19,7 @@ from torch import Tensor
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.search.exact_distances import exact_distances, filled_slots
 from knn_lm_eval.store.datastore import Datastore
+from knn_lm_eval.store.joined import Store
 from knn_lm_eval.system.timing import now
 
 AnyRetriever = TypeVar("AnyRetriever", bound="Retriever")
@@ -30,7 +31,8 @@ EntryDistances = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 @dataclass
 class RetrievalStatistics:
     """What a retriever did: queries searched, vectors compared with them, shards that were started again and bytes that
-    went to and came from them, seconds."""
+    went to and came from them, seconds; of several stores, how many of the neighbours, and how much of their weight
+    (1 for each query), came from each."""
 
     searches: int = 0
     entries_compared: int = 0
@@ -38,6 +40,8 @@ class RetrievalStatistics:
     bytes_sent: int = 0
     bytes_received: int = 0
     seconds: dict[str, float] = field(default_factory=lambda: {"search": 0.0, "distances": 0.0, "values": 0.0})
+    neighbours_of_stores: list[int] = field(default_factory=list)
+    weight_of_stores: list[float] = field(default_factory=list)
 
 
 class Found(NamedTuple):
@@ -48,7 +52,8 @@ class Found(NamedTuple):
     distances : float32 ``[n, k]`` (squared L2 or negated inner product); infinity in empty slots.
     values : int32 ``[n, k]``; 0 in empty slots.
     entries : int64 ``[n, k]``; -1 in empty slots.
-    counts : int32 ``[n, k]``, how many merged entries each stands for; None in a store without weights.
+    counts : int32 ``[n, k]``, how many merged entries each stands for; None in a store without weights. Of several
+        stores with weights of their own, float32: these times that.
     """
 
     distances: Tensor
@@ -77,11 +82,11 @@ class SearchSettings:
     recompute_dists: bool = False
     gpu: bool = False
 
-    def check(self, datastore: Datastore) -> None:
+    def check(self, datastore: Store) -> None:
         """Raise UserError where one does not fit the store."""
         if not 1 <= self.k <= datastore.kept:
             raise UserError(
-                f"k={self.k} does not fit the datastore {datastore.path}, which has {datastore.kept} entries; "
+                f"k={self.k} does not fit the datastore {datastore.label}, which has {datastore.kept} entries; "
                 f"choose 1 <= k <= {datastore.kept}."
             )
         if self.probe is not None and self.probe < 1:
@@ -93,11 +98,11 @@ class SearchSettings:
 
 
 class Retriever(ABC):
-    """The neighbours of queries in a datastore.
+    """The neighbours of queries in a datastore, or in several.
 
     Parameters
     ----------
-    datastore : an opened datastore.
+    datastore : an opened datastore, or several as one.
     name : what is searched: an index's name, or ``exact``.
     settings : how; they must fit.
 
@@ -109,10 +114,11 @@ class Retriever(ABC):
     searched_on : where, in words for results; with ``knn_gpu=True`` also why there.
     """
 
+    datastore: Store
     on_gpus = False
     searched_on = "cpu"
 
-    def __init__(self, datastore: Datastore, name: str, settings: SearchSettings) -> None:
+    def __init__(self, datastore: Store, name: str, settings: SearchSettings) -> None:
         self.datastore, self.name = datastore, name
         self._settings = self._checked(settings)
         self.statistics = RetrievalStatistics()
@@ -175,6 +181,16 @@ class Retriever(ABC):
         return other
 
     @property
+    def has_lists(self) -> bool:
+        """Whether there are inverted lists, of which ``probe`` are visited."""
+        return self.probe is not None
+
+    @property
+    @abstractmethod
+    def of_stores(self) -> tuple[StoreRetriever, ...]:
+        """A retriever for each datastore: this one, where there is one."""
+
+    @property
     @abstractmethod
     def factory(self) -> str:
         """What is searched, as faiss calls it (a factory string); ``exact`` for all keys without an index."""
@@ -208,10 +224,11 @@ class Retriever(ABC):
         """The SHA-256 of each file of the index, by its name; none without an index."""
 
     @property
+    @abstractmethod
     def values(self) -> np.ndarray:
         """int32 ``[count]``: the values, of those entries at least that this retriever has told of."""
-        return self.datastore.values
 
+    @abstractmethod
     def search(self, queries: Tensor) -> Found:
         """The ``k`` nearest entries of each query, nearest (by what is searched) first.
 
@@ -223,13 +240,6 @@ class Retriever(ABC):
         -------
         All on the CPU.
         """
-        distances, entries = self.find(queries.float().cpu().numpy())  # [n, k]
-        start = now()
-        values = self.datastore.values[np.maximum(entries, 0)]  # [n, k]
-        values[entries < 0] = 0
-        self.statistics.seconds["values"] += now() - start
-        counts = entry_counts(self.datastore.weights, entries)
-        return Found(torch.from_numpy(distances), torch.from_numpy(values), torch.from_numpy(entries), counts)
 
     @abstractmethod
     def find(self, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -246,6 +256,35 @@ class Retriever(ABC):
         UserError
             Where exact distances take keys and the store has none.
         """
+
+
+class StoreRetriever(Retriever):
+    """As ``Retriever``, of one datastore."""
+
+    datastore: Datastore
+
+    def __init__(self, datastore: Datastore, name: str, settings: SearchSettings) -> None:
+        super().__init__(datastore, name, settings)
+
+    @property
+    def of_stores(self) -> tuple[StoreRetriever, ...]:
+        """This retriever."""
+        return (self,)
+
+    @property
+    def values(self) -> np.ndarray:
+        """As ``Retriever.values``."""
+        return self.datastore.values
+
+    def search(self, queries: Tensor) -> Found:
+        """As ``Retriever.search``."""
+        distances, entries = self.find(queries.float().cpu().numpy())  # [n, k]
+        start = now()
+        values = self.datastore.values[np.maximum(entries, 0)]  # [n, k]
+        values[entries < 0] = 0
+        self.statistics.seconds["values"] += now() - start
+        counts = entry_counts(self.datastore.weights, entries)
+        return Found(torch.from_numpy(distances), torch.from_numpy(values), torch.from_numpy(entries), counts)
 
     def _exact_distances(self, reason: str) -> EntryDistances:
         """From the keys, which are needed for ``reason``."""

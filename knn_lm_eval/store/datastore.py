@@ -31,7 +31,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -139,6 +139,23 @@ class Datastore:
         return len(self) if self.removed is None else self.removed.kept
 
     @property
+    def name(self) -> str:
+        """Its folder's name."""
+        return self.path.resolve().name
+
+    @property
+    def label(self) -> str:
+        """What messages call it: its folder."""
+        return str(self.path)
+
+    def place(self, entry: int) -> Place:
+        """Where an entry is."""
+        document = None
+        if self.in_text_order:
+            document = int(np.searchsorted(self.document_starts, entry, side="right")) - 1
+        return Place(self, self.name, entry, document)
+
+    @property
     def dimension(self) -> int:
         """The width of a key."""
         return self.manifest.dimension
@@ -177,6 +194,22 @@ class Datastore:
                 f"The datastore {self.path} is in no text order, since entries were merged or left out, and "
                 f"{purpose} needs it; use the store that it was made from."
             )
+
+
+class Place(NamedTuple):
+    """Where an entry is.
+
+    Attributes
+    ----------
+    store, name : the datastore, and what it is called among several.
+    entry : the entry's number in it.
+    document : the document's number in it; None where the store is in no text order.
+    """
+
+    store: Datastore
+    name: str
+    entry: int
+    document: int | None
 
 
 def own_files(path: Path, manifest: Manifest) -> list[Expected]:

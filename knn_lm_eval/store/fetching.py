@@ -38,7 +38,6 @@ from knn_lm_eval.system.seals import check_seal
 
 logger = logging.getLogger(__name__)
 
-DATASTORE_VARIABLE = "KNN_LM_EVAL_DATASTORE"
 ORIGIN = "fetched.json"
 PLAIN_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")
 PUBLISHED_SUFFIXES = (".npy", ".index", ".indexed", ".pkl")
@@ -59,18 +58,12 @@ def is_address(datastore: str | os.PathLike) -> bool:
 
 def open_datastore(datastore: str | os.PathLike, verify: str = "auto") -> Datastore:
     """Open the datastore in a folder, or fetch it from an address into the cache first; ``verify`` as there."""
-    return Datastore.open(fetch_datastore(str(datastore)) if is_address(datastore) else Path(datastore), verify)
+    return Datastore.open(fetched_folder(datastore), verify)
 
 
-def find_datastore(path: str | os.PathLike | None, verify: str = "auto") -> Datastore:
-    """The datastore at ``path`` (a folder or an address), or that ``KNN_LM_EVAL_DATASTORE`` names."""
-    path = path or os.environ.get(DATASTORE_VARIABLE)
-    if not path:
-        raise UserError(
-            "knn-hf needs a datastore: give --model_args datastore=FOLDER, or set the environment variable "
-            f"{DATASTORE_VARIABLE}; make one with `knn-lm-eval dump_datastore` and `knn-lm-eval build_index`."
-        )
-    return open_datastore(path, verify)
+def fetched_folder(datastore: str | os.PathLike) -> Path:
+    """The folder of a datastore, which is fetched first where it is an address."""
+    return fetch_datastore(str(datastore)) if is_address(datastore) else Path(datastore)
 
 
 def fetch_datastore(address: str, output: str | Path | None = None, repair: bool = False) -> Path:

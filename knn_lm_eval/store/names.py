@@ -12,7 +12,7 @@ from knn_lm_eval.system.files import read_json
 # What lies in a store's folder beside indexes and clusterings, without its ending. A disk may not tell Keys from keys.
 RESERVED = {
     *("manifest", "params", "progress", "fetched", "failed"),
-    *("keys", "values", "document_starts", "weights", "removed", "lm_log_probs", "clusters"),
+    *("keys", "values", "document_starts", "weights", "removed", "lm_log_probs", "clusters", "suffixes"),
 }
 MOST_BYTES = 100  # endings come behind it, and file systems take 255
 # "index.000" is the first part of the index "index"; the others are files that are under way.

@@ -12,6 +12,9 @@ from knn_lm_eval.store.clusters import METADATA, Clusters, cluster_names
 from knn_lm_eval.store.datastore import Datastore, check_size, own_files
 from knn_lm_eval.store.index_files import IndexFiles, find_parts, index_names
 from knn_lm_eval.store.manifest import MANIFEST, FileRecord, Manifest
+from knn_lm_eval.store.suffixes import FOLDER as SUFFIXES
+from knn_lm_eval.store.suffixes import METADATA as OF_SUFFIXES
+from knn_lm_eval.store.suffixes import has_suffixes, open_suffixes
 from knn_lm_eval.store.verification import Expected, verify_files
 from knn_lm_eval.system.files import read_json
 from knn_lm_eval.system.seals import check_seal, is_sealed
@@ -123,6 +126,8 @@ def _together(folder: Path) -> Iterator[Verdict]:
         IndexFiles(folder, name).metadata.name: partial(find_parts, store, name) for name in index_names(store)
     }
     opened |= {f"clusters/{name}/{METADATA}": partial(Clusters.open, store, name) for name in cluster_names(store)}
+    if has_suffixes(store):
+        opened[f"{SUFFIXES}/{OF_SUFFIXES}"] = partial(open_suffixes, store)
     recorded = store.manifest.files.keys() | store.manifest.derived.keys()
     for name, open_it in opened.items():
         try:

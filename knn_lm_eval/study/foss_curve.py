@@ -21,7 +21,7 @@ from knn_lm_eval.model.opening import open_automaton
 from knn_lm_eval.model.scores import Score
 from knn_lm_eval.model.scoring import PassageScorer
 from knn_lm_eval.store.clusters import Clusters, cluster_names
-from knn_lm_eval.study.run import find_tasks, load_knn_hf, perplexity, score_tasks, scores_of_readings
+from knn_lm_eval.study.run import find_tasks, load_knn_hf, one_store, perplexity, score_tasks, scores_of_readings
 
 logger = logging.getLogger(__name__)
 
@@ -109,7 +109,7 @@ def foss_curves(
     """
     _check_model_args(model_args)
     lm = load_knn_hf(model_args)
-    store = lm.retriever.datastore
+    store = one_store(lm, "A FoSS curve")
     names = ["none", *cluster_names(store)] if clusters is None else clusters
     clusterings = [None if name == "none" else Clusters.open(store, name) for name in names]
     settings = AutomatonSettings(lm.settings["k"], lm.settings["knn_temp"], max_knns=max_knns, duplicates=duplicates)

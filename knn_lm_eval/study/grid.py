@@ -29,6 +29,7 @@ class Grid:
     knn_temp, lmbda : ascending.
     probe : each takes a search of its own.
     min_knns, max_knns : for RetoMaton.
+    ngram_lmbda : ascending.
     """
 
     k: tuple[int, ...]
@@ -37,6 +38,7 @@ class Grid:
     probe: tuple[int | None, ...] = (None,)
     min_knns: tuple[float | None, ...] = (None,)
     max_knns: tuple[int | None, ...] = (None,)
+    ngram_lmbda: tuple[float | None, ...] = (None,)
 
 
 def parse_axis(name: str, axis: Axis, *, low: float, high: float = math.inf, whole: bool = False) -> tuple[Any, ...]:
@@ -69,7 +71,7 @@ def _read_axis(name: str, axis: Axis) -> list[float]:
     if ":" not in axis:
         return [float(number) for number in axis.split(",") if number.strip()]
     first, last, count = axis.split(":")
-    space = np.linspace if name == "lmbda" else np.geomspace
+    space = np.linspace if name.endswith("lmbda") else np.geomspace
     return [float(f"{number:.6g}") for number in space(float(first), float(last), int(count))]
 
 
@@ -83,6 +85,7 @@ def make_grid(
     probe: Axis | None = None,
     min_knns: Axis | None = None,
     max_knns: Axis | None = None,
+    ngram_lmbda: Axis | None = None,
 ) -> Grid:
     """The grid over these axes, for a datastore of so many entries.
 
@@ -106,6 +109,8 @@ def make_grid(
         walks["min_knns"] = parse_axis("min_knns", min_knns, low=0)
     if max_knns:
         walks["max_knns"] = parse_axis("max_knns", max_knns, low=1, whole=True)
+    if ngram_lmbda:
+        walks["ngram_lmbda"] = parse_axis("ngram_lmbda", ngram_lmbda, low=0.0, high=0.999)
     return Grid(
         k=parse_axis("k", k or default_k, low=1, high=entries, whole=True),
         knn_temp=parse_axis("knn_temp", knn_temp, low=1e-6, high=1e9),
@@ -120,7 +125,7 @@ class Surface:
 
     Attributes
     ----------
-    fixed : what differs between surfaces: ``probe``, or ``min_knns`` and ``max_knns``.
+    fixed : what differs between surfaces: ``probe``, or ``min_knns`` and ``max_knns``, and ``ngram_lmbda``.
     k, knn_temp, lmbda : the axes.
     log_prob : float64 ``[knn_temp, k, lmbda]``.
     searches : full searches made.
@@ -136,8 +141,11 @@ class Surface:
     def __post_init__(self) -> None:
         self.log_prob = np.zeros((len(self.knn_temp), len(self.k), len(self.lmbda)))
 
-    def add(self, lm_log_prob: Tensor, knn_log_prob: Tensor) -> None:
-        """Add tokens: float64 ``[n]`` log p_LM, and float64 ``[n, knn_temp, k]`` log p_kNN."""
+    def add(self, lm_log_prob: Tensor, knn_log_prob: Tensor, ngram_log_prob: Tensor | None = None) -> None:
+        """Add tokens: float64 ``[n]`` log p_LM and log p_ngram, and float64 ``[n, knn_temp, k]`` log p_kNN.
+
+        N-grams weigh ``fixed["ngram_lmbda"]``, and nothing where their log p is NaN.
+        """
         lm = lm_log_prob[:, None, None]
         knn_log_prob = torch.where(knn_log_prob.isnan(), lm, knn_log_prob)  # no neighbour: the LM alone
         larger = torch.maximum(lm, knn_log_prob)
@@ -145,7 +153,13 @@ class Surface:
         difference -= p_lm
         common = larger.sum(dim=0)
         for number, lmbda in enumerate(self.lmbda):
-            mixed = torch.add(p_lm, difference, alpha=lmbda).log_()
+            mixed = torch.add(p_lm, difference, alpha=lmbda)
+            if ngram_log_prob is not None:
+                # Of the larger one's size, as the others are.
+                p_ngram = (ngram_log_prob[:, None, None] - larger).exp()
+                weight = float(self.fixed["ngram_lmbda"])
+                mixed = torch.where(p_ngram.isnan(), mixed, (1 - weight) * mixed + weight * p_ngram)
+            mixed.log_()
             self.log_prob[:, :, number] += (common + mixed.sum(dim=0)).numpy()
 
     def settings(self) -> Iterator[tuple[dict[str, Any], float]]:
@@ -201,7 +215,13 @@ def find_best(surfaces: Sequence[Surface], tokens: int, saved_searches: float) -
 
 def on_edges(best: Best, surfaces: Sequence[Surface], entries: int) -> list[str]:
     """The names of the axes on whose edge the best setting lies, where the axis could go on there."""
-    ends = {"k": (1, entries), "lmbda": (0, 1), "knn_temp": (0, math.inf), "min_knns": (0, math.inf)}
+    ends = {
+        "k": (1, entries),
+        "lmbda": (0, 1),
+        "ngram_lmbda": (0, 1),
+        "knn_temp": (0, math.inf),
+        "min_knns": (0, math.inf),
+    }
     names = []
     for name, value in best.settings.items():
         axis = sorted({setting[name] for s in surfaces for setting, _ in s.settings() if setting[name] is not None})

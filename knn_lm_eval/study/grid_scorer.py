@@ -24,12 +24,13 @@ from knn_lm_eval.methods.adaptive import LM_FEATURES, lm_features, neighbour_fea
 from knn_lm_eval.methods.automaton import Automaton, AutomatonSettings, Walk, padded_neighbours
 from knn_lm_eval.methods.mixture import knn_log_probs
 from knn_lm_eval.model.knn_hf import KNNHF
+from knn_lm_eval.model.ngram_mixture import NgramReader
 from knn_lm_eval.model.opening import open_automaton
 from knn_lm_eval.model.scores import Score
 from knn_lm_eval.model.scoring import NEIGHBOURS_PER_BLOCK, PassageScorer
 from knn_lm_eval.model.settings import DEFAULTS
 from knn_lm_eval.search.retriever import Retriever
-from knn_lm_eval.store.clusters import Clusters
+from knn_lm_eval.store.joined import open_clusters
 from knn_lm_eval.study.fitting import SAMPLE_TOKENS, Sample
 from knn_lm_eval.study.grid import Grid, Surface
 from knn_lm_eval.study.run import scores_of_readings
@@ -115,7 +116,7 @@ class Walks:
 
     def __init__(self, retriever: Retriever, settings: dict[str, Any], grid: Grid) -> None:
         name = settings["clusters"]
-        clusters = None if name is None else Clusters.open(retriever.datastore, str(name))
+        clusters = None if name is None else open_clusters(retriever.datastore, str(name))
         automaton, retriever = open_automaton(retriever, AutomatonSettings(), clusters)
         searched = grid.k[-1:] if retriever.first_of_more_are_fewer else grid.k
         self._retrievers = {k: _with_k(retriever, k) for k in searched}
@@ -149,7 +150,7 @@ class Walks:
             with timed("walk"):
                 automaton.walk(walks, keep_neighbours=True)
                 steps = [neighbours for walk in walks for neighbours in walk.neighbours]
-                distances, values = padded_neighbours(steps, automaton.values)
+                distances, values, _ = padded_neighbours(steps, automaton.values)
             surface.searches += sum(walk.searches for walk in walks)
             yield FoundForSurface(surface, distances, values, None, of_one_k=True)
 
@@ -179,8 +180,11 @@ class GridScorer(PassageScorer):
         self._source: NeighbourSource = (
             Walks(lm.retriever, lm.settings, grid) if "retomaton" in lm.settings else Searches(lm.retriever, grid)
         )
-        self.surfaces = self._source.surfaces
-        own = {name: lm.settings[name] for name in self.surfaces[0].fixed}
+        # Of each that the source has those that are added up: one, or one for each weight of n-grams.
+        self._added = [_with_ngrams(surface, grid.ngram_lmbda) for surface in self._source.surfaces]
+        self.surfaces = [surface for surfaces in self._added for surface in surfaces]
+        self._ngrams = NgramReader(None if grid.ngram_lmbda == (None,) else lm.augmentation.ngrams)
+        own = {name: lm.settings[name] for name in self._source.surfaces[0].fixed}
         default_k = min(int(DEFAULTS["k"]), grid.k[-1])
         self.defaults = Surface(own, (default_k,), (DEFAULTS["knn_temp"],), (DEFAULTS["lmbda"],))
         self.sample = None if sample_seed is None else Sample(SAMPLE_TOKENS, sample_seed)
@@ -194,8 +198,8 @@ class GridScorer(PassageScorer):
 
     @property
     def seconds(self) -> dict[str, float]:
-        """``forward``, ``head``, ``search``, ``walk`` and ``grid``."""
-        return self.reader.seconds | self._timed.seconds
+        """``forward``, ``head``, ``search``, ``walk``, ``grid`` and, where they are mixed in, ``ngrams``."""
+        return self.reader.seconds | self._timed.seconds | self._ngrams.seconds
 
     @torch.inference_mode()
     def score_readings(self, readings: Sequence[Reading], want_greedy: bool) -> list[list[Score]]:
@@ -212,16 +216,25 @@ class GridScorer(PassageScorer):
         )  # [tokens, dimension]
         targets = torch.cat([asked for _, asked in pairs])
         lengths = [length for reading in readings for length in reading.lengths]
+        of_ngrams = [self._ngrams.of_reading(reading) for reading in readings]
+        ngram = [rows.log_probs(*pair) for rows, pair in zip(of_ngrams, pairs, strict=True) if rows is not None]
         block = self._source.block or len(targets)
         for start in range(0, len(targets), block):
             here = slice(start, start + block)
-            self._add(queries[here], targets[here], lengths, lm_log_prob[here], lm_feature[here])
+            of_block = torch.cat(ngram)[here] if ngram else None
+            self._add(queries[here], targets[here], lengths, lm_log_prob[here], lm_feature[here], of_block)
         self.base_log_prob += float(lm_log_prob.sum())
         self.tokens_scored += len(lm_log_prob)
         return scores_of_readings(readings, lm_log_prob)
 
     def _add(
-        self, queries: Tensor, targets: Tensor, lengths: Sequence[int], lm_log_prob: Tensor, lm_feature: Tensor
+        self,
+        queries: Tensor,
+        targets: Tensor,
+        lengths: Sequence[int],
+        lm_log_prob: Tensor,
+        lm_feature: Tensor,
+        ngram_log_prob: Tensor | None,
     ) -> None:
         """Add tokens to the surfaces, and some to the sample."""
         chosen = None if self.sample is None else self.sample.choose(len(targets))
@@ -232,7 +245,9 @@ class GridScorer(PassageScorer):
             with self._timed("grid"):
                 slots = found.slots(found.surface.k)
                 knn = self._log_p_knn(found, targets, found.surface.knn_temp, slots)  # [tokens, knn_temp, k]
-                found.surface.add(lm_log_prob, knn)
+                for surface in self._added[number]:
+                    surface.add(lm_log_prob, knn, ngram_log_prob)
+                    surface.searches = found.surface.searches
                 if found.has(self.defaults):
                     default_slots = found.slots(self.defaults.k)
                     self.defaults.add(
@@ -267,6 +282,12 @@ class GridScorer(PassageScorer):
         return pairs.as_given(log_prob), pairs.as_given(features)
 
 
+def _with_ngrams(surface: Surface, weights: tuple[float | None, ...]) -> list[Surface]:
+    """The surface for each weight of n-grams; itself where they are not mixed in."""
+    axes = surface.k, surface.knn_temp, surface.lmbda
+    return [surface if of is None else Surface(surface.fixed | {"ngram_lmbda": of}, *axes) for of in weights]
+
+
 def _with_k(retriever: Retriever, k: int) -> Retriever:
     return retriever if retriever.k == k else retriever.with_settings(k=k)
 
@@ -274,6 +295,6 @@ def _with_k(retriever: Retriever, k: int) -> Retriever:
 def _with_probe(retriever: Retriever, probe: int | None) -> Retriever:
     if probe is None:
         return retriever
-    if retriever.probe is None:
+    if not retriever.has_lists:
         raise UserError(f"--probe is for indexes with inverted lists, and {retriever.name!r} has none; leave it out.")
     return retriever.with_settings(probe=probe)

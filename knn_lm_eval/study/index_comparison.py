@@ -34,7 +34,7 @@ from knn_lm_eval.search.quality import search_exactly
 from knn_lm_eval.search.retriever import Found, Retriever, entry_counts
 from knn_lm_eval.store.datastore import Datastore
 from knn_lm_eval.study.grid import Surface, find_best
-from knn_lm_eval.study.run import MAX_LENGTH, first_tokens, load_knn_hf
+from knn_lm_eval.study.run import MAX_LENGTH, first_tokens, load_knn_hf, one_store
 from knn_lm_eval.study.text_queries import Queries, collect_queries
 from knn_lm_eval.system.arrays import read_npz
 from knn_lm_eval.system.files import disk_errors_in, replace_file
@@ -297,15 +297,15 @@ def compare_indexes(
         Where there is no such index, k does not fit the store, or lmbda is an adaptive one.
     """
     lm = load_knn_hf({"index": indexes[0][0]} | model_args, most_tokens=MAX_LENGTH)
-    mixture, own = lm.augmentation.mixture, lm.retriever
+    mixture, own, store = lm.augmentation.mixture, lm.retriever, one_store(lm, "The comparison of indexes")
     if (lmbda := mixture.weight.constant) is None:
         raise UserError("Indexes are compared with one lmbda for all tokens: give lmbda=NUMBER in --model_args.")
     cut = {name: first_tokens(lm, text, tokens) for name, text in texts.items()}
-    retrievers = _retrievers(own, indexes, ks)
+    retrievers = _retrievers(own, store, indexes, ks)
     if threads := 1 if cpu_time else threads:
         faiss.omp_set_num_threads(threads)
     comparison = IndexComparison(
-        own.datastore,
+        store,
         collect_queries(lm, cut),
         lmbda=lmbda,
         knn_temp=mixture.knn_temp,
@@ -315,7 +315,7 @@ def compare_indexes(
     )
     measured = list(comparison.measure(retrievers, repeats, time.process_time if cpu_time else time.perf_counter))
     settings = {
-        "entries": len(own.datastore),
+        "entries": len(store),
         "tokens": comparison.queries.texts,
         "lmbda": lmbda,
         "knn_temp": mixture.knn_temp,
@@ -324,22 +324,22 @@ def compare_indexes(
         "cpu_time": cpu_time,
         "base_perplexity": comparison.base_perplexity,
     }
-    if own.datastore.keys is None:
+    if store.keys is None:
         logger.warning(
             "The datastore %s has no keys: its indexes are compared with each other, and not with exact search.",
-            own.datastore.path,
+            store.path,
         )
         return IndexStudy(settings, measured, [], efficient(measured))
     return IndexStudy(settings, measured, [comparison.exact(k) for k in ks], efficient(measured))
 
 
 def _retrievers(
-    own: Retriever, indexes: Sequence[tuple[str, Sequence[int | None]]], ks: Sequence[int]
+    own: Retriever, store: Datastore, indexes: Sequence[tuple[str, Sequence[int | None]]], ks: Sequence[int]
 ) -> list[Retriever]:
     """One for each index, probe and k, with the other settings of ``own``; an index is opened once."""
     retrievers: list[Retriever] = []
     settings = own.sim_func, own.recompute_dists, own.settings.gpu
     for name, probes in indexes:
-        opened = LocalRetriever(own.datastore, max(ks), None, *settings, name)
+        opened = LocalRetriever(store, max(ks), None, *settings, name)
         retrievers += [opened.with_settings(probe=probe, k=k) for probe in probes for k in ks]
     return retrievers

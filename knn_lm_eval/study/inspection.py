@@ -15,6 +15,7 @@ from knn_lm_eval.methods.automaton import Walk, padded_neighbours
 from knn_lm_eval.methods.mixture import Mixture, knn_log_prob, mix
 from knn_lm_eval.model.knn_hf import KNNHF
 from knn_lm_eval.report.tokens import InspectedToken, Neighbour
+from knn_lm_eval.store.datastore import Place
 
 POSITIONS_AT_ONCE = 64  # whose logits and neighbours are in memory together
 
@@ -103,10 +104,7 @@ def _neighbour_finder(lm: KNNHF, reading: Reading, targets: list[int]) -> Callab
 
     def steps(here: slice) -> FoundForTokens:
         neighbours = walk.neighbours[here]
-        distances, values = padded_neighbours(neighbours, automaton.values)
-        entries = torch.full(distances.shape, -1)
-        for row, (_, found) in zip(entries, neighbours, strict=True):
-            row[: len(found)] = torch.from_numpy(found)
+        distances, values, entries = padded_neighbours(neighbours, automaton.values)
         return FoundForTokens(distances, values, entries, None, torch.from_numpy(walk.searched[here]))
 
     return steps
@@ -129,21 +127,21 @@ def _figures(mixture: Mixture, lm_log_probs: Tensor, found: FoundForTokens, targ
 def _neighbour(
     lm: KNNHF, found: FoundForTokens, figures: Figures, row: int, slot: int, context_tokens: int
 ) -> Neighbour:
-    entry = int(found.entries[row, slot])
+    place = lm.retriever.datastore.place(int(found.entries[row, slot]))
     return Neighbour(
-        entry=entry,
+        entry=place.entry,
         distance=float(found.distances[row, slot]),
         weight=float(figures.log_weights[row, slot].exp()),
         value=lm.tokenizer.decode([int(found.values[row, slot])]),
-        context=_context(lm, entry, context_tokens),
+        context=_context(lm, place, context_tokens),
+        store=place.name,
+        document=place.document,
     )
 
 
-def _context(lm: KNNHF, entry: int, length: int) -> str:
+def _context(lm: KNNHF, place: Place, length: int) -> str:
     """The text before an entry's value, from its document; nothing where the store is in no text order."""
-    store = lm.retriever.datastore
-    if not store.in_text_order:
+    if place.document is None:
         return ""
-    document = np.searchsorted(store.document_starts, entry, side="right") - 1
-    begin = max(int(store.document_starts[document]), entry - length)
-    return lm.tokenizer.decode(store.values[begin:entry].tolist())
+    begin = max(int(place.store.document_starts[place.document]), place.entry - length)
+    return lm.tokenizer.decode(place.store.values[begin : place.entry].tolist())

@@ -22,6 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from knn_lm_eval.search.index_retriever import IndexRetriever
 from knn_lm_eval.store.clusters import Clusters
+from knn_lm_eval.study.run import one_store
 from knn_lm_eval.system.timing import now
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ class PublishedCode:
 
         logger.setLevel(logging.WARNING)
         self.lm, self.folder = lm, folder
-        store, settings = lm.retriever.datastore, lm.settings
+        store, settings = one_store(lm, "The published code"), lm.settings
         store.require_all("the published code")
         self.model: Any = lm.language_model.inner
         name = (str(folder), self.model.config.model_type, len(store), store.dimension)
@@ -108,7 +109,7 @@ class PublishedCode:
         retomaton.logger.setLevel(logging.WARNING)
         members = None
         if clusters is not None:
-            store = self.lm.retriever.datastore
+            store = one_store(self.lm, "The published code")
             ours = Clusters.open(store, clusters)
             ones = np.ones(len(ours.members), dtype=np.int64)
             shape = (len(ours.member_starts) - 1, len(store))

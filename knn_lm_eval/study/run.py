@@ -11,10 +11,13 @@ from typing import TYPE_CHECKING, Any
 import lm_eval
 from torch import Tensor
 
+from knn_lm_eval.errors import UserError
 from knn_lm_eval.lm.reading import Reading
 from knn_lm_eval.model.knn_hf import KNNHF
 from knn_lm_eval.model.scores import Score, sum_up
 from knn_lm_eval.model.scoring import PassageScorer
+from knn_lm_eval.store.datastore import Datastore
+from knn_lm_eval.store.joined import JoinedStore
 from knn_lm_eval.system.files import replace_file
 
 if TYPE_CHECKING:
@@ -35,6 +38,14 @@ def load_knn_hf(model_args: dict[str, Any], most_tokens: int | None = None, **se
     if most_tokens is not None and model_args.get("max_length") is None:
         lm.shorten_windows(most_tokens)
     return lm
+
+
+def one_store(lm: KNNHF, study: str) -> Datastore:
+    """The datastore of ``lm``; raises UserError where it has several, which ``study`` is not for."""
+    store = lm.retriever.datastore
+    if isinstance(store, JoinedStore):
+        raise UserError(f"{study} is for one datastore, and {store.label} are several: name one of them.")
+    return store
 
 
 def first_tokens(lm: KNNHF, text: str, tokens: int | None) -> str:

@@ -23,7 +23,7 @@ from knn_lm_eval.model.knn_hf import KNNHF
 from knn_lm_eval.model.scores import Score, sum_up
 from knn_lm_eval.model.scoring import NEIGHBOURS_PER_BLOCK, PassageScorer
 from knn_lm_eval.search.retriever import Found, Retriever
-from knn_lm_eval.study.run import find_tasks, load_knn_hf, perplexity, score_tasks
+from knn_lm_eval.study.run import find_tasks, load_knn_hf, one_store, perplexity, score_tasks
 
 DEFAULT_SEED = 0
 FRACTIONS = (0.01, 0.03, 0.1, 0.3, 1.0)
@@ -91,6 +91,7 @@ def store_sizes(
     metadata, limit : as for lm-eval: what tasks ask for; documents per task.
     """
     lm = load_knn_hf(model_args)
+    one_store(lm, "The comparison of a store's parts")
     k = int(lm.settings["k"])
     searched = min(searched or 4 * k, lm.retriever.datastore.kept)
     if searched < k:

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.model.knn_hf import KNNHF
 from knn_lm_eval.model.params import CONDITIONS, Params, tuned_contents
-from knn_lm_eval.store.clusters import Clusters
-from knn_lm_eval.store.datastore import Datastore
-from knn_lm_eval.store.fetching import find_datastore
+from knn_lm_eval.model.settings import RetrievalSettings
+from knn_lm_eval.model.stores import open_stores
+from knn_lm_eval.store.joined import Store, open_clusters
 from knn_lm_eval.study.fitting import AdaptiveFit, fit_adaptive
 from knn_lm_eval.study.grid import KNN_TEMPS, LMBDAS, Axis, Best, Surface, find_best, make_grid, on_edges
 from knn_lm_eval.study.grid_scorer import GridScorer
@@ -22,7 +22,7 @@ from knn_lm_eval.study.run import find_tasks, load_knn_hf, perplexity, score_tas
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
 
-TUNED = ("params", "k", "lmbda", "knn_temp")
+TUNED = ("params", "k", "lmbda", "ngram_lmbda", "knn_temp")
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Tuning:
     base_log_prob: float
     tokens: int
     seconds: dict[str, float]
-    datastore: Datastore
+    datastore: Store
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """All settings of the grid and their perplexities."""
@@ -100,6 +100,7 @@ def tune(
     probe: Axis | None = None,
     min_knns: Axis | None = None,
     max_knns: Axis | None = None,
+    ngram_lmbda: Axis | None = None,
     adaptive: Literal["none", "buckets", "gate"] = "none",
     saved_searches: float = 0.0,
     seed: int = 0,
@@ -115,6 +116,7 @@ def tune(
     tasks : perplexity tasks on a validation split.
     k, knn_temp, lmbda, probe, min_knns, max_knns : what to try, see ``Axis``; ``k`` None is 16, 64, 256 and 1024 as far
         as the store has so many (RetoMaton: the largest), the others None the model's own.
+    ngram_lmbda : weights of n-grams to try; None leaves n-grams out.
     adaptive : fit an lmbda per token as well: by nearest distance, or by a small network over LM and neighbours.
     saved_searches : the fraction of searches to do without: by a gate's threshold, or by RetoMaton's min_knns.
     seed : for ``adaptive``.
@@ -129,16 +131,19 @@ def tune(
     retomaton = bool(model_args.get("retomaton"))
     _check_model_args(model_args)
     _check_saved_searches(saved_searches, retomaton, adaptive)
+    if ngram_lmbda and adaptive != "none":
+        raise UserError(f"--adaptive {adaptive} is fitted without n-grams: leave it or --ngram_lmbda out.")
     if limit is not None and not limit > 0:
         raise UserError(f"--limit {limit:g} must be above 0.")
-    axes = {"k": k, "probe": probe, "min_knns": min_knns, "max_knns": max_knns}
-    entries = len(find_datastore(model_args.get("datastore"), model_args.get("verify", "auto")))
+    axes = {"k": k, "probe": probe, "min_knns": min_knns, "max_knns": max_knns, "ngram_lmbda": ngram_lmbda}
+    entries = open_stores(RetrievalSettings.take_from(model_args)[0]).store.kept
     grid = make_grid(entries, retomaton, knn_temp=knn_temp, lmbda=lmbda, **axes)
     manager = find_tasks(model_args, metadata)
     loaded_tasks = load_tasks(tasks, manager, allow_test)
 
     # Any lmbda and temperature will do; they are given so that no saved default counts.
-    lm = load_knn_hf(model_args, k=grid.k[-1], lmbda=0.5, knn_temp=1.0, params=False)
+    of_ngrams = 0.5 if ngram_lmbda else 0.0
+    lm = load_knn_hf(model_args, k=grid.k[-1], lmbda=0.5, knn_temp=1.0, ngram_lmbda=of_ngrams, params=False)
     scorer = GridScorer(lm, grid, None if adaptive == "none" else seed)
     score_tasks(lm, scorer, loaded_tasks, manager, limit)
     best = find_best(scorer.surfaces, scorer.tokens_scored, saved_searches)
@@ -199,10 +204,10 @@ def _check_saved_searches(saved_searches: float, retomaton: bool, adaptive: str)
 def _make_params(
     lm: KNNHF, scorer: GridScorer, best: Best, fit: AdaptiveFit | None, tuned_for: dict[str, Any]
 ) -> Params:
-    store = lm.retriever.datastore
+    store, searched = lm.augmentation.given, lm.retriever.datastore
     settings = {name: value for name, value in best.settings.items() if value is not None}
     named = lm.settings.get("clusters")
-    clusters = None if named is None else Clusters.open(store, str(named))
+    clusters = None if named is None else open_clusters(searched, str(named))
     result = {"token_perplexity": perplexity(best.log_prob, scorer.tokens_scored)}
     if fit is not None:
         settings |= {"lmbda": fit.lmbda.plain(), "knn_temp": fit.knn_temp}
@@ -214,7 +219,7 @@ def _make_params(
     return Params(
         settings,
         {
-            "datastore": store.path.name,
+            "datastore": store.name,
             "keys_sha256": store.keys_checksum,
             "model": store.manifest.model["pretrained"],
             "conditions": {name: lm.settings[name] for name in CONDITIONS if name in lm.settings},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import signal
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import lm_eval
+import numpy as np
 import pytest
 import yaml
 from helpers.benchmarks import CHOICES, METHODS, figures, matrix_of
@@ -21,7 +23,7 @@ from lm_eval.tasks import TaskManager
 
 from knn_lm_eval import KNNHF, Datastore
 from knn_lm_eval.benchmark.estimate import estimate
-from knn_lm_eval.benchmark.matrix import Matrix
+from knn_lm_eval.benchmark.matrix import Matrix, read_matrix
 from knn_lm_eval.benchmark.runner import finished_results, run_matrix
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.lm.language_model import LanguageModel
@@ -30,6 +32,7 @@ from knn_lm_eval.make.clustering import cluster_kmeans
 from knn_lm_eval.make.dump import dump_datastore
 from knn_lm_eval.make.text import cut_into_documents
 from knn_lm_eval.report.comparison import compare
+from knn_lm_eval.report.record_files import check_same_tokens, read_records
 from knn_lm_eval.report.results import read_folder
 from knn_lm_eval.search.indexing import build_index
 
@@ -356,3 +359,31 @@ def test_the_dry_run_counts_tokens_and_memory_and_learns_from_finished_cells(con
     assert law.state == "finished" and choose_knn.measured
     speed = done["tokens_scored"] / sum(done["seconds"].values())
     assert choose_knn.seconds == pytest.approx(choose_knn.tokens_read / speed)
+
+
+def test_records_lie_beside_the_results(content: dict, tmp_path: Path) -> None:
+    content |= {"records": True, "methods": {"base": {"model": "hf"}, "knn": {"k": 20, "lmbda": 0.6, "knn_temp": 2.0}}}
+    content["methods"]["walk"] = {"k": 20, "lmbda": 0.6, "knn_temp": 2.0, "retomaton": True, "min_knns": 3}
+    content["tasks"] = {"law": {"limit": 3}}
+    (tmp_path / "matrix.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    matrix = read_matrix(tmp_path / "matrix.yaml")
+    assert [outcome.state for outcome in run_matrix(matrix, lambda outcome: None)] == ["done"] * 3
+    assert not list(matrix.output.rglob(".*records*"))
+    assert [cell.method for cell in matrix.cells if (matrix.output / cell.folder / "records").exists()] == [
+        "knn",
+        "walk",
+    ]
+    found = []
+    for cell in matrix.cells[1:]:
+        records = read_records(matrix.output / cell.folder / "records")
+        results = finished_results(matrix.output / cell.folder, cell.checksum())
+        assert results is not None and records.tasks == ["law"]
+        log_prob = float(records.columns["log_prob"].astype(np.float64).mean())
+        assert math.exp(-log_prob) == pytest.approx(results["results"]["law"]["token_perplexity,none"], rel=1e-5)
+        found.append(records)
+    check_same_tokens(found)
+    assert [outcome.state for outcome in run_matrix(matrix, lambda outcome: None)] == ["finished"] * 3
+    content["methods"]["knn"]["records"] = "here"
+    (tmp_path / "matrix.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    with pytest.raises(UserError, match="methods: knn: records is for the whole file"):
+        read_matrix(tmp_path / "matrix.yaml")

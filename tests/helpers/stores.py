@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from knn_lm_eval.store.datastore import Datastore
-from knn_lm_eval.store.manifest import FORMAT, FORMAT_VERSION, KEYS, Manifest
+from knn_lm_eval.store.manifest import FORMAT, FORMAT_VERSION, KEYS, Manifest, file_record
 from knn_lm_eval.system.files import sha256, write_json
 
 
@@ -71,4 +71,20 @@ def without_keys(store: Datastore, folder: Path) -> Datastore:
     for path in [*folder.glob("*.json"), *folder.glob("clusters/*/*.json")]:
         if "keys_sha256" in json.loads(path.read_text()):
             change_json(path, keys_sha256=named)
+    return Datastore.open(folder)
+
+
+def part_of(store: Datastore, folder: Path, first: int, stop: int) -> Datastore:
+    """A datastore of some of another's documents, bit by bit its keys."""
+    folder.mkdir(parents=True)
+    starts = np.append(store.document_starts, len(store))[first : stop + 1]
+    some = slice(int(starts[0]), int(starts[-1]))
+    arrays = {"keys.npy": store.keys, "values.npy": store.values, "weights.npy": store.weights}
+    for name, array in arrays.items():
+        if array is not None:
+            np.save(folder / name, array[some])
+    np.save(folder / "document_starts.npy", starts[:-1] - starts[0])
+    files = {path.name: file_record(path) for path in sorted(folder.glob("*.npy"))}
+    manifest = replace(store.manifest, count=some.stop - some.start, documents=stop - first, files=files, derived={})
+    manifest.write(folder)
     return Datastore.open(folder)

@@ -7,6 +7,7 @@ import math
 
 import pytest
 from helpers.places import REPO
+from lm_eval.utils import simple_parse_args_string
 
 from knn_lm_eval.benchmark.matrix import KNN
 from knn_lm_eval.errors import UserError
@@ -16,7 +17,8 @@ from knn_lm_eval.model.settings import DEFAULTS, RetrievalSettings, settings_tab
 
 
 def test_the_papers_settings_are_the_defaults() -> None:
-    assert DEFAULTS == {"k": 1024, "lmbda": 0.25, "knn_temp": 1.0, "min_knns": 1, "max_knns": 1024}
+    papers = {"k": 1024, "lmbda": 0.25, "knn_temp": 1.0, "min_knns": 1, "max_knns": 1024}
+    assert papers | {"ngram_lmbda": 0.0} == DEFAULTS
 
 
 def test_the_table_of_arguments_is_that_of_the_documentation() -> None:
@@ -87,3 +89,13 @@ def test_what_is_given_wins_over_what_was_tuned_and_that_over_the_papers() -> No
 def test_tuned_numbers_are_checked_as_given_ones_are() -> None:
     with pytest.raises(UserError, match="knn_temp=-1.0 must be a number above 0"):
         RetrievalSettings().in_force(Params({"knn_temp": -1.0}, {}), "params")
+
+
+def test_several_stores_pass_lm_evals_command_line() -> None:
+    given = simple_parse_args_string("datastore=a/law+b/wiki,datastore_weights=2+0.5,exclude=law:x.txt+2024")
+    settings, others = RetrievalSettings.take_from(given)
+    assert (settings.datastore, settings.datastore_weights) == ("a/law+b/wiki", (2.0, 0.5)) and not others
+    assert settings.exclude == ("law:x.txt", "2024") and settings.sources is None
+    listed = RetrievalSettings(datastore=["a", "b"], datastore_weights=[2, 0.5], sources=["a"])
+    assert (listed.datastore_weights, listed.sources) == ((2.0, 0.5), ("a",))
+    assert RetrievalSettings(exclude=simple_parse_args_string("exclude=2024")["exclude"]).exclude == ("2024",)

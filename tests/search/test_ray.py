@@ -300,3 +300,15 @@ def test_an_evaluation_without_an_index_gives_the_same_over_ray(
             KNNHF(**common, **settings, **place) for place in ({}, {"retriever": "ray", "address": address})
         )
         assert remote.loglikelihood_rolling(texts)[0] == pytest.approx(local.loglikelihood_rolling(texts)[0], rel=1e-6)
+
+
+def test_several_stores_have_shards_each(address: str, halves: list[Datastore], model_folder: Path) -> None:
+    common = {"pretrained": str(model_folder), "datastore": [part.path for part in halves], "k": 30}
+    texts = [Instance("loglikelihood_rolling", {}, (EVAL_TEXT,), 0)]
+    for settings in ({"index": "exact"}, {"datastore_weights": "2+1"}):
+        local, remote = (
+            KNNHF(**common, **settings, **place) for place in ({}, {"retriever": "ray", "address": address})
+        )
+        assert remote.loglikelihood_rolling(texts)[0] == pytest.approx(local.loglikelihood_rolling(texts)[0], rel=1e-6)
+        said = remote.get_model_info()["knn"]
+        assert said["bytes_sent"] > 0 and [one["name"] for one in said["datastore"]["stores"]] == ["law", "wiki"]

@@ -21,6 +21,7 @@ from lm_eval.api.instance import Instance
 
 import knn_lm_eval
 from knn_lm_eval import KNNHF, Datastore, UserError
+from knn_lm_eval.make.suffix_building import build_suffix_array
 from knn_lm_eval.methods.mixture import knn_log_prob, neighbour_log_weights
 from knn_lm_eval.search.indexing import build_index
 from knn_lm_eval.study.grid import Best, Grid, Surface, find_best, on_edges, parse_axis
@@ -136,6 +137,18 @@ def test_each_probe_is_searched_with(several_indexes: Datastore) -> None:
         assert log_prob == pytest.approx(separately(several_indexes, settings, index="pq")[0], rel=1e-6)
     with pytest.raises(UserError, match="--probe is for indexes with inverted lists"):
         tune(several_indexes, grid)
+
+
+@pytest.mark.parametrize("changes", [{}, {"retomaton": True}])
+def test_ngrams_equal_separate_evaluations(several_indexes: Datastore, changes: dict) -> None:
+    copy = Datastore.open(several_indexes.path)
+    build_suffix_array(copy, overwrite=True)
+    grid = Grid(k=(5,), knn_temp=(4.0,), lmbda=(0.0, 0.4), ngram_lmbda=(0.0, 0.2, 0.7))
+    scorer = tune(copy, grid, ngram_lmbda=0.5, **changes)
+    settings = some(scorer, 1)
+    assert len(settings) == 6 and {setting["ngram_lmbda"] for setting, _ in settings} == {0.0, 0.2, 0.7}
+    for setting, log_prob in settings:
+        assert separately(copy, setting, **changes)[0] == pytest.approx(log_prob, rel=1e-6)
 
 
 def test_retomatons_walks_equal_separate_evaluations(store: Datastore) -> None:
@@ -326,6 +339,8 @@ def test_what_tune_refuses(store: Datastore, tmp_path: Path, tune_main) -> None:
 
     refuses("law is scored on its test split.* such as law_valid, or force it with --allow_test", tasks="law")
     refuses("--k 6000 is out of range: it must be from 1 to", "--k", "6000")
+    refuses("ngram_lmbda is what tune looks for", model_args=",ngram_lmbda=0.3")
+    refuses("fitted without n-grams", "--adaptive", "buckets", "--ngram_lmbda", "0.3")
     refuses("lmbda is what tune looks for", model_args=",lmbda=0.3")
     refuses("--min_knns is for RetoMaton", "--min_knns", "1,2")
     refuses("--probe is tuned for kNN-LM", "--probe", "1,2", model_args=",retomaton=True")

@@ -45,7 +45,9 @@ DUMP = "--model_args pretrained=MODEL,dtype=float32 --text HERE/train.txt --max_
 INDEX = "--datastore HERE/store --factory IVF4,SQ8 --name other --quality_queries 0"
 SEGMENTS = {"store.key_stream.ADD_CHUNK": 64, "search.index_memory.MOST_IN_SEGMENT": 128}
 DUMPED_SEGMENTS = {"store.key_stream.ADD_CHUNK": 64, "make.index_dump.SEGMENT_ENTRIES": 128}
+SUFFIXES = "--datastore HERE/store"
 CLUSTERS = "--datastore HERE/store --method kmeans --num_clusters 9 --iterations 3"
+PARTS = {"make.suffix_building.BASE_BYTES": 2**30 - 5000 * 12}
 MODEL = "--model_args pretrained=MODEL,max_length=64,datastore=HERE/store --metadata data_dir=HERE/data"
 COMMANDS = {
     "dump": Command("dump_datastore", DUMP, ["--resume"]),
@@ -60,6 +62,8 @@ COMMANDS = {
     "index again": Command("build_index", INDEX.replace("other", "index") + " --overwrite", ["--resume"]),
     "clusters": Command("cluster_datastore", f"{CLUSTERS} --name other", ["--resume"]),
     "clusters again": Command("cluster_datastore", f"{CLUSTERS} --overwrite", ["--resume"]),
+    "suffixes": Command("build_suffix_array", f"{SUFFIXES} --memory 1GiB", ["--resume"], constants=PARTS),
+    "suffixes again": Command("build_suffix_array", f"{SUFFIXES} --overwrite", ["--resume"]),
     "prune random": Command("prune_datastore", "--datastore HERE/store --method random --keep 0.5 --output HERE/new"),
     "prune confidence": Command(
         "prune_datastore", "--datastore HERE/store --method confidence --keep 0.5 --output HERE/new --device cpu"

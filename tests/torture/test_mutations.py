@@ -30,6 +30,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from knn_lm_eval import KNNHF, UserError
 from knn_lm_eval.make.pruning import prune_greedy_merge
 from knn_lm_eval.make.removing import remove_documents
+from knn_lm_eval.make.suffix_building import build_suffix_array
 from knn_lm_eval.model.params import Params
 from knn_lm_eval.search.indexing import build_index
 from knn_lm_eval.store.datastore import Datastore
@@ -45,6 +46,7 @@ USES: dict[str, dict[str, Any]] = {
     "RetoMaton": {"index": "pq", "retomaton": True, "clusters": "kmeans", "min_knns": 3},
     "exact": {"index": "parts", "recompute_dists": True},
     "pruned": {"index": "index", "store": "pruned"},
+    "n-grams": {"index": "index", "ngram_lmbda": 0.3},
     "lessened": {"index": "exact", "store": "lessened", "params": False},
 }
 
@@ -62,12 +64,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory, clustered: Datastore) -> Pa
     store = Datastore.open(folder / "store")
     build_index(store, "IVF16,RaBitQfs")
     build_index(store, "IVF16,PQ8", name="pq")
+    build_suffix_array(store)
     build_index(store, "IVF16,SQ8", name="parts", parts=2, quality_queries=0)
     Params({"lmbda": 0.4, "knn_temp": 2.0, "k": 12}, {"keys_sha256": store.keys_checksum}).write(
         store.path / "params.json"
     )
     shutil.copytree(
-        folder / "store", folder / "lessened", ignore=shutil.ignore_patterns("*.faiss", "*.codes", "*.scan")
+        folder / "store", folder / "lessened", ignore=shutil.ignore_patterns("*.faiss", "*.codes", "*.scan", "suffixes")
     )
     remove_documents(folder / "lessened", [1])
     pruned = prune_greedy_merge(store, folder / "pruned", neighbours=5)
@@ -157,6 +160,8 @@ def uses_of(name: str) -> list[str]:
     file = name.removeprefix("store/")
     if file.startswith(("pq.", "clusters/")):
         return ["RetoMaton"]
+    if file.startswith("suffixes/"):
+        return ["n-grams"]
     if file.startswith(("parts.", "keys.")):
         return ["exact"]
     return ["kNN-LM"] if file.startswith(("index.", "params")) else ["kNN-LM", "RetoMaton"]

@@ -29,6 +29,7 @@ DUMP = "dump_datastore --model_args pretrained=MODEL,dtype=float32 --text HERE/t
 DUMP += " --output HERE/new"
 INDEX = "build_index --datastore HERE/store --factory IVF4,SQ8 --quality_queries 0 --name"
 CLUSTERS = "cluster_datastore --datastore HERE/store --method kmeans --num_clusters 9 --iterations 3 --name"
+SUFFIXES = "build_suffix_array --datastore HERE/store"
 PRUNE = "prune_datastore --datastore HERE/store --output HERE/new --method"
 FETCH = "fetch_datastore ADDRESS --output HERE/new"
 TUNE = "tune --model_args pretrained=MODEL,max_length=64,datastore=HERE/store --metadata data_dir=HERE/data --limit 2"
@@ -51,6 +52,8 @@ PAIRS: dict[str, tuple[str, str, bool]] = {
     "index a, index a": (f"{INDEX} a", f"{INDEX} a", False),
     "clusters a, clusters b": (f"{CLUSTERS} a", f"{CLUSTERS} b", True),
     "clusters a, index b": (f"{CLUSTERS} a", f"{INDEX} b", True),
+    "suffixes, suffixes": (SUFFIXES, SUFFIXES, False),
+    "suffixes, index b": (SUFFIXES, f"{INDEX} b", True),
     "fetch, fetch": (FETCH, FETCH, True),
     "benchmark, benchmark": ("benchmark HERE/matrix.yaml",) * 2 + (True,),
     "tune, tune": (TUNE, TUNE, False),

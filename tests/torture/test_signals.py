@@ -10,9 +10,12 @@ from typing import Any
 
 import pytest
 from helpers.forks import Child, run_verb
+from helpers.tiny_model import EVAL_TEXT
+from lm_eval.api.instance import Instance
 
 from knn_lm_eval.cli.main import NOTHING_KEPT, SAME_COMMAND, WITH_RESUME, verbs
 from knn_lm_eval.errors import NO_RESULTS
+from knn_lm_eval.model.knn_hf import KNNHF
 from knn_lm_eval.store.manifest import Manifest, file_record
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -28,6 +31,7 @@ VERBS: dict[str, tuple[str, str, int]] = {
     ),
     "build_index": ("--datastore HERE/store --factory IVF4,SQ8 --quality_queries 0 --name other", WITH_RESUME, 8),
     "cluster_datastore": ("--datastore HERE/store --method kmeans --num_clusters 9 --name other", WITH_RESUME, 12),
+    "build_suffix_array": ("--datastore HERE/store", WITH_RESUME, 5),
     "prune_datastore random": (
         "--datastore HERE/store --method random --keep 0.5 --output HERE/new",
         NOTHING_KEPT,
@@ -57,6 +61,7 @@ VERBS: dict[str, tuple[str, str, int]] = {
         NOTHING_KEPT,
         3,
     ),
+    "analyse": ("HERE/records --resamples 10 --output HERE/new.json", NOTHING_KEPT, 2),
     "compare": ("HERE/results --format csv --output HERE/new.csv", NOTHING_KEPT, 2),
 }
 WITHOUT = {"first_run", "verify_datastore"}  # the one starts the others, the other reads only
@@ -76,6 +81,9 @@ def test_a_verb(name: str, number: int, status: int, anew: Callable[[], Path], m
     if name == "compare":
         benchmark = Child(run_verb("benchmark", here / "matrix.yaml"), here).ended()
         assert benchmark.status == 0, benchmark.said[-2000:]
+    if name == "analyse":
+        recorded = Child(lambda: record(here, model_folder), here).ended()
+        assert recorded.status == 0, recorded.said[-2000:]
     child = Child(work, here, at, number)
     ended = child.ended()
     assert not child.left()
@@ -84,6 +92,13 @@ def test_a_verb(name: str, number: int, status: int, anew: Callable[[], Path], m
     assert ended.complaint == f"interrupted: {kept}", ended.said[-3000:]
     assert ended.said.count("interrupted:") == 1
     nothing_half(here)
+
+
+def record(here: Path, model_folder: Path) -> None:
+    """Score a text, and leave records of its tokens."""
+    model_args = f"pretrained={model_folder},max_length=64,datastore={here}/store,k=8,lmbda=0.5,records={here}/records"
+    lm = KNNHF.create_from_arg_string(model_args, {"batch_size": 2, "device": "cpu"})
+    lm.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (EVAL_TEXT,), 0, metadata=("text", 0, 1))])
 
 
 def nothing_half(here: Path) -> None:
