@@ -19,6 +19,7 @@ from knn_lm_eval.errors import UserError
 from knn_lm_eval.make.removing import remove_documents
 from knn_lm_eval.model.opening import open_augmentation
 from knn_lm_eval.model.settings import RetrievalSettings
+from knn_lm_eval.store.choosing import sources_of
 from knn_lm_eval.store.clusters import Clusters
 from knn_lm_eval.store.joined import JoinedClusters, JoinedStore
 from knn_lm_eval.store.manifest import Manifest, file_record
@@ -244,3 +245,14 @@ def test_mistakes_get_one_sentence(halves: list[Datastore], whole: Datastore, tm
         with pytest.raises(UserError, match=sentence) as caught:
             KNNHF(**{"k": 5} | given)
         assert "\n" not in str(caught.value)
+
+
+def test_ngrams_are_refused_where_they_would_not_count_as_the_neighbours(halves: list[Datastore]) -> None:
+    both = RetrievalSettings(datastore=joined(halves), ngram_lmbda=0.3, params=False)
+    with pytest.raises(UserError, match="ngram_lmbda counts n-grams of several datastores alike"):
+        open_augmentation(replace(both, datastore_weights="2+1"))
+    text = sources_of(halves[0].manifest)[0].name
+    with pytest.raises(UserError, match="ngram_lmbda leaves out whole datastores only, not law:"):
+        open_augmentation(replace(both, sources=f"law:{text}+wiki"))
+    with pytest.raises(UserError, match="has no suffix array"):
+        open_augmentation(both)

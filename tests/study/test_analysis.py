@@ -18,9 +18,11 @@ from helpers.tiny_model import EVAL_TEXT, MAX_LENGTH
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lm_eval.api.instance import Instance
+from transformers import AutoTokenizer
 
 from knn_lm_eval import KNNHF, UserError
 from knn_lm_eval.make.removing import remove_documents
+from knn_lm_eval.make.suffix_building import build_suffix_array
 from knn_lm_eval.report.analysis_page import analysis_page
 from knn_lm_eval.report.analysis_tables import analysis_tables
 from knn_lm_eval.report.binning import Binned, by_edges, by_kind, by_quantiles
@@ -360,3 +362,44 @@ def test_what_is_wrong_is_said_in_one_sentence(arguments: list[object], sentence
     process = script(*arguments)
     assert process.returncode == 1
     assert process.stderr.startswith(f"error: {sentence}") and process.stderr.count("\n") == 1
+
+
+def test_records_of_several_stores_name_them(
+    halves: list[Datastore], whole: Datastore, model_folder: Path, tmp_path: Path
+) -> None:
+    """As records of one store of both texts do, but for where the neighbours stand; overlaps are over both texts."""
+    parts = []
+    for half in halves:
+        shutil.copytree(half.path, tmp_path / half.path.name)
+        parts.append(Datastore.open(tmp_path / half.path.name))
+        build_suffix_array(parts[-1])
+    shutil.copytree(whole.path, tmp_path / "whole")
+    build_suffix_array(Datastore.open(tmp_path / "whole"))
+    requests = [Instance("loglikelihood_rolling", {}, (t,), 0, metadata=("t", i, 1)) for i, t in enumerate(TEXTS[:3])]
+    found = {}
+    for name, datastore in (("one", str(tmp_path / "whole")), ("two", "+".join(str(part.path) for part in parts))):
+        how = {"k": 20, "lmbda": 0.4, "index": "exact", "ngram_lmbda": 0.2, "batch_size": 2}
+        KNNHF(str(model_folder), datastore=datastore, records=tmp_path / name, **how).loglikelihood_rolling(requests)
+        found[name] = read_records(tmp_path / name)
+    one, two = found["one"], found["two"]
+    for name in ("entry_0", "overlap"):
+        np.testing.assert_array_equal(one.columns[name], two.columns[name])
+    np.testing.assert_allclose(one.columns["log_prob"], two.columns["log_prob"], atol=1e-5)
+    assert [Path(each["path"]).name for each in two.about["datastore"]] == ["law", "wiki"]
+    assert [each["entries"] for each in two.about["datastore"]] == [len(part) for part in parts]
+
+    of_one, of_two = (analyse([tmp_path / name], draws=DRAWS)["methods"][0] for name in ("one", "two"))
+    assert of_one["by"]["overlap"] == of_two["by"]["overlap"]
+    for name in ("frequency", "proposed"):
+        assert of_one["by"][name] == of_two["by"][name]
+    cells = {cell["label"]: cell["tokens"] for cell in of_two["by"]["source"]["cells"]}
+    entries, first = two.columns["entry_0"], len(parts[0])
+    expected = {"law": int((entries < first).sum()), "wiki": int((entries >= first).sum())}
+    assert cells == {name: tokens for name, tokens in expected.items() if tokens}
+    examples = [example for group in of_two["examples"]["source"] for example in group["tokens"]]
+    values = np.concatenate([part.values for part in parts])
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    for neighbour in (each for example in examples for each in example["neighbours"]):
+        assert neighbour["value"] == tokenizer.decode([int(values[neighbour["entry"]])])
+    with pytest.raises(UserError, match="were made with 2 datastores, .* leave --datastore out"):
+        analyse([tmp_path / "two"], datastore=parts[0].path, draws=DRAWS)
