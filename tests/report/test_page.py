@@ -143,8 +143,8 @@ def test_a_click_on_a_token_shows_its_neighbours(folder: Path, tmp_path: Path) -
     command = ["chromium", *options, "--dump-dom", page.as_uri()]
     dom = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
     panel = dom[dom.index('<div class="neighbours">') :]
-    entries = [str(neighbour["entry"]) for neighbour in tokens[3]["neighbours"]]
-    assert re.findall(r"<td>(\d+)</td>", panel[: panel.index("</table>")]) == entries
+    shown = [str(neighbour[name]) for neighbour in tokens[3]["neighbours"] for name in ("document", "entry")]
+    assert re.findall(r"<td>(\d+)</td>", panel[: panel.index("</table>")]) == shown
 
 
 def test_damaged_grids_and_other_programs_files_are_named_and_left_out(folder: Path, tmp_path: Path) -> None:
