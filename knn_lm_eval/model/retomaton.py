@@ -99,7 +99,7 @@ class RetomatonScorer(PassageScorer):
         walks: list[Walk] = []
         for reading in readings:
             if self.keeps_figures:
-                scored = lm_scores(self.reader, reading)
+                scored = lm_scores(self.reader, reading, want_greedy=False)
                 of_lm.append((scored.log_probs, scored.figures))
             else:
                 of_lm.append((self.reader.target_log_probs(reading), None))

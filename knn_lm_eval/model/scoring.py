@@ -151,8 +151,7 @@ class LMScorer(PassageScorer):
                 continue
             greedy = figures = None
             if self.keeps_figures:
-                log_probs, best, figures = lm_scores(self.reader, reading)
-                greedy = best if want_greedy else None
+                log_probs, greedy, figures = lm_scores(self.reader, reading, want_greedy)
             elif want_greedy:
                 log_probs, greedy = self.reader.target_scores(reading)
             else:

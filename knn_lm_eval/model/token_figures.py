@@ -102,29 +102,31 @@ class LMScores(NamedTuple):
     Attributes
     ----------
     log_probs : ``[tokens]``, of the table's dtype.
-    greedy : whether the token is the most probable one.
+    greedy : whether the token is the most probable one; None where nobody wants to know.
     figures : all the rest; the mixture is the LM.
     """
 
     log_probs: Tensor
-    greedy: Tensor
+    greedy: Tensor | None
     figures: TokenFigures
 
 
 @torch.inference_mode()
-def lm_scores(reader: Reader, reading: Reading) -> LMScores:
+def lm_scores(reader: Reader, reading: Reading, want_greedy: bool) -> LMScores:
     """As ``reader.target_scores``, with the tokens' figures."""
     pairs = PairsByRow(*reading.pairs(), reading.hidden.device)
     figures = TokenFigures.empty(len(pairs), reading.hidden.device)
-    greedy = torch.zeros(len(pairs), dtype=torch.bool, device=reading.hidden.device)
+    greedy = torch.zeros(len(pairs), dtype=torch.bool, device=reading.hidden.device) if want_greedy else None
     log_probs = None
     for start, stop, table in reader.tables(reading.hidden, 0, len(reading.hidden)):
         here, at = pairs.within(start, stop)
         if log_probs is None:
             log_probs = table.new_empty(len(pairs))
         log_probs[here] = table[at, pairs.targets[here]]
-        greedy[here] = table.argmax(dim=-1)[at] == pairs.targets[here]
+        if greedy is not None:  # it takes as long as the softmax
+            greedy[here] = table.argmax(dim=-1)[at] == pairs.targets[here]
         figures.put_lm(here, table, at, pairs.targets[here])
     figures.log_prob.copy_(figures.lm_log_prob)
     assert log_probs is not None, "no batch is empty"
-    return LMScores(pairs.as_given(log_probs), pairs.as_given(greedy), figures.reordered(pairs))
+    of_pairs = None if greedy is None else pairs.as_given(greedy)
+    return LMScores(pairs.as_given(log_probs), of_pairs, figures.reordered(pairs))
