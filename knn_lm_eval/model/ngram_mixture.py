@@ -69,8 +69,7 @@ class NgramReader:
         """The matches of a batch's rows."""
         if self.mixture is None:
             return None
-        rows = [max(map(len, passage.continuations)) for passage in reading.passages]
-        return self.of_contexts([Context(p.tokens, n) for p, n in zip(reading.passages, rows, strict=True)])
+        return self.of_contexts([Context(passage.tokens, passage.rows) for passage in reading.passages])
 
     def of_contexts(self, contexts: Sequence[Context]) -> NgramRows:
         """The matches of all contexts' rows, one context after the other."""
