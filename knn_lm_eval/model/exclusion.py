@@ -16,7 +16,6 @@ from knn_lm_eval.lm.reading import Passage, Reading, WholeText
 from knn_lm_eval.methods.left_out import Contexts, TextPart, left_out
 from knn_lm_eval.methods.same_documents import same_documents
 from knn_lm_eval.store.joined import Store, stores_of
-from knn_lm_eval.store.removed import Removed
 from knn_lm_eval.store.suffixes import open_suffixes
 from knn_lm_eval.system.timing import StageTimer
 
@@ -91,9 +90,8 @@ class Exclusion:
     def _runs_of(self, whole: WholeText) -> np.ndarray:
         """The entries of the documents that are this text."""
         with self._timed("overlap"):
-            starts = self._store.document_starts
-            documents = same_documents(self._ngrams, starts, whole.tokens, self.overlap)
-            self._texts += 1
-            self._documents += len(documents)
-            away = Removed.of_documents(documents, starts, len(self._store))
-        return np.stack([away.starts, away.stops]).astype(np.int64)
+            starts = np.asarray(self._store.document_starts)
+            runs = same_documents(self._ngrams, starts, whole.tokens, self.overlap)
+        self._texts += 1
+        self._documents += runs.shape[1]
+        return runs

@@ -248,5 +248,6 @@ def test_refusals(
     changed = tmp_path / "changed"
     shutil.copytree(sorted_store.path, changed)
     remove_documents(changed, [1])
+    shutil.copytree(sorted_store.path / "suffixes", changed / "suffixes")
     with pytest.raises(UserError, match="is of another text than .* has now; build it again"):
         make(datastore=changed)
