@@ -96,15 +96,9 @@ class NgramRows:
         at = rows.cpu().numpy()
         return NgramRows(self.mixture, Matches(*(part[..., at] for part in self.matches)), self.timed)
 
-    def mixed(self, log_probs: Tensor, rows: Tensor, targets: Tensor) -> Tensor:
-        """log p of each target at its row; all ``[pairs]``, on one device.
-
-        Parameters
-        ----------
-        log_probs : without n-grams.
-        """
-        log_p = self.log_probs(rows, targets).to(log_probs.device)
-        return mix(log_probs.double(), log_p, self.mixture.lmbda).to(log_probs.dtype)
+    def mixed(self, log_probs: Tensor, log_p: Tensor) -> Tensor:
+        """log p of some targets, from theirs without n-grams and by n-grams alone, as of ``log_probs``."""
+        return mix(log_probs.double(), log_p.to(log_probs.device), self.mixture.lmbda).to(log_probs.dtype)
 
     def log_probs(self, rows: Tensor, targets: Tensor) -> Tensor:
         """log p_ngram of each target at its row, float64 ``[pairs]`` on the CPU; NaN where there is none."""

@@ -126,10 +126,12 @@ class RetomatonScorer(PassageScorer):
             log_p_knn = torch.from_numpy(np.concatenate([walk.log_p_knn for walk in walked]))  # [tokens]
             self.tokens_scored += len(log_p_knn)
             log_probs = mix(lm_log_prob.double(), log_p_knn, lmbda)
+            by_ngrams = None
             if (ngrams := self._pairs.ngrams.of_reading(reading)) is not None:
-                log_probs = ngrams.mixed(log_probs, *reading.pairs())
+                by_ngrams = ngrams.log_probs(*reading.pairs())
+                log_probs = ngrams.mixed(log_probs, by_ngrams)
             if figures is not None:
-                figures = _with_walks(figures, walked, log_p_knn, log_probs, lmbda)
+                figures = _with_walks(figures, walked, log_p_knn, lmbda).with_mixture(log_probs, by_ngrams)
             scores += sum_up(reading, log_probs, searches=[walk.searches for walk in walked], figures=figures)
         return scores
 
@@ -199,15 +201,12 @@ def _walk_along(queries: np.ndarray, contexts: Contexts | None, end: int, contin
     return Walk(queries[rows], np.array(continuation), contexts=None if contexts is None else contexts.of_rows(rows))
 
 
-def _with_walks(
-    figures: TokenFigures, walks: Sequence[Walk], log_p_knn: Tensor, log_probs: Tensor, lmbda: float
-) -> TokenFigures:
+def _with_walks(figures: TokenFigures, walks: Sequence[Walk], log_p_knn: Tensor, lmbda: float) -> TokenFigures:
     """The LM's figures of some tokens, with what walks along them found; all of the tokens' order."""
     heaviest = [walk.heaviest.parts() for walk in walks if walk.heaviest is not None]
     nearest, entries, weights = (torch.from_numpy(np.concatenate(parts)) for parts in zip(*heaviest, strict=True))
     return figures._replace(
         knn_log_prob=log_p_knn.float(),
-        log_prob=log_probs.float(),
         nearest=nearest,
         lmbda=torch.full(log_p_knn.shape, lmbda).masked_fill(log_p_knn.isnan(), 0.0),
         searched=torch.from_numpy(np.concatenate([walk.searched for walk in walks])),

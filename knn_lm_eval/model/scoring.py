@@ -257,12 +257,13 @@ class MixedPairs:
                     if entries is not None:
                         figures.put_heaviest(here, at, neighbours.log_weights, entries)
         mixed = pairs.as_given(log_probs)
-        if ngrams is not None:
-            mixed = ngrams.mixed(mixed, rows, targets)
+        by_ngrams = None if ngrams is None else ngrams.log_probs(rows, targets)
+        if ngrams is not None and by_ngrams is not None:
+            mixed = ngrams.mixed(mixed, by_ngrams)
         if figures is not None:
             searches_all = torch.full_like(figures.searched, not self.mixture.is_lm_alone)
             figures.searched.copy_(searches_all if searched is None else searched)
-            figures = figures.reordered(pairs)._replace(log_prob=mixed)
+            figures = figures.reordered(pairs).with_mixture(mixed, by_ngrams)
         return PairScores(
             mixed,
             None if greedy is None else pairs.as_given(greedy),
