@@ -18,20 +18,25 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from knn_lm_eval import KNNHF, UserError, retrieval_augmented
+from knn_lm_eval.benchmark.shared_pass import _key, score_together
+from knn_lm_eval.lm.reading import Passage, WholeText
 from knn_lm_eval.make.removing import remove_documents
 from knn_lm_eval.make.suffix_building import build_suffix_array
 from knn_lm_eval.methods.automaton import AutomatonSettings
 from knn_lm_eval.report.record_files import read_records
 from knn_lm_eval.store.clusters import Clusters
 from knn_lm_eval.store.datastore import Datastore
+from knn_lm_eval.study.grid import make_grid
+from knn_lm_eval.study.grid_scorer import GridScorer
+from knn_lm_eval.study.inspection import inspect_text
 
 SIZE = 5
 # In the store: a part of a document, half of which is the text; parts of two; a little of one.
 TEXTS = [
-    TRAIN_TEXT[2000:2300],
+    TRAIN_TEXT[2000:2250],
     "Nothing of this kind.",
     TRAIN_TEXT[5000:5150] + " and " + TRAIN_TEXT[900:1000],
-    EVAL_TEXT[:200] + TRAIN_TEXT[3000:3060] + EVAL_TEXT[200:420],
+    EVAL_TEXT[:100] + TRAIN_TEXT[3000:3060] + EVAL_TEXT[100:140],
 ]
 KNN: dict[str, Any] = {"k": 20, "lmbda": 0.4, "knn_temp": 5.0}
 
@@ -169,10 +174,10 @@ def test_each_token_is_the_oracle_s(way: str, make: Any, sorted_store: Datastore
     assert said["excluded_documents"] == away > 1 and 0 < said["excluded_neighbours"] < 1
     if walks is None:
         assert said["excluded_neighbours"] == pytest.approx(gone / found)
-    alone = rolling(make(**WAYS[way], batch_size=1))
-    np.testing.assert_allclose([float(s) for s in scores], [float(s) for s in alone], rtol=1e-6)
-    without = rolling(make(**WAYS[way], exclude_overlap=None))
-    assert float(scores[0]) < float(without[0]) - 1
+    (alone,) = rolling(make(**WAYS[way], batch_size=1), TEXTS[:1])
+    assert float(alone) == pytest.approx(float(scores[0]), rel=1e-6)
+    (without,) = rolling(make(**WAYS[way], exclude_overlap=None), TEXTS[:1])
+    assert float(scores[0]) < float(without) - 1
 
 
 @pytest.mark.parametrize("way", ["kNN-LM", "one pass", "RetoMaton"])
@@ -198,6 +203,38 @@ def test_continuations(way: str, make: Any, sorted_store: Datastore) -> None:
         windows = [((context + continuation)[: -len(continuation)], continuation)]
         expected, _, _ = expected_of(lm, sorted_store, tokens, windows, walks, len(own))
         assert score == pytest.approx(sum(expected), abs=1e-3)
+
+
+@pytest.mark.parametrize("way", ["kNN-LM", "RetoMaton"])
+def test_tuning_and_inspection_leave_the_same_out(way: str, make: Any, sorted_store: Datastore) -> None:
+    """A grid's points are evaluations with their settings; of each k, the first of those found for the largest."""
+    lm, is_walk = make(**WAYS[way]), way == "RetoMaton"
+    grid = make_grid(len(sorted_store), is_walk, k="5,20", knn_temp="5", lmbda="0.4")
+    scorer = GridScorer(lm, grid)
+    with lm.scored_by(scorer):
+        rolling(lm, TEXTS[:2])
+    found = {settings["k"]: log_prob for surface in scorer.surfaces for settings, log_prob in surface.settings()}
+    for k in (5, 20):
+        expected = sum(map(float, rolling(make(**WAYS[way], k=k), TEXTS[:2])))
+        assert found[k] == pytest.approx(expected, rel=1e-5)
+    (expected,) = rolling(lm, TEXTS[:1])
+    inspected = inspect_text(lm, TEXTS[0])
+    assert sum(math.log(token.p) for token in inspected) == pytest.approx(float(expected), rel=1e-5)
+    oracle = Oracle(sorted_store, lm.tok_encode(TEXTS[0]))
+    assert not any(oracle(at, one.entry) for at, token in enumerate(inspected) for one in token.neighbours)
+
+
+def test_a_shared_pass_tells_texts_apart(make: Any) -> None:
+    """The same window of another text has other neighbours left out."""
+    lm, tokens = make(), make().tok_encode(TRAIN_TEXT[2000:2100])
+    whole, other = WholeText.of(tokens), WholeText.of([7, *tokens])
+    places = [(whole, 2), (whole, 3), (other, 2), (None, 0)]
+    passages = [Passage(tokens[2:9], [[5]], whole=text, start=start) for text, start in places]
+    assert len({_key(passage, False) for passage in passages}) == len(passages)
+    requests = [Instance("loglikelihood_rolling", {}, (text,), 0) for text in TEXTS[:2]]
+    together = score_together([lm.scorer, make(exclude_overlap=None).scorer], [[passages[0]]], False)
+    alone = [make(exclude_overlap=size).scorer.score([[passages[0]]], False) for size in (SIZE, None)]
+    assert together == alone and rolling(lm, TEXTS[:2]) == lm.loglikelihood_rolling(requests)
 
 
 def test_greedy_is_the_mixture_s(make: Any) -> None:
