@@ -29,6 +29,7 @@ from knn_lm_eval.store.datastore import Datastore
 from knn_lm_eval.study.grid import make_grid
 from knn_lm_eval.study.grid_scorer import GridScorer
 from knn_lm_eval.study.inspection import inspect_text
+from knn_lm_eval.study.run import load_knn_hf
 
 SIZE = 5
 # In the store: a part of a document, half of which is the text; parts of two; a little of one.
@@ -282,6 +283,8 @@ def test_refusals(
         retrieval_augmented(model, sorted_store.path, k=20, exclude_overlap=SIZE)
     with pytest.raises(UserError, match="is for texts that are scored"):
         make().generate_until([Instance("generate_until", {}, ("A", {"until": [], "max_gen_toks": 2}), 0)])
+    with pytest.raises(UserError, match="exclude_overlap is not for this study"):
+        load_knn_hf({"datastore": sorted_store.path, "exclude_overlap": SIZE})
     changed = tmp_path / "changed"
     shutil.copytree(sorted_store.path, changed)
     remove_documents(changed, [1])
