@@ -7,10 +7,9 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from helpers.texts import Documents, count
+from helpers.texts import Documents, count, in_parts
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_ngrams import in_parts
 
 from knn_lm_eval.methods import same_documents as same_documents_module
 from knn_lm_eval.methods.same_documents import same_documents
