@@ -20,8 +20,9 @@ class TokenFigures(NamedTuple):
 
     Attributes
     ----------
-    lm_log_prob, knn_log_prob, log_prob : float32, natural logarithms, by the LM, the neighbours (minus infinity where
-        none has the token, NaN where there is no neighbour) and their mixture.
+    lm_log_prob, knn_log_prob, ngram_log_prob, log_prob : float32, natural logarithms, by the LM, the neighbours (minus
+        infinity where none has the token, NaN where there is no neighbour), an n-gram LM (NaN where none is mixed in,
+        or it has no p) and their mixture.
     entropy : float32, of the LM's distribution, in nats.
     rank : int32, of the token in it, from 1; tokens that tie have one rank.
     nearest : float32, the smallest distance; infinity where there is no neighbour.
@@ -33,6 +34,7 @@ class TokenFigures(NamedTuple):
 
     lm_log_prob: Tensor
     knn_log_prob: Tensor
+    ngram_log_prob: Tensor
     log_prob: Tensor
     entropy: Tensor
     rank: Tensor
@@ -48,6 +50,7 @@ class TokenFigures(NamedTuple):
         return cls(
             lm_log_prob=torch.empty(count, device=device),
             knn_log_prob=torch.full((count,), math.nan, device=device),
+            ngram_log_prob=torch.full((count,), math.nan, device=device),
             log_prob=torch.empty(count, device=device),
             entropy=torch.empty(count, device=device),
             rank=torch.empty(count, dtype=torch.int32, device=device),
@@ -89,6 +92,11 @@ class TokenFigures(NamedTuple):
     def reordered(self, pairs: PairsByRow) -> TokenFigures:
         """In the order in which the pairs were given, on the CPU."""
         return TokenFigures(*(pairs.as_given(part) for part in self))
+
+    def with_mixture(self, log_prob: Tensor, ngram_log_prob: Tensor | None) -> TokenFigures:
+        """With what the whole mixture says, and n-grams alone where they are mixed in."""
+        by_ngrams = self.ngram_log_prob if ngram_log_prob is None else ngram_log_prob.float()
+        return self._replace(log_prob=log_prob.float(), ngram_log_prob=by_ngrams)
 
     def split(self, lengths: Sequence[int]) -> list[TokenFigures]:
         """Those of consecutive parts."""

@@ -19,7 +19,7 @@ from knn_lm_eval.system.json_schema import Count, Positive, check_json
 from knn_lm_eval.system.seals import check_seal
 
 FORMAT = "knn_lm_eval token records"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 HEAVIEST = 3  # neighbours that a record names
 NOT_KNOWN = -1  # of an overlap that nobody measured, and of a neighbour that is not there
 # A record's columns, in order.
@@ -32,6 +32,7 @@ COLUMNS: dict[str, type[np.generic]] = {
     "token": np.int32,
     "lm_log_prob": np.float32,
     "knn_log_prob": np.float32,
+    "ngram_log_prob": np.float32,
     "log_prob": np.float32,
     "entropy": np.float32,
     "rank": np.int32,
