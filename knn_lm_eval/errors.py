@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import difflib
 import importlib.util
 import os
 import re
@@ -10,7 +11,7 @@ import reprlib
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
 
@@ -48,6 +49,18 @@ def shortened(value: object, most: int = 80) -> str:
         text = _SHORT.repr(value)
     text = printable(" ".join(text.split()))
     return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+def did_you_mean(name: object, known: Iterable[str], least: float = 0.6) -> str:
+    """The end of a sentence about a ``name`` that is unknown, with the nearest of the ``known`` ones; nothing where
+    none is near.
+
+    Parameters
+    ----------
+    least : how near it has to be, from 0 (the nearest of all) to 1, as difflib measures it.
+    """
+    near = difflib.get_close_matches(str(name), list(known), 1, least)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 class MissingPackage(UserError, ImportError):
