@@ -75,12 +75,20 @@ EXTRAS = {
     "peft": ("peft",),
     "ray": ("ray",),
 }
+# What each of them is for.
+FEATURES = {
+    "bitsandbytes": "quantised models (load_in_4bit=True, load_in_8bit=True)",
+    "faiss": "knn-hf, RetoMaton, indexes and clusters",
+    "gguf": "models in GGUF files (gguf_file=...), first_run",
+    "peft": "adapters (peft=...)",
+    "ray": "several machines (retriever=ray, --ray)",
+}
 # What is always installed with the package, unless someone takes it away: by module, its name for pip.
 REQUIRED = {"lm_eval": "lm_eval", "yaml": "pyyaml"} | {
     name: name
     for name in (
         *("accelerate", "datasets", "filelock", "huggingface_hub", "jinja2", "matplotlib", "numba", "numpy", "pyarrow"),
-        *("rich", "scipy", "torch", "tqdm", "transformers"),
+        *("packaging", "rich", "scipy", "torch", "tqdm", "transformers"),
     )
 }
 
