@@ -23,12 +23,13 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict
 
 import yaml
 
+from knn_lm_eval.benchmark.tracking import Trackers
 from knn_lm_eval.errors import UserError, printable, shortened
 from knn_lm_eval.lm.loading import HF_ARGUMENTS, MISTYPED, NOT_MISTYPED
 from knn_lm_eval.model.params import STORE_DEFAULT
@@ -43,7 +44,7 @@ from knn_lm_eval.system.json_schema import mismatch
 
 TOP = (
     *("output", "models", "datastores", "methods", "tasks", "metadata", "include_path", "batch_size", "device", "seed"),
-    "records",
+    *("records", *Trackers.names()),
 )
 TASK = ("task", "limit", "num_fewshot", "metadata", "gen_kwargs", "apply_chat_template", "system_instruction")
 # Arguments of the LM that may be folders whose content counts.
@@ -178,6 +179,7 @@ class Matrix:
     batch_size: int | str
     device: str | None
     include_path: list[str]
+    trackers: Trackers = field(default_factory=Trackers)
 
 
 def read_matrix(path: Path) -> Matrix:
@@ -195,6 +197,7 @@ def read_matrix(path: Path) -> Matrix:
         batch_size=content.get("batch_size", 1),
         device=content.get("device"),
         include_path=[str(folder) for folder in _listed(content.get("include_path"))],
+        trackers=Trackers.read(content, str(path)),
     )
 
 
