@@ -8,13 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from helpers.benchmarks import matrix_of
+from helpers.places import REPO
+from lm_eval.config.evaluate_config import EvaluatorConfig
 from lm_eval.loggers import EvaluationTracker
 
 from knn_lm_eval.benchmark.matrix import Matrix
 from knn_lm_eval.benchmark.runner import finished_results, run_matrix
 from knn_lm_eval.benchmark.tracking import Trackers
 from knn_lm_eval.errors import UserError
+from knn_lm_eval.model.knn_hf import KNNHF
+from knn_lm_eval.model.settings import RetrievalSettings
 
 PUSH = {"hub_results_org": "me", "push_results_to_hub": True, "push_samples_to_hub": True}
 
@@ -76,6 +81,34 @@ def test_a_cell_is_told_once_it_is_saved(one_cell, tracker: str, told: type[Told
     assert values[0][0] == {"name": "tiny x base x law", "project": "knn", "step": 3}
     assert values[1]["law"]["alias"] == "law" and len(values[3]["law"]) == 2
     assert set(run(matrix).values()) == {"finished"} and len(told.calls) == 5
+
+
+def test_results_load_in_pandas_by_the_line_in_the_docs(
+    one_cell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    matrix = matrix_of(one_cell | {"methods": {"base": {"model": "hf"}, "knn": {"k": 8}}}, tmp_path)
+    assert set(run(matrix).values()) == {"done"} and matrix.output == tmp_path / "results"
+    page = (REPO / "docs" / "how-to" / "benchmark.md").read_text(encoding="utf-8")
+    imports, line = page.partition("### In pandas\n\n```python\n")[2].partition("\n```")[0].splitlines()
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(f"{imports}\n{line}", names)
+    table = names["results"].set_index("config.benchmark.method")
+    assert sorted(table.index) == ["base", "knn"] and table["config.knn.k"]["knn"] == 8
+    files = {cell.method: next((matrix.output / cell.folder).glob("*/results_*.json")) for cell in matrix.cells}
+    for method, file in files.items():
+        expected = json.loads(file.read_text())["results"]["law"]["token_perplexity,none"]
+        assert table["results.law.token_perplexity,none"][method] == expected
+
+
+def test_the_file_for_lm_eval_in_the_docs_is_one_that_it_takes() -> None:
+    page = (REPO / "docs" / "how-to" / "evaluate.md").read_text(encoding="utf-8")
+    content = yaml.safe_load(page.partition("```yaml\n")[2].partition("```")[0])
+    config = EvaluatorConfig(**content)
+    assert config.model == "knn-hf" and config.log_samples
+    KNNHF.refuse_mistyped(config.model_args)
+    settings, others = RetrievalSettings.take_from(config.model_args)
+    assert settings.k == 1024 and others == {"max_length": 1024}
 
 
 def test_where_telling_fails_the_results_are_kept(one_cell, told, tmp_path, monkeypatch, caplog) -> None:
