@@ -69,6 +69,7 @@ class MissingPackage(UserError, ImportError):
 
 # The extras that bring what can be left out, by the module that is missed; either of several is enough.
 EXTRAS = {
+    "argcomplete": ("completion",),
     "bitsandbytes": ("bnb",),
     "faiss": ("cpu", "gpu"),
     "gguf": ("gguf",),
@@ -77,6 +78,7 @@ EXTRAS = {
 }
 # What each of them is for.
 FEATURES = {
+    "argcomplete": "completing commands in a shell",
     "bitsandbytes": "quantised models (load_in_4bit=True, load_in_8bit=True)",
     "faiss": "knn-hf, RetoMaton, indexes and clusters",
     "gguf": "models in GGUF files (gguf_file=...), first_run",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import os
 import shutil
 import sys
 from collections.abc import Callable, Collection
@@ -21,10 +22,11 @@ if TYPE_CHECKING:
     import argparse
 
 PROG = "knn-lm-eval"
+COMPLETING = "_ARGCOMPLETE"  # argcomplete's variable, which is set where a shell asks what a command may go on to
 NOTHING_KEPT = "nothing was written; start again."
 WITH_RESUME = "what is done is kept; go on with the same command and --resume."
 SAME_COMMAND = "what is done is kept; the same command goes on."
-NOT_VERBS = ("__init__", "__main__", "arguments", "main", "parsing")
+NOT_VERBS = ("__init__", "__main__", "arguments", "completion", "main", "parsing")
 # All verbs, in the order in which one comes to need them.
 GROUPS = {
     "begin": ("doctor", "first_run"),
@@ -119,6 +121,10 @@ def meant(name: str, known: Collection[str]) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Run the verb that the arguments name; returns the exit status."""
     args = sys.argv[1:] if argv is None else argv
+    if COMPLETING in os.environ:
+        from knn_lm_eval.cli.completion import complete_command
+
+        complete_command(PROG, verbs())
     if not args or args[0] in ("-h", "--help"):
         print(usage())
         return 0

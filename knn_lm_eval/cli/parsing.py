@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 from collections.abc import Iterable
 from typing import Any, NoReturn
 
+from knn_lm_eval.cli.main import COMPLETING
 from knn_lm_eval.errors import did_you_mean
 
 NUMBER = re.compile(r"-(\d|\.\d|inf)")  # a value that begins as an option does
@@ -30,6 +32,13 @@ class VerbParser(argparse.ArgumentParser):
 
     def format_help(self) -> str:
         return f"{super().format_help()}\nexample:\n  {self.example}\n"
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        if COMPLETING in os.environ:
+            from knn_lm_eval.cli.completion import complete_options
+
+            complete_options(self, self._actions)
+        return super().parse_args(args, namespace)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         self.given = sys.argv[1:] if args is None else list(args)
