@@ -148,7 +148,7 @@ def test_doctor_works_without_what_it_misses(hidden: str, tmp_path: Path) -> Non
     assert (done.returncode, done.stderr) == (1, "")
     found = json.loads(done.stdout)
     missing = {package["module"] for package in found["packages"] if package["version"] is None}
-    assert missing == set(hidden.split())
+    assert missing >= set(hidden.split())
     needed = missing - (errors.EXTRAS.keys() - {"faiss"})
     assert sorted(found["faults"]) == sorted(str(missing_package(module)) for module in needed)
     assert {one["package"] for one in found["features"] if one["install"]} == missing & errors.EXTRAS.keys()
