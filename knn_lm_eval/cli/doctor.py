@@ -29,9 +29,10 @@ def parse_arguments() -> argparse.Namespace:
 @verb(parse_arguments)
 def main(arguments: argparse.Namespace) -> None:
     from knn_lm_eval.system.diagnosis import examine
-    from knn_lm_eval.system.files import check_writable, write_text
 
     if arguments.json not in (None, Path("-")):
+        from knn_lm_eval.system.files import check_writable
+
         check_writable(arguments.json)
     found = examine()
     text = json.dumps(found, indent=1)
@@ -40,6 +41,8 @@ def main(arguments: argparse.Namespace) -> None:
     elif arguments.json == Path("-"):
         print(text)
     else:
+        from knn_lm_eval.system.files import write_text
+
         write_text(arguments.json, text + "\n")
         print(f"Wrote {arguments.json}.")
     if found["faults"]:

@@ -7,7 +7,12 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from knn_lm_eval.system.files import cache_root
+CACHE_VARIABLE = "KNN_LM_EVAL_CACHE"
+
+
+def cache_root() -> Path:
+    """Where what can be made or fetched again is kept: ``$KNN_LM_EVAL_CACHE``, or ~/.cache/knn_lm_eval."""
+    return Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "knn_lm_eval").expanduser()
 
 
 def cache_folders() -> dict[str, Path]:
