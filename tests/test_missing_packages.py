@@ -142,7 +142,7 @@ def test_a_verb_without_what_it_needs(hidden: str, arguments: list[str], tmp_pat
     assert_said(run_without(hidden, tmp_path, "-m", "knn_lm_eval.cli", *given), hidden)
 
 
-@pytest.mark.parametrize("hidden", ["faiss", "torch numpy", " ".join(sorted(errors.REQUIRED | errors.EXTRAS))])
+@pytest.mark.parametrize("hidden", ["faiss", "torch", " ".join(sorted(errors.REQUIRED | errors.EXTRAS))])
 def test_doctor_works_without_what_it_misses(hidden: str, tmp_path: Path) -> None:
     done = run_without(hidden, tmp_path, "-m", "knn_lm_eval.cli", "doctor", "--json")
     assert (done.returncode, done.stderr) == (1, "")
