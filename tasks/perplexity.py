@@ -25,6 +25,7 @@ class PerplexityTask(ConfigurableTask):
     def __init__(self, config: Mapping[str, Any]) -> None:
         # lm-eval leaves the key by which it found this class in the config, but has no field for it.
         super().__init__(config={key: value for key, value in config.items() if key != "class"})
+        self._told: set[str] = set()  # the metrics that documents had
 
     def download(self, dataset_kwargs: dict[str, Any] | None = None, **_: Any) -> None:
         report_user_errors()
@@ -70,7 +71,16 @@ class PerplexityTask(ConfigurableTask):
         if tokens is not None and searches is not None:
             metrics["saved_searches"] = (searches, tokens)
         # Fewer are wanted where lm-eval replaced the metrics (--predict_only).
-        return {name: value for name, value in metrics.items() if name in self._metric_fn_list}
+        metrics = {name: value for name, value in metrics.items() if name in self._metric_fn_list}
+        self._told |= metrics.keys()
+        return metrics
+
+    def dump_config(self) -> dict[str, Any]:
+        """As lm-eval's, for results: without metrics that no document had, which its loggers would miss in samples."""
+        config = super().dump_config()
+        if self._told and config.get("metric_list"):
+            config["metric_list"] = [one for one in config["metric_list"] if one["metric"] in self._told]
+        return config
 
     @functools.cached_property
     def _count_tokens(self) -> Callable[[str], int] | None:

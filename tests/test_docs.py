@@ -22,7 +22,7 @@ from knn_lm_eval.cli import main as cli
 DOCS = REPO / "docs"
 README = REPO / "README.md"
 VERBS, API, ARCHITECTURE = (DOCS / name for name in ("reference/verbs.md", "reference/api.md", "architecture.md"))
-PAGES = [README, *sorted(DOCS.rglob("*.md")), TASKS / "README.md"]
+PAGES = [README, REPO / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md")), TASKS / "README.md"]
 MOST_LINES = 150  # of the README: a newcomer reads it to the end
 
 LINK = re.compile(r"\[[^\]]*\]\(([^()\s]+)\)")

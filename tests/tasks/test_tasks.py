@@ -473,6 +473,16 @@ def test_takes_the_number_of_tokens_from_an_lm_that_tells(data, tiny_lm) -> None
     assert "saved_searches" not in values(results, "law")
 
 
+@pytest.mark.parametrize("searches", [None, 1])
+def test_samples_have_all_metrics_that_results_name(data, tiny_lm, searches: int | None) -> None:
+    """lm-eval's loggers (wandb) look each of them up in each sample."""
+    lm = CannedLM(True, searches_of_4=searches)
+    results = evaluate("law", lm, {"data_dir": str(data), "tokenizer": tiny_lm}, log_samples=True)
+    named = [metric["metric"] for metric in results["configs"]["law"]["metric_list"]]
+    assert len(named) == 8 + (searches is not None)
+    assert all(metric in sample for sample in results["samples"]["law"] for metric in named)
+
+
 def test_reports_saved_searches_where_the_lm_counts_searches(data) -> None:
     results = evaluate("law", CannedLM(True, searches_of_4=1), {"data_dir": str(data)})
     assert values(results, "law")["saved_searches"] == pytest.approx(0.75)
