@@ -312,7 +312,7 @@ class _Transfer:
     def finish(self) -> None:
         """Check the part and give it its name."""
         if self.checksum is not None and examine(self.part).sha256 != self.checksum:
-            self.part.unlink()
+            forget_part(self.target)
             raise UserError(
                 f"{self.remote.url} is not what its checksum says: it was altered there or on the way. It was deleted "
                 f"here; fetch it again, or ask whoever published it."

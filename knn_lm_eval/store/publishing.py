@@ -274,6 +274,9 @@ def _hub_errors(repo: str) -> Iterator[None]:
 
 def _sentence(error: BaseException) -> str:
     """What went wrong on the hub, and what to do about it."""
+    reason = one_line(str(error) or type(error).__name__).rstrip(".")
+    if CARD in reason:  # of what the hub does not take in it, the licence alone is the user's
+        return f"{reason}; give another --license"
     chain: list[BaseException] = [error]
     while (deeper := chain[-1].__cause__) is not None:
         chain.append(deeper)
@@ -291,7 +294,4 @@ def _sentence(error: BaseException) -> str:
         return f"{said}: too many requests; wait some minutes, {KEPT}"
     if status is not None:
         return f"{said}; {KEPT}"
-    reason = one_line(str(error) or type(error).__name__)
-    if CARD in reason:  # of what the hub does not take in it: the licence alone is the user's
-        return f"{reason}; give another --license"
-    return f"{reason.rstrip('.')}; {KEPT}"
+    return f"{reason}; {KEPT}"

@@ -6,8 +6,10 @@ import hashlib
 import re
 import shutil
 import threading
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -227,8 +229,12 @@ class Hub:
         }
 
     def patch(self, patch: pytest.MonkeyPatch, token: str | None = TOKEN) -> None:
-        """Have ``huggingface_hub`` of this process take this for the hub; it read its variables when imported."""
+        """Have ``huggingface_hub`` of this process take this for the hub; it read its variables when imported.
+
+        It tries again at once where it would wait.
+        """
         from huggingface_hub import constants
+        from huggingface_hub.utils import _http
 
         for name, value in self.environment(token).items():
             patch.setenv(name, value)
@@ -236,6 +242,7 @@ class Hub:
         patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", self.url + "/{repo_id}/resolve/{revision}/{filename}")
         for name, value in (("HF_HUB_OFFLINE", False), ("HF_HUB_DISABLE_XET", True)):
             patch.setattr(constants, name, value)
+        patch.setattr(_http, "time", SimpleNamespace(**vars(time) | {"sleep": lambda seconds: None}))
         patch.setattr(constants, "HF_TOKEN_PATH", str(self._folder / "home" / "token"))
 
     def _add(self, kind: str, name: str, folder: Path, how: dict[str, bool]) -> Repo:
