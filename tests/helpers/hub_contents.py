@@ -84,6 +84,7 @@ class Fault:
     headers: dict[str, str]
     drop_after: int | None
     alter: bool
+    delay: float
     times: float
 
 
@@ -152,6 +153,7 @@ class Hub:
         headers: dict[str, str] | None = None,
         drop_after: int | None = None,
         alter: bool = False,
+        delay: float = 0.0,
         times: float = 1,
     ) -> None:
         """Let requests go wrong, such as ``hub GET /api/whoami-v2`` or ``cdn GET /SHA256?filename=keys.npy``.
@@ -162,9 +164,10 @@ class Hub:
         status, headers : answer this instead.
         drop_after : close the connection after so many bytes of the answer's body, or of the upload's.
         alter : send, or keep, a wrong first byte.
+        delay : take so many seconds more.
         times : how many requests; infinity for all.
         """
-        self._faults.append(Fault(match, status, headers or {}, drop_after, alter, times))
+        self._faults.append(Fault(match, status, headers or {}, drop_after, alter, delay, times))
 
     def heal(self) -> None:
         """Let nothing go wrong any more, and forget what was asked."""

@@ -6,13 +6,14 @@ import json
 import re
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler
-from time import monotonic
+from time import monotonic, sleep
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from helpers.hub_contents import Asked, Blob, Fault, Hub
 
 BLOCK = 2**16
+NO_FAULT = Fault("", None, {}, None, False, 0, 0)
 
 
 class Refusal(Exception):
@@ -39,8 +40,9 @@ class Request(BaseHTTPRequestHandler):
         self.may_write = self.user is not None and token not in self.hub.read_only
         request = Asked(self.server.at, self.command, self.path, self.headers["Range"], token, monotonic())
         self.hub.requests.append(request)
-        self.fault = self.hub.fault_of(request) or Fault("", None, {}, None, False, 0)
+        self.fault = self.hub.fault_of(request) or NO_FAULT
         try:
+            sleep(self.fault.delay)
             if self.fault.status is not None:
                 self.body()
                 raise Refusal(self.fault.status, "", "as the test wants it", self.fault.headers)

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,10 +19,11 @@ from typing import Any
 import pytest
 import yaml
 from helpers.hub_server import Hub
+from helpers.places import SCRIPTS
 from helpers.stores import change_json, flip_bit, let_age, make_store
 
 from knn_lm_eval import Datastore, UserError
-from knn_lm_eval.cli.main import main
+from knn_lm_eval.cli.main import SAME_COMMAND, main
 from knn_lm_eval.make.clustering import cluster_kmeans
 from knn_lm_eval.search.indexing import build_index
 from knn_lm_eval.store import fetching, publishing
@@ -85,6 +91,27 @@ def test_an_interrupted_upload_is_gone_on_with(hub: Hub, store: Path) -> None:
     hub.heal()
     push_datastore(store, "me/store", "mit")
     assert not hub.asked(" PUT ")
+    assert own(store).items() <= hub.files("me/store").items()
+
+
+def test_a_push_that_was_ended_is_gone_on_with(hub: Hub, store: Path) -> None:
+    command = [sys.executable, str(SCRIPTS / "push_datastore.py"), str(store), "me/store", "--license", "mit"]
+    for number, status in ((signal.SIGKILL, -9), (signal.SIGINT, 130)):
+        hub.heal()
+        hub.fail("cdn PUT", delay=3)
+        run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | hub.environment())
+        until = time.monotonic() + 60
+        while not hub.asked("cdn PUT") and time.monotonic() < until:
+            time.sleep(0.05)
+        run.send_signal(number)
+        said = run.communicate()[1]
+        assert run.returncode == status, said
+        assert hub.files("me/store").keys() == {".gitattributes"}
+    assert said.strip().splitlines()[-1] == f"interrupted: {SAME_COMMAND}" and "Traceback" not in said, said
+    there = set(hub.dataset("me/store").objects)
+    hub.heal()
+    push_datastore(store, "me/store", "mit")
+    assert not [request for request in hub.asked("cdn PUT") if request.path.rpartition("/")[2] in there]
     assert own(store).items() <= hub.files("me/store").items()
 
 
