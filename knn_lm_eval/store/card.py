@@ -13,6 +13,7 @@ from knn_lm_eval.store.manifest import Manifest
 TAGS = ["knn-lm", "retomaton", "datastore", "retrieval", "language-modeling", "lm-evaluation-harness", "knn-lm-eval"]
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?")
 LONGEST = 120  # characters of a name
+PLAIN_SETTINGS = {"k", "knn_temp", "lmbda", "ngram_lmbda", "probe"}  # of kNN-LM; RetoMaton takes more than settings
 
 
 def dataset_card(
@@ -23,6 +24,7 @@ def dataset_card(
     size: int,
     indexes: dict[str, dict[str, Any]],
     clusters: dict[str, int],
+    settings: dict[str, Any] | None = None,
     model: str | None = None,
 ) -> str:
     """A card in Markdown, with the hub's metadata at its head.
@@ -34,6 +36,7 @@ def dataset_card(
     size : bytes of all files.
     indexes : each index's JSON, by its name.
     clusters : how many each clustering has, by its name.
+    settings : tuned ones, which become arguments in the example if all of them can.
     model : the LM's id on the hub; None takes the manifest's, which may be a folder.
     """
     from huggingface_hub import DatasetCardData
@@ -56,7 +59,7 @@ def dataset_card(
         "search them; made with `knn-lm-eval`.\n",
         "## Use it\n",
         f"```bash\nknn-lm-eval fetch_datastore {address}\n"
-        f"lm_eval --model knn-hf --model_args {_model_argument(model)}datastore={address} --tasks wikitext103\n```\n",
+        f"lm_eval --model knn-hf --model_args {_arguments(model, address, settings or {})} --tasks wikitext103\n```\n",
         "The second command alone does as well. What is fetched is checked against the checksums in `manifest.json`.\n",
         "## What it holds\n",
         _table(["", ""], _facts(manifest, model, text, size)),
@@ -123,8 +126,11 @@ def _named(name: object) -> str:
     return text if HUB_ID.fullmatch(text) and not Path(text).exists() else Path(text).name or "a folder"
 
 
-def _model_argument(model: str | None) -> str:
-    return f"pretrained={_named(model)}," if model else "pretrained=MODEL,"
+def _arguments(model: str | None, address: str, settings: dict[str, Any]) -> str:
+    arguments = {"pretrained": _named(model) if model else "MODEL", "datastore": address}
+    if settings.keys() <= PLAIN_SETTINGS and all(isinstance(value, (int, float)) for value in settings.values()):
+        arguments |= settings
+    return ",".join(f"{name}={value}" for name, value in arguments.items())
 
 
 def _linked(model: str | None) -> str:

@@ -27,8 +27,9 @@ from knn_lm_eval.system.seals import check_seal, sealed
 
 logger = logging.getLogger(__name__)
 
-CARD, ATTRIBUTES = "README.md", ".gitattributes"
+CARD, ATTRIBUTES, PARAMS = "README.md", ".gitattributes", "params.json"
 REPO = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
+LARGE = 10_000_000  # bytes; these go one by one, so that Ctrl-C ends an upload at once
 LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,60}")
 KEPT = "what was uploaded is kept, the same command goes on"
 
@@ -119,6 +120,7 @@ def prepare_push(
             for name in files
             if re.fullmatch(r"clusters/[^/]+/clusters\.json", name)
         },
+        settings=read_json(folder / PARAMS)["settings"] if (folder / PARAMS).is_file() else None,
         model=model,
     )
     if manifest != recorded:
@@ -160,6 +162,7 @@ def push(package: Package, private: bool = False) -> str:
     api = check_login()
     repo: dict[str, Any] = {"repo_id": package.repo, "repo_type": "dataset"}
     with _hub_errors(package.repo), _unchanged(package.folder):
+        _check_card(package.card)  # before the upload, which may take hours
         api.create_repo(**repo, private=True if private else None, exist_ok=True)
         if package.revision is not None:
             api.create_branch(**repo, branch=package.revision, exist_ok=True)
@@ -171,10 +174,14 @@ def push(package: Package, private: bool = False) -> str:
             )
         gone = _replaced(api, package, {sibling.rfilename for sibling in there.siblings or []}, there.sha)
         made = {MANIFEST: package.manifest, CARD: package.card.encode()}
-        commit = api.create_commit(  # looks at the card, uploads, and commits
+        files = [CommitOperationAdd(name, package.folder / name) for name in package.files]
+        for file in files:
+            if package.files[file.path_in_repo]["bytes"] >= LARGE:
+                api.preupload_lfs_files(**repo, additions=[file], revision=package.revision)
+        commit = api.create_commit(
             **repo,
             operations=[
-                *(CommitOperationAdd(name, package.folder / name) for name in package.files),
+                *files,
                 *(CommitOperationAdd(name, content) for name, content in made.items()),
                 *(CommitOperationDelete(name) for name in gone),
             ],
@@ -186,6 +193,18 @@ def push(package: Package, private: bool = False) -> str:
             package, {file.path: file for file in api.list_repo_tree(**repo, recursive=True, revision=commit.oid)}
         )
     return package.address
+
+
+def _check_card(card: str) -> None:
+    """Raise UserError where the hub does not take the card: of what it says, the licence alone is the user's."""
+    from huggingface_hub import DatasetCard
+
+    try:
+        DatasetCard(card).validate(repo_type="dataset")
+    except ValueError as error:
+        raise UserError(f"The hub does not take the card: {one_line(str(error))}; give another --license.") from error
+    except Exception as error:  # earlier releases ask huggingface.co, wherever the hub is; the commit asks again
+        logger.debug("The card is not checked: %s", error)
 
 
 @contextmanager
@@ -275,8 +294,6 @@ def _hub_errors(repo: str) -> Iterator[None]:
 def _sentence(error: BaseException) -> str:
     """What went wrong on the hub, and what to do about it."""
     reason = one_line(str(error) or type(error).__name__).rstrip(".")
-    if CARD in reason:  # of what the hub does not take in it, the licence alone is the user's
-        return f"{reason}; give another --license"
     chain: list[BaseException] = [error]
     while (deeper := chain[-1].__cause__) is not None:
         chain.append(deeper)

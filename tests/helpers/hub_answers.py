@@ -161,7 +161,9 @@ class Handler(Request):
         said = (yaml.safe_load(head[1]) if head else {}).get("license")
         if said not in LICENSES:
             message = f'"license" must be one of {", ".join(LICENSES)}'
-            return self.answer({"error": message, "errors": [{"message": message}], "warnings": []}, 400)
+            plain = self.headers["Accept"] == "text/plain"
+            content = message if plain else {"error": message, "errors": [{"message": message}], "warnings": []}
+            return self.answer(content, 400)
         self.answer({"errors": [], "warnings": []})
 
     def preupload(self, kind: str, name: str, revision: str) -> None:

@@ -105,10 +105,12 @@ class Request(BaseHTTPRequestHandler):
     # -------------------------------------------------------------------------------------------- answers
 
     def answer(self, content: Any, status: int = 200, headers: dict[str, str] | None = None) -> None:
-        """Answer with JSON."""
-        body = json.dumps(content).encode()
+        """Answer with JSON, or with plain text."""
+        is_text = isinstance(content, str)
+        body = content.encode() if is_text else json.dumps(content).encode()
         self.send_response(status)
-        named = {"Content-Type": "application/json", "Content-Length": str(len(body))} | (headers or {})
+        kind = "text/plain" if is_text else "application/json"
+        named = {"Content-Type": kind, "Content-Length": str(len(body))} | (headers or {})
         for name, value in named.items():
             self.send_header(name, value)
         self.end_headers()
