@@ -293,10 +293,13 @@ def _hub_errors(repo: str) -> Iterator[None]:
 
 def _sentence(error: BaseException) -> str:
     """What went wrong on the hub, and what to do about it."""
-    reason = one_line(str(error) or type(error).__name__).rstrip(".")
     chain: list[BaseException] = [error]
-    while (deeper := chain[-1].__cause__) is not None:
+    while (deeper := chain[-1].__cause__ or chain[-1].__context__) is not None:
         chain.append(deeper)
+    of_system = [each.strerror for each in chain if isinstance(each, OSError) and each.strerror]
+    reason = one_line(of_system[-1] if of_system else str(error) or type(error).__name__).rstrip(".")
+    if CARD in reason:
+        return f"{reason}; give another --license"
     response = next((found for each in chain if (found := getattr(each, "response", None)) is not None), None)
     status = getattr(response, "status_code", None)
     message = one_line(response.headers.get("X-Error-Message") or "") if response is not None else ""

@@ -236,13 +236,15 @@ class Hub:
 
         It tries again at once where it would wait.
         """
-        from huggingface_hub import constants
+        from huggingface_hub import constants, file_download
         from huggingface_hub.utils import _http
 
         for name, value in self.environment(token).items():
             patch.setenv(name, value)
         patch.setattr(constants, "ENDPOINT", self.url)
-        patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", self.url + "/{repo_id}/resolve/{revision}/{filename}")
+        for module in (constants, file_download):  # earlier releases have it in both
+            template = self.url + "/{repo_id}/resolve/{revision}/{filename}"
+            patch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
         for name, value in (("HF_HUB_OFFLINE", False), ("HF_HUB_DISABLE_XET", True)):
             patch.setattr(constants, name, value)
         patch.setattr(_http, "time", SimpleNamespace(**vars(time) | {"sleep": lambda seconds: None}))

@@ -108,9 +108,8 @@ def test_names_that_are_none_are_said(hub: Hub, store: Path) -> None:
 
 
 def test_the_hub_may_be_switched_off_or_out_of_reach(hub: Hub, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(
-        "huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", "http://127.0.0.1:9/{repo_id}/{filename}"
-    )
+    hub.url = "http://127.0.0.1:9"  # where nobody answers
+    hub.patch(monkeypatch)
     with pytest.raises(UserError, match=r"Cannot fetch http://127.0.0.1:9/.*refused, 6 times in a row"):
         fetch_datastore(ADDRESS, tmp_path / "a")
     with pytest.raises(UserError, match=r"Cannot fetch hf://datasets/me/store/d_vals.npy: "):
