@@ -12,22 +12,19 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from helpers.hub_server import Hub
 from helpers.places import SCRIPTS
-from helpers.stores import change_json, flip_bit, let_age, make_store
+from helpers.stores import flip_bit, let_age, make_store
 
 from knn_lm_eval import Datastore, UserError
 from knn_lm_eval.cli.main import SAME_COMMAND, main
 from knn_lm_eval.make.clustering import cluster_kmeans
 from knn_lm_eval.search.indexing import build_index
 from knn_lm_eval.store import fetching, publishing
-from knn_lm_eval.store.card import dataset_card, size_category
 from knn_lm_eval.store.fetching import fetch_datastore
 from knn_lm_eval.store.manifest import Manifest
 from knn_lm_eval.store.publishing import prepare_push, push, push_datastore
@@ -279,89 +276,14 @@ def test_another_commit_meanwhile_is_not_overwritten(hub: Hub, store: Path, monk
 def test_the_command_shows_the_card_and_pushes(hub: Hub, store: Path, capsys, monkeypatch) -> None:
     command = ["push_datastore", str(store), "me/store", "--license", "CC-BY-4.0", "--model", "org/tiny"]
     monkeypatch.setenv("HF_TOKEN", "")
+    write_sealed_json(store / "params.json", {"settings": {"k": 256}})
     assert main([*command, "--dry_run"]) == 0
     said = capsys.readouterr().out
-    assert "license: cc-by-4.0" in said and "pretrained=org/tiny,datastore=hf://datasets/me/store" in said
+    assert "license: cc-by-4.0" in said and "pretrained=org/tiny,datastore=hf://datasets/me/store,k=256" in said
+    assert "| `index` | `IVF16,RaBitQfs` |" in said and "| `kmeans` | 20 |" in said
     assert re.search(r"^keys.npy +96,128$", said, flags=re.MULTILINE)
     assert "would have 11 files of" in said and not hub.requests
     monkeypatch.setenv("HF_TOKEN", "hf_mine")
     assert main([*command, "--private", "--verify", "auto"]) == 0
     assert "hf://datasets/me/store: 11 files of" in capsys.readouterr().out
     assert hub.dataset("me/store").private and "Use it" in hub.files("me/store")["README.md"].decode()
-
-
-# ------------------------------------------------------------------------------------------------ the card
-
-
-def card_of(folder: Path, **how: Any) -> tuple[dict[str, Any], str]:
-    """The metadata and the text of a store's card."""
-    card = prepare_push(folder, "me/store", "mit", **how).card
-    head, text = re.fullmatch(r"---\n(.*?)\n---\n(.*)", card, re.DOTALL).groups()
-    return yaml.safe_load(head), text
-
-
-def test_the_card_says_what_the_store_is(store: Path) -> None:
-    change_json(
-        store / "manifest.json",
-        documents=1,
-        source={"dataset": "Salesforce/wikitext", "config": "wikitext-103-raw-v1", "split": "train"},
-        model={"pretrained": "org/tiny", "args": {}, "dtype": "bfloat16"},
-        windows={"max_length": 1024, "stride": 512, "batch_size": 4, "prefix_token_id": 1},
-        created="2026-01-02T03:04:05+00:00",
-        versions={"knn_lm_eval": "0.2.0"},
-    )
-    metadata, text = card_of(store)
-    named = "Salesforce/wikitext wikitext-103-raw-v1 train"
-    assert metadata["license"] == "mit" and metadata["size_categories"] == ["1K<n<10K"] and not metadata["viewer"]
-    assert metadata["pretty_name"] == f"kNN-LM datastore: {named} under org/tiny" and "knn-lm" in metadata["tags"]
-    row = next(row for row in json.loads((store / "index.json").read_text())["quality"] if row["probe"] == 1)
-    for said in (
-        "| language model | [`org/tiny`](https://huggingface.co/org/tiny), in `bfloat16` |",
-        f"| text | `{named}` |",
-        "| entries (tokens) | 3,000 |",
-        "| documents | 1 |",
-        "| numbers per key | 16 |",
-        "| read in windows of | 1,024 tokens, of which 512 are new |",
-        "| made | 2026-01-02, by knn-lm-eval 0.2.0 |",
-        f"| `index` | `IVF16,RaBitQfs` | `l2` | 1 | {row['recall']:.3f} | {row['perplexity_cost']:.2%} ",
-        "| `kmeans` | 20 |",
-        "lm_eval --model knn-hf --model_args pretrained=org/tiny,datastore=hf://datasets/me/store --tasks",
-    ):
-        assert said in text
-    write_sealed_json(store / "params.json", {"settings": {"k": 256, "knn_temp": 2.5, "lmbda": 0.25}})
-    assert "datastore=hf://datasets/me/store,k=256,knn_temp=2.5,lmbda=0.25 --tasks" in card_of(store)[1]
-    write_sealed_json(store / "params.json", {"settings": {"k": 256, "lmbda": {"kind": "gate"}}})
-    assert "datastore=hf://datasets/me/store --tasks" in card_of(store)[1]
-    # The names of folders are nobody's business, and what was not measured is not said.
-    manifest = replace(
-        Manifest.read(store),
-        keys=None,
-        source={"text": "/home/me/thesis/train.txt"},
-        model={"pretrained": "/home/me/models/tiny", "args": {}},
-    )
-    index = {"factory": "Flat", "sim_func": "l2", "probe": None, "quality": "not measured", "bytes": 1}
-    text = dataset_card(manifest, ADDRESS, "mit", size=1, indexes={"index": index}, clusters={})
-    assert "/home" not in text and "`train.txt`" in text and "| language model | `tiny` |" in text
-    assert "keys are in the indexes alone" in text and "| not measured | not measured |" in text
-
-
-@pytest.mark.parametrize(
-    "name", ["a|b`c`\n# d\x1b[2J", "<script>x</script>", "---\nlicense: none", "*" * 9999, "[x](y)"]
-)
-def test_a_card_shows_names_as_they_are(store: Path, name: str) -> None:
-    change_json(store / "manifest.json", source={"text": name}, key_module=name)
-    metadata, text = card_of(store)
-    assert metadata["license"] == "mit" and len(text) < 4000
-    assert not re.search(r"[\x00-\x08\x0b-\x1f]|^# d|^license", text, flags=re.MULTILINE)
-    assert not re.search(r"(?<!\\)(?:<script|\[x\]\()", re.sub(r"`[^`\n]*`", "", text))
-    rows = [line for line in text.splitlines() if line.startswith("|")]
-    assert {len(re.findall(r"(?<!\\)\|", row)) for row in rows} <= {3, 8}
-
-
-@pytest.mark.parametrize(
-    ("count", "name"),
-    [(0, "n<1K"), (999, "n<1K"), (1000, "1K<n<10K"), (99_999, "10K<n<100K"), (10**6, "1M<n<10M"), (10**9, "1B<n<10B")]
-    + [(10**12 - 1, "100B<n<1T"), (10**12, "n>1T")],
-)
-def test_sizes_have_the_hubs_names(count: int, name: str) -> None:
-    assert size_category(count) == name
