@@ -21,7 +21,8 @@ from knn_lm_eval.tasks.corpora import HOW_TO_GIVE, data_folder
 logger = logging.getLogger(__name__)
 
 Row = dict[str, Any]
-FILES = ("test", "val", "validation", "dev")  # in order of preference: CB and RTE have no labelled test file
+# In order of preference, for each of the hub's splits: CB and RTE have labels in their validation files alone.
+FILES = {"test": ("test", "val", "validation", "dev"), "validation": ("val", "validation", "dev", "test")}
 SUFFIXES = (".jsonl", ".csv")
 NEUTRAL_OF_FIVE = 3  # SST's five classes are 1 to 5
 YAHOO_STEP = 20  # of 60,000 questions 3,000 are asked, as many as knnlm-limits draws
@@ -117,7 +118,7 @@ def _rows(
     folder: str, path: str | None, name: str | None, split: str, data_dir: object, step: int = 1
 ) -> Sequence[Row]:
     """The rows of the local folder, or of the hub's data set."""
-    file = _local_file(folder, data_dir)
+    file = _local_file(folder, split, data_dir)
     if file is not None:
         logger.info("%s: reading %s", folder, file)
         return _read_rows(file)
@@ -134,12 +135,12 @@ def _rows(
         ) from error
 
 
-def _local_file(folder: str, data_dir: object) -> Path | None:
+def _local_file(folder: str, split: str, data_dir: object) -> Path | None:
     """The corpus's file in the data folder; None where the hub is to be asked."""
     given = data_folder(data_dir)
     if given is None or not (given / folder).is_dir():
         return None
-    for name in FILES:
+    for name in FILES[split]:
         for suffix in SUFFIXES:
             if (file := given / folder / f"{name}{suffix}").is_file():
                 return file

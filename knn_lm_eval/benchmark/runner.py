@@ -226,12 +226,15 @@ def _sharing(opened: Sequence[OpenedCell]) -> Iterator[list[OpenedCell]]:
 
 
 def task_manager(cell: Cell, include_path: Sequence[str]) -> TaskManager:
-    """Where lm-eval finds the cell's task; its own thousands of tasks are looked through only where they must be."""
+    """Where lm-eval finds the cell's task; its own thousands of tasks are looked through only where they must be.
+
+    For a group they must: its members may be among them.
+    """
     task = cell.task_settings["task"]
     metadata = json.dumps(cell.lm_args | cell.task_settings["metadata"], sort_keys=True)
     for everywhere in (False, True):
         manager = _task_manager(metadata, tuple(include_path), everywhere)
-        if task in manager.all_tasks:
+        if task in (manager.all_tasks if everywhere else manager.all_subtasks):
             return manager
     raise UserError(f"lm-eval has no task called {task!r}; `lm_eval ls tasks` shows what there is.")
 

@@ -23,7 +23,7 @@ from knn_lm_eval.model.knn_hf import KNNHF
 from knn_lm_eval.model.records import RecordWriter
 from knn_lm_eval.model.scores import Score
 from knn_lm_eval.model.scoring import LMScorer, PassageScorer
-from knn_lm_eval.model.scoring_lm import ScoringLM, Window
+from knn_lm_eval.model.scoring_lm import ScoredText, ScoringLM
 
 
 class ReadingEnds(Exception):
@@ -57,12 +57,12 @@ class _Sharing(ScoringLM):
         return self.shared_pass.score(self, batches, want_greedy)
 
     def recording(
-        self, kind: str, requests: Sequence[Instance] | None, windows: list[list[Window]], starts: list[int]
+        self, kind: str, requests: Sequence[Instance] | None, texts: Sequence[ScoredText]
     ) -> AbstractContextManager[RecordWriter | None]:
         """As ``ScoringLM``'s; while scores are made for all, nobody writes records of them."""
         if self.shared_pass is not None and self.shared_pass.reading:
             return nullcontext()
-        return super().recording(kind, requests, windows, starts)
+        return super().recording(kind, requests, texts)
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """As ``hf``'s; each evaluation generates for itself."""
@@ -202,4 +202,6 @@ def _key(passage: Passage, want_greedy: bool) -> bytes:
     digest = hashlib.blake2b(digest_size=16)
     for tokens in (passage.tokens, *passage.continuations, [int(want_greedy)]):
         digest.update(np.array([len(tokens), *tokens], dtype=np.int64).tobytes())
+    if passage.whole is not None:  # what is left out of its neighbours depends on all of it
+        digest.update(passage.whole.digest + passage.start.to_bytes(8, "little", signed=True))
     return digest.digest()

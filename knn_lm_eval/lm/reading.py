@@ -5,10 +5,12 @@ Nothing here is as large as [positions, vocabulary]: the head gives its table so
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -19,6 +21,28 @@ from knn_lm_eval.system.timing import StageTimer
 # Memory for a table of logits. More than 32 MiB at a time glibc would hand back to the system whenever it is freed,
 # and clearing the pages anew takes longer than the softmax.
 LOGITS_BYTES = 2**25
+
+
+@dataclass(frozen=True)
+class WholeText:
+    """A text as far as it is read, in however many windows: but for its last token, which is only scored.
+
+    Two of the same tokens are equal.
+
+    Attributes
+    ----------
+    digest : of the tokens.
+    tokens : int32 ``[tokens]``.
+    """
+
+    digest: bytes
+    tokens: np.ndarray = field(compare=False, repr=False)
+
+    @classmethod
+    def of(cls, tokens: Sequence[int]) -> WholeText:
+        """The text of these tokens, all of which are read."""
+        array = np.array(tokens, dtype=np.int32)
+        return cls(hashlib.blake2b(array.tobytes(), digest_size=16).digest(), array)
 
 
 @dataclass
@@ -32,11 +56,20 @@ class Passage:
         its last token are the last of ``tokens``. Several share the pass where only the last token differs,
         or where the same text is split elsewhere.
     text : the number of the text that this is a window of; None for what is no window.
+    whole : that text; None where the tokens are all that is known of it.
+    start : the place of the first of the tokens in it; -1 where that is a prefix token, which is none of its own.
     """
 
     tokens: Sequence[int]
     continuations: list[list[int]] = field(default_factory=list)
     text: int | None = None
+    whole: WholeText | None = None
+    start: int = 0
+
+    @property
+    def rows(self) -> int:
+        """How many positions are scored."""
+        return max(map(len, self.continuations))
 
 
 @dataclass
@@ -207,7 +240,7 @@ class Reader:
         with self._timed("forward"):
             padded = pad_sequence([torch.tensor(passage.tokens) for passage in passages], batch_first=True)
             keys, hidden = self.model.encode(padded)  # [batch, time, dimension], [batch, time, width]
-            lengths = [max(map(len, passage.continuations)) for passage in passages]
+            lengths = [passage.rows for passage in passages]
             scored = [slice(len(p.tokens) - n, len(p.tokens)) for p, n in zip(passages, lengths, strict=True)]
             ends = torch.tensor(lengths).cumsum(0).tolist()
             reading = Reading(

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 
 from knn_lm_eval.methods.automaton_kernels import advance, follow, gather, heaviest
+from knn_lm_eval.methods.left_out import Contexts
+from knn_lm_eval.methods.left_out_kernels import drop_marked
 
 # queries [n, dimension] -> (distances float32 [n, k], entries int64 [n, k]); empty slots have entry -1.
 Search = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
@@ -28,6 +30,8 @@ Search = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 PointerDistances = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 # queries [n, dimension] -> what ``PointerDistances`` takes of them, [n, any].
 Prepare = Callable[[np.ndarray], np.ndarray]
+# contexts of n positions, entries int64 [n, m] -> bool [n, m], which of them do not count there.
+IsLeftOut = Callable[[Contexts, np.ndarray], np.ndarray]
 
 # Queries prepared at once, of as many steps as that is: many take less time each, all would take memory.
 PREPARED_ROWS = 256
@@ -56,11 +60,12 @@ class AutomatonSettings:
 
 @dataclass
 class WalkStatistics:
-    """What the walks did: steps, full searches, candidates considered, seconds."""
+    """What the walks did: steps, full searches, candidates considered, and beside them those left out, seconds."""
 
     steps: int = 0
     searches: int = 0
     candidates: int = 0
+    left_out: int = 0
     seconds: dict[str, float] = field(default_factory=lambda: {"search": 0.0, "distances": 0.0, "automaton": 0.0})
 
 
@@ -75,6 +80,7 @@ class Walk:
     survivors : int64, nearest first: where an earlier walk of the same text ended; empty at a beginning.
     found : what a search gives at each step, (distances ``[steps, k]``, entries ``[steps, k]``), where that is
         known beforehand; None searches as need arises.
+    contexts : of each step's token, for an automaton that leaves entries out.
     survivors_at_end : int64, nearest first: what a walk that goes on from here begins with.
     log_p_knn : float64 ``[steps]``, log p_kNN of the targets; minus infinity where no candidate has the value, NaN
         where there is no candidate.
@@ -87,6 +93,7 @@ class Walk:
     targets: np.ndarray
     survivors: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
     found: tuple[np.ndarray, np.ndarray] | None = None
+    contexts: Contexts | None = None
     survivors_at_end: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
     log_p_knn: np.ndarray = field(default_factory=lambda: np.empty(0))
     searched: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=bool))
@@ -135,6 +142,7 @@ class _Lockstep:
     ----------
     walks : in any order; their results are made room for.
     width : candidates that a step can have.
+    leaves_out : whether the walks' contexts are looked at.
 
     Attributes
     ----------
@@ -143,7 +151,7 @@ class _Lockstep:
     survivor_counts : int64 ``[walks]``.
     """
 
-    def __init__(self, walks: Sequence[Walk], width: int) -> None:
+    def __init__(self, walks: Sequence[Walk], width: int, leaves_out: bool = False) -> None:
         self.walks, self.width = sorted(walks, key=lambda walk: -len(walk.queries)), width
         self._lengths = np.array([len(walk.queries) for walk in self.walks])
         self.steps = int(self._lengths[0]) if len(walks) else 0
@@ -151,6 +159,9 @@ class _Lockstep:
         self.distances = np.empty((len(walks), width), dtype=np.float32)
         self.survivors = np.empty((len(walks), width), dtype=np.int64)
         self.survivor_counts = np.zeros(len(walks), dtype=np.int64)
+        contexts = [walk.contexts for walk in self.walks if walk.contexts is not None] if leaves_out else []
+        self._contexts = Contexts.joined(contexts) if contexts else None
+        self._first_steps = np.cumsum(self._lengths) - self._lengths  # among the contexts
         self._prepared: list[np.ndarray] = []  # of steps from this one on:
         self._first_prepared = 0
         for i, walk in enumerate(self.walks):
@@ -162,6 +173,11 @@ class _Lockstep:
     def active(self, step: int) -> int:
         """How many walks, the first ones, have such a step."""
         return int((self._lengths > step).sum())
+
+    def contexts(self, step: int) -> Contexts:
+        """Of the active walks."""
+        assert self._contexts is not None
+        return self._contexts.of_rows(self._first_steps[: self.active(step)] + step)
 
     def prepared_queries(self, step: int, prepare: Prepare) -> np.ndarray:
         """The active walks' queries, prepared ``[active, any]``; with them those of some steps to come."""
@@ -206,6 +222,8 @@ class Automaton:
         do. Searches find no others, nor do pointers lead to others.
     clock : tells seconds, for the statistics.
     prepare : what queries go through on their way to ``pointer_distances``; None is nothing.
+    is_left_out : says which entries do not count at a step, though they are found or pointed to: they are neither
+        candidates, nor followed, nor counted for ``min_knns``. All walks have contexts, then. None leaves none out.
     """
 
     def __init__(
@@ -219,6 +237,7 @@ class Automaton:
         clock: Callable[[], float] = time.perf_counter,
         prepare: Prepare | None = None,
         kept: np.ndarray | None = None,
+        is_left_out: IsLeftOut | None = None,
     ) -> None:
         self.values, self.document_starts = np.asarray(values), np.asarray(document_starts)
         none = np.full(0, -1, dtype=np.int32), np.zeros(1, dtype=np.int64), np.empty(0, dtype=np.int32)
@@ -227,6 +246,7 @@ class Automaton:
         self.kept = np.empty(0, dtype=np.uint8) if kept is None else kept
         self.search, self.pointer_distances, self.settings = search, pointer_distances, settings
         self.clock, self.prepare = clock, prepare or (lambda queries: queries)
+        self.is_left_out = is_left_out
         self.statistics = WalkStatistics()
 
     def with_settings(self, settings: AutomatonSettings) -> Automaton:
@@ -241,6 +261,7 @@ class Automaton:
             self.clock,
             self.prepare,
             self.kept,
+            self.is_left_out,
         )
 
     def walk(self, walks: Sequence[Walk], keep_neighbours: bool = False, keep_heaviest: int = 0) -> None:
@@ -251,7 +272,7 @@ class Automaton:
         keep_neighbours : whether all candidates are kept.
         keep_heaviest : of how many candidates is kept which weigh most; 0 keeps none.
         """
-        lockstep = _Lockstep(walks, self.settings.k + self.settings.max_knns)
+        lockstep = _Lockstep(walks, self.settings.k + self.settings.max_knns, self.is_left_out is not None)
         if keep_heaviest:
             for walk in walks:
                 walk.heaviest = Heaviest.empty(len(walk.queries), keep_heaviest)
@@ -259,7 +280,7 @@ class Automaton:
             self._search_everywhere(lockstep.walks)
         for step in range(lockstep.steps):
             active = lockstep.active(step)
-            pointers, pointer_counts, needy = self._follow_pointers(lockstep, active)
+            pointers, pointer_counts, needy = self._follow_pointers(lockstep, active, step)
             found_distances, found_entries = self._search_where_needy(lockstep, active, step, needy)
             pointer_distances = self._distances_of_pointers(lockstep, step, pointers, pointer_counts)
             start = self.clock()
@@ -292,11 +313,14 @@ class Automaton:
             self.statistics.candidates += int(counts.sum())
             self.statistics.seconds["automaton"] += self.clock() - start
 
-    def _follow_pointers(self, lockstep: _Lockstep, active: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _follow_pointers(
+        self, lockstep: _Lockstep, active: int, step: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The survivors' pointers, extended by clusters: int64 ``[active, max_knns]``, how many of these there are,
         ``[active]``; and the numbers of the walks that are to search."""
         start = self.clock()
         survivor_counts = lockstep.survivor_counts[:active]
+        self._leave_out(lockstep, step, lockstep.survivors[:active], survivor_counts, ahead=1)
         pointers, pointer_counts = follow(
             lockstep.survivors[:active],
             survivor_counts,
@@ -305,9 +329,26 @@ class Automaton:
             self.settings.max_knns,
             self.settings.duplicates == "merge",
         )
+        if len(self.clusters[1]) > 1:  # others than the survivors' own may be among them
+            self._leave_out(lockstep, step, pointers, pointer_counts)
         needy = np.flatnonzero(survivor_counts < self.settings.min_knns)
         self.statistics.seconds["automaton"] += self.clock() - start
         return pointers, pointer_counts, needy
+
+    def _leave_out(
+        self, lockstep: _Lockstep, step: int, entries: np.ndarray, counts: np.ndarray, ahead: int = 0
+    ) -> None:
+        """Take entries out that do not count at a step, or whose ``ahead``-th successors do not.
+
+        Parameters
+        ----------
+        entries, counts : int64 ``[active, width]`` and ``[active]``, filled from the left; changed.
+        """
+        if self.is_left_out is None or not (most := int(counts.max())):
+            return
+        some = entries[:, :most]
+        marked = self.is_left_out(lockstep.contexts(step), some + ahead)
+        self.statistics.left_out += drop_marked(some, counts, marked)
 
     def _search_where_needy(
         self, lockstep: _Lockstep, active: int, step: int, needy: np.ndarray
@@ -328,6 +369,10 @@ class Automaton:
             walk.searched[step] = True
             if walk.found is not None:
                 distances[i], entries[i] = walk.found[0][step], walk.found[1][step]
+        if self.is_left_out is not None:
+            gone = self.is_left_out(lockstep.contexts(step), entries)
+            self.statistics.left_out += int(np.count_nonzero(gone))
+            entries[gone] = -1
         self.statistics.searches += len(needy)
         self.statistics.seconds["search"] += self.clock() - start
         return distances, entries

@@ -165,6 +165,27 @@ def longest_runs(
 
 
 @compiled
+def ngram_runs(
+    text: np.ndarray,
+    begins: np.ndarray,
+    order: np.ndarray,
+    heads: np.ndarray,
+    tokens: np.ndarray,
+    size: int,
+    lows: np.ndarray,
+    highs: np.ndarray,
+) -> None:
+    """The suffixes that begin with each ``size`` consecutive tokens.
+
+    Parameters
+    ----------
+    lows, highs : int64 ``[tokens - size + 1]``, filled in.
+    """
+    for i in range(len(lows)):
+        lows[i], highs[i] = _run_of(text, begins, order, heads, tokens, i, i + size, False)
+
+
+@compiled
 def count_next(
     text: np.ndarray,
     begins: np.ndarray,

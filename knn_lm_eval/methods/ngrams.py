@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from knn_lm_eval.methods.ngram_kernels import common_runs, count_next, longest_runs, next_tokens
+from knn_lm_eval.methods.ngram_kernels import common_runs, count_next, longest_runs, next_tokens, ngram_runs
 
 MOST_TOKENS = 2**62  # of an overlap: no limit
 
@@ -70,6 +70,11 @@ class Ngrams:
         """The number of tokens that count."""
         return sum(len(part.order) for part in self.parts)
 
+    @property
+    def text_length(self) -> int:
+        """The number of all tokens, those of documents that do not count among them."""
+        return sum(len(part.text) for part in self.parts)
+
     def matches(self, tokens: Sequence[int] | np.ndarray, first: int, count: int, continued: bool = True) -> Matches:
         """The longest ends of the contexts ``tokens[:first]``, ``tokens[:first + 1]`` and so on, ``count`` of them.
 
@@ -93,6 +98,40 @@ class Ngrams:
         int64 ``[tokens]``; 0 where the text does not have the token.
         """
         return self.matches(tokens, 1, len(tokens), continued=False).lengths
+
+    def runs(self, tokens: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+        """Which suffixes of each part begin with each ``size`` consecutive tokens.
+
+        Returns
+        -------
+        lows, highs : int64 ``[parts, tokens - size + 1]``.
+        """
+        read = np.asarray(tokens, dtype=np.int64)
+        lows, highs = (np.empty((len(self.parts), max(0, len(read) - size + 1)), dtype=np.int64) for _ in range(2))
+        for number, part in enumerate(self.parts):
+            ngram_runs(*part, read, size, lows[number], highs[number])
+        return lows, highs
+
+    def places(self, lows: np.ndarray, highs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where the suffixes of some runs stand.
+
+        Parameters
+        ----------
+        lows, highs : int64 ``[parts, n]``.
+
+        Returns
+        -------
+        int64 ``[places]`` both: which of the ``n`` each is of, and its place in the text of all parts together.
+        """
+        of_parts, first = [], 0
+        for part, low, high in zip(self.parts, lows, highs, strict=True):
+            counts = high - low
+            number = np.repeat(np.arange(len(low)), counts)
+            at = np.arange(len(number)) - np.repeat(np.cumsum(counts) - counts, counts) + np.repeat(low, counts)
+            of_parts.append((number, part.order[at].astype(np.int64) + first))
+            first += len(part.text)
+        numbers, places = (np.concatenate(of_all) for of_all in zip(*of_parts, strict=True))
+        return numbers, places
 
     def probabilities(self, matches: Matches, rows: np.ndarray, targets: np.ndarray) -> np.ndarray:
         """p of a target after some contexts.

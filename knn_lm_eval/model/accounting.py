@@ -79,6 +79,18 @@ def ngram_matches(counts: Mapping[str, float]) -> dict[str, float]:
     return {"mean_ngram_match": counts["ngram_tokens"] / max(1, counts["ngram_rows"])}
 
 
+def excluded(counts: Mapping[str, float]) -> dict[str, float]:
+    """What ``exclude_overlap`` left out, where it is given: a share of the neighbours that were found, pointers among
+    them, and so many documents for so many texts."""
+    if "neighbours_left_out" not in counts:
+        return {}
+    return {
+        "excluded_neighbours": counts["neighbours_left_out"] / max(1, counts["neighbours_found"]),
+        "excluded_documents": counts["documents_left_out"],
+        "texts_compared": counts["texts_compared"],
+    }
+
+
 def describe_store(retriever: Retriever, counts: Mapping[str, float] | None = None) -> dict[str, Any]:
     """The datastore and the index, as they stand in results; of several stores each, and what came from it.
 

@@ -32,9 +32,10 @@ from knn_lm_eval.methods.automaton import Automaton, Walk, padded_neighbours
 from knn_lm_eval.methods.mixture import mixed_log_probs
 from knn_lm_eval.model.accounting import Work
 from knn_lm_eval.model.generation_steps import GenerationSteps
+from knn_lm_eval.model.neighbours import FindNeighbours, Neighbours
 from knn_lm_eval.model.ngram_mixture import Context, NgramReader
 from knn_lm_eval.model.opening import Augmentation, open_augmentation
-from knn_lm_eval.model.scoring import NEIGHBOURS_PER_BLOCK, FindNeighbours, Neighbours
+from knn_lm_eval.model.scoring import NEIGHBOURS_PER_BLOCK
 from knn_lm_eval.model.search_cost import tell_costly_search
 from knn_lm_eval.model.settings import RetrievalSettings
 from knn_lm_eval.system.timing import StageTimer
@@ -67,6 +68,7 @@ def retrieval_augmented(
     if given.context_len != 1 or given.carry_state:
         raise UserError("context_len and carry_state are for the windows of lm-eval's requests; leave them out.")
     opened = open_augmentation(given)
+    _check_generates(opened)
     lm = opened.language_model(model, tokenizer)
     tell_costly_search(opened, lm)
     return MixedForward(lm, opened)
@@ -116,6 +118,7 @@ class MixedForward:
     def __enter__(self) -> MixedForward:
         if self._inside is not None:
             raise RuntimeError("This model is inside its retrieval_augmented block already.")
+        _check_generates(self.augmentation)
         inner = self.model.inner
         with ExitStack() as stack:
             stack.enter_context(_replaced(inner, "forward", self._mixed(inner.forward)))
@@ -337,6 +340,14 @@ class MixedForward:
                 for step, neighbours in enumerate(walk.neighbours)
             }
         return [neighbours for walk in walks for neighbours in walk.neighbours]
+
+
+def _check_generates(augmentation: Augmentation) -> None:
+    if augmentation.exclusion is not None:
+        raise UserError(
+            "exclude_overlap is for texts that are scored, and here there is none to compare the datastore with: leave "
+            "it out where text is generated."
+        )
 
 
 def _rows_of_table(vocabulary: int) -> int:

@@ -25,6 +25,7 @@ try:
             REPORTED_COUNTS,
             Work,
             describe_store,
+            excluded,
             ngram_matches,
             retrieval_work,
             rounded,
@@ -198,10 +199,14 @@ class KNNHF(ScoringLM):
             "prefix_token_id": self.prefix_token_id,
             "files": store.manifest.files,
             **self.retriever.identity(),
-            **({} if self.augmentation.ngrams is None else {"suffixes": suffixes_checksums(store)}),
+            **({"suffixes": suffixes_checksums(store)} if self._looks_in_suffixes else {}),
             "clusters_files": None if clusters is None else open_clusters(store, str(clusters)).checksums(),
             "loading": self._loading,
         }
+
+    @property
+    def _looks_in_suffixes(self) -> bool:
+        return self.augmentation.ngrams is not None or self.augmentation.exclusion is not None
 
     def gather_object(self, obj: Any, dst: int = 0) -> list[Any] | None:
         """As lm-eval's, which so collects the processes' results; what retrieval did in each goes along."""
@@ -230,6 +235,7 @@ class KNNHF(ScoringLM):
                 **of_shards,
                 **saved_searches(counts, self.augmentation.mixture.weight.threshold is not None),
                 **ngram_matches(counts),
+                **excluded(counts),
                 **self.settings,
                 "setting_sources": self.augmentation.sources,
                 "lm_arguments": self._loading,
@@ -243,19 +249,23 @@ class KNNHF(ScoringLM):
 
 def _scorer(model: LanguageModel, opened: Augmentation, softmax_dtype: Any) -> PassageScorer:
     """What scores as the settings say."""
-    keeps_figures = opened.settings.records is not None
+    keeps_figures, exclusion = opened.settings.records is not None, opened.exclusion
     if opened.automaton is not None:
         reader = Reader(model, softmax_dtype)
-        return RetomatonScorer(
-            reader, opened.automaton, opened.mixture, opened.settings.carry_state, keeps_figures, opened.ngrams
-        )
+        mixing = opened.mixture, opened.settings.carry_state, keeps_figures, opened.ngrams, exclusion
+        return RetomatonScorer(reader, opened.automaton, *mixing)
     if opened.mixture.is_lm_alone:  # the neighbours would count for nothing: the search is left out
         return LMScorer(Reader(model, softmax_dtype), keeps_figures, opened.ngrams)
     if opened.searches_all:
         reader = Reader(model, softmax_dtype)
         return OnePassScorer(
-            reader, opened.retriever, opened.mixture, keeps_figures=keeps_figures, ngrams=opened.ngrams
+            reader,
+            opened.retriever,
+            opened.mixture,
+            keeps_figures=keeps_figures,
+            ngrams=opened.ngrams,
+            exclusion=exclusion,
         )
     reads_ahead = model.device.type == "cuda" and not opened.retriever.on_gpus
     reader = Reader(model, softmax_dtype, reads_ahead)
-    return KNNScorer(reader, opened.retriever, opened.mixture, keeps_figures, opened.ngrams)
+    return KNNScorer(reader, opened.retriever, opened.mixture, keeps_figures, opened.ngrams, exclusion)

@@ -69,8 +69,7 @@ class NgramReader:
         """The matches of a batch's rows."""
         if self.mixture is None:
             return None
-        rows = [max(map(len, passage.continuations)) for passage in reading.passages]
-        return self.of_contexts([Context(p.tokens, n) for p, n in zip(reading.passages, rows, strict=True)])
+        return self.of_contexts([Context(passage.tokens, passage.rows) for passage in reading.passages])
 
     def of_contexts(self, contexts: Sequence[Context]) -> NgramRows:
         """The matches of all contexts' rows, one context after the other."""
@@ -97,15 +96,9 @@ class NgramRows:
         at = rows.cpu().numpy()
         return NgramRows(self.mixture, Matches(*(part[..., at] for part in self.matches)), self.timed)
 
-    def mixed(self, log_probs: Tensor, rows: Tensor, targets: Tensor) -> Tensor:
-        """log p of each target at its row; all ``[pairs]``, on one device.
-
-        Parameters
-        ----------
-        log_probs : without n-grams.
-        """
-        log_p = self.log_probs(rows, targets).to(log_probs.device)
-        return mix(log_probs.double(), log_p, self.mixture.lmbda).to(log_probs.dtype)
+    def mixed(self, log_probs: Tensor, log_p: Tensor) -> Tensor:
+        """log p of some targets, from theirs without n-grams and by n-grams alone, as of ``log_probs``."""
+        return mix(log_probs.double(), log_p.to(log_probs.device), self.mixture.lmbda).to(log_probs.dtype)
 
     def log_probs(self, rows: Tensor, targets: Tensor) -> Tensor:
         """log p_ngram of each target at its row, float64 ``[pairs]`` on the CPU; NaN where there is none."""

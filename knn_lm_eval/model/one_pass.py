@@ -19,9 +19,11 @@ from tqdm import tqdm
 
 from knn_lm_eval.lm.reading import Passage, Reader, Reading
 from knn_lm_eval.methods.mixture import Mixture
+from knn_lm_eval.model.exclusion import Exclusion
+from knn_lm_eval.model.neighbours import FindNeighbours, Neighbours, counts_of, finding_others, seconds_of
 from knn_lm_eval.model.ngram_mixture import NgramMixture
 from knn_lm_eval.model.scores import Score
-from knn_lm_eval.model.scoring import NEIGHBOURS_PER_BLOCK, FindNeighbours, MixedPairs, Neighbours, PassageScorer
+from knn_lm_eval.model.scoring import NEIGHBOURS_PER_BLOCK, MixedPairs, PassageScorer
 from knn_lm_eval.model.spool import WaitingRows
 from knn_lm_eval.search.retriever import Retriever
 from knn_lm_eval.system.files import cache_root, check_free_space
@@ -60,6 +62,7 @@ class OnePassScorer(PassageScorer):
     search_bytes : of memory that a search may take; None is as said above.
     keeps_figures : as for ``PassageScorer``; the neighbours' entries wait as well, then.
     ngrams : an n-gram LM that is mixed in.
+    exclusion : what is left out of the neighbours, whose entries then wait as well; None for nothing.
     """
 
     reads_all_first = True
@@ -73,8 +76,10 @@ class OnePassScorer(PassageScorer):
         search_bytes: int | None = None,
         keeps_figures: bool = False,
         ngrams: NgramMixture | None = None,
+        exclusion: Exclusion | None = None,
     ) -> None:
         super().__init__(reader, keeps_figures)
+        self._exclusion, self._keeps_entries = exclusion, keeps_figures or exclusion is not None
         self.retriever, self.folder, self.search_bytes = retriever, folder or cache_root(), search_bytes
         self._pairs = MixedPairs(reader, mixture, keeps_figures, ngrams)
         self._told = False
@@ -86,16 +91,16 @@ class OnePassScorer(PassageScorer):
 
     @property
     def seconds(self) -> dict[str, float]:
-        return self.reader.seconds | self._pairs.seconds
+        return self.reader.seconds | self._pairs.seconds | seconds_of(self._exclusion)
 
     @property
     def counts(self) -> dict[str, float]:
-        return super().counts | self._pairs.counts
+        return super().counts | self._pairs.counts | counts_of(self._exclusion)
 
     def score(
         self, batches: Sequence[Sequence[Passage]], want_greedy: bool, following: Sequence[Passage] | None = None
     ) -> list[list[Score]]:
-        self._check_disk(sum(max(map(len, p.continuations)) for batch in batches for p in batch))
+        self._check_disk(sum(passage.rows for batch in batches for passage in batch))
         readings = (self.reader.read(batch) for batch in batches)
         return self._score(_shown(readings, len(batches), "Reading all texts"), want_greedy)
 
@@ -136,7 +141,8 @@ class OnePassScorer(PassageScorer):
                 states = hidden.read(rows.start, rows.stop).to(self.reader.model.device)
                 reading = Reading(states[:, :0], states, batch.asked, batch.passages)
                 self.tokens_scored += sum(reading.lengths)
-                scores += self._pairs.score_reading(reading, found_for(batch.first_row), self._block, want_greedy)
+                find = finding_others(found_for(batch.first_row), reading, self._exclusion)
+                scores += self._pairs.score_reading(reading, find, self._block, want_greedy)
             return scores
 
     def _wait(
@@ -176,7 +182,7 @@ class OnePassScorer(PassageScorer):
             values.append(found.values)
             if found.counts is not None:
                 counts.append(found.counts)
-            if self.keeps_figures:
+            if self._keeps_entries:
                 entries.append(found.entries)
 
     @property
@@ -193,7 +199,7 @@ class OnePassScorer(PassageScorer):
     def _check_disk(self, rows: int) -> None:
         item = self.reader.model.inner.dtype.itemsize
         width = self.retriever.datastore.dimension + self.reader.hidden_size
-        of_neighbour = WAITING_BYTES + (ENTRY_BYTES if self.keeps_figures else 0)
+        of_neighbour = WAITING_BYTES + (ENTRY_BYTES if self._keeps_entries else 0)
         needed = rows * (width * item + of_neighbour * self.retriever.k)
         self.folder.mkdir(parents=True, exist_ok=True)
         check_free_space(self.folder, needed, "what waits for the search of all texts at once")

@@ -18,6 +18,7 @@ from knn_lm_eval.lm.language_model import LanguageModel
 from knn_lm_eval.lm.projection import Projection
 from knn_lm_eval.methods.automaton import Automaton, AutomatonSettings
 from knn_lm_eval.methods.mixture import Mixture
+from knn_lm_eval.model.exclusion import Exclusion
 from knn_lm_eval.model.ngram_mixture import NgramMixture
 from knn_lm_eval.model.params import Params, find_params
 from knn_lm_eval.model.settings import RetrievalSettings, SettingsInForce
@@ -65,6 +66,7 @@ class Augmentation:
     sources : where they come from: ``given``, ``params``, ``store default``, ``default`` or ``index``; the store for
         all others.
     ngrams : the n-gram LM that is mixed in after the neighbours; None for none.
+    exclusion : what is left out of the neighbours; None for nothing.
     """
 
     retriever: Retriever
@@ -77,6 +79,7 @@ class Augmentation:
     record: dict[str, Any]
     sources: dict[str, str]
     ngrams: NgramMixture | None = None
+    exclusion: Exclusion | None = None
 
     @property
     def is_lm_alone(self) -> bool:
@@ -129,6 +132,7 @@ def open_augmentation(given: RetrievalSettings) -> Augmentation:
     key_type = _check_key_type(settings, store)
     if settings.retomaton:
         _check_walks_over_several(settings, stores)
+    exclusion = _open_exclusion(settings, store)
     retriever = _open_retriever(settings, stores)
     automaton = clusters = None
     if settings.retomaton:
@@ -146,7 +150,7 @@ def open_augmentation(given: RetrievalSettings) -> Augmentation:
             raise UserError("carry_state=True needs a number for lmbda, not an adaptive one: give lmbda=...")
         clusters = None if settings.clusters is None else open_clusters(store, str(settings.clusters))
         if not settings.no_pointer and weight.constant != 0:
-            automaton, retriever = open_automaton(retriever, settings.automaton(), clusters)
+            automaton, retriever = open_automaton(retriever, settings.automaton(), clusters, exclusion)
     elif settings.clusters is not None:
         raise UserError("clusters is for RetoMaton; give retomaton=True as well.")
     record = _record(settings, retriever, key_type, stores)
@@ -166,6 +170,7 @@ def open_augmentation(given: RetrievalSettings) -> Augmentation:
         record=record,
         sources=in_force.sources,
         ngrams=_open_ngrams(settings, stores),
+        exclusion=exclusion,
     )
 
 
@@ -186,13 +191,28 @@ def _open_ngrams(settings: RetrievalSettings, stores: OpenedStores) -> NgramMixt
     return NgramMixture(open_suffixes(stores.store), settings.ngram_lmbda)
 
 
+def _open_exclusion(settings: RetrievalSettings, store: Store) -> Exclusion | None:
+    """What ``exclude_overlap`` leaves out."""
+    if settings.exclude_overlap is None:
+        return None
+    if settings.ngram_lmbda:
+        raise UserError(
+            "exclude_overlap leaves neighbours out, while n-grams are counted however many tokens they have in common "
+            "with the text: leave exclude_overlap or ngram_lmbda out."
+        )
+    return Exclusion(store, settings.exclude_overlap)
+
+
 def _parts_of_stores(settings: RetrievalSettings) -> list[str]:
     """What ``sources`` and ``exclude`` name that is not a whole store."""
     return [part for part in (*(settings.sources or ()), *(settings.exclude or ())) if OF_STORE in part]
 
 
 def open_automaton(
-    retriever: Retriever, settings: AutomatonSettings, clusters: Clusters | JoinedClusters | None
+    retriever: Retriever,
+    settings: AutomatonSettings,
+    clusters: Clusters | JoinedClusters | None,
+    exclusion: Exclusion | None = None,
 ) -> tuple[Automaton, Retriever]:
     """RetoMaton over a retriever's datastore, and the retriever that it searches with.
 
@@ -202,6 +222,7 @@ def open_automaton(
     Parameters
     ----------
     clusters : None is pointers alone.
+    exclusion : what the walks leave out; None for nothing.
 
     Raises
     ------
@@ -214,10 +235,11 @@ def open_automaton(
     csr = None if clusters is None else (clusters.cluster_of_entry, clusters.member_starts, clusters.members)
     arrays = retriever.values, store.document_starts, csr
     kept = None if store.removed is None else store.removed.kept_bits
+    leaves_out = None if exclusion is None else exclusion.is_left_out
     if isinstance(distances, (CodeDistances, JoinedDistances)):
         by_codes, prepare = distances.of_transformed, distances.transformed
-        return Automaton(*arrays, retriever.find, by_codes, settings, now, prepare, kept), retriever
-    return Automaton(*arrays, retriever.find, distances, settings, now, kept=kept), retriever
+        return Automaton(*arrays, retriever.find, by_codes, settings, now, prepare, kept, leaves_out), retriever
+    return Automaton(*arrays, retriever.find, distances, settings, now, None, kept, leaves_out), retriever
 
 
 def _warn_of_untuned_defaults(given: RetrievalSettings, in_force: SettingsInForce, tuned: Params | None) -> None:
@@ -350,6 +372,8 @@ def _record(settings: RetrievalSettings, retriever: Retriever, key_type: str, st
         record["datastore_weights"] = dict(zip(stores.store.names, stores.weights, strict=True))
     for name, parts in (("sources", settings.sources), ("exclude", settings.exclude)):
         record |= {} if parts is None else {name: list(parts)}
+    if settings.exclude_overlap is not None:
+        record["exclude_overlap"] = settings.exclude_overlap
     if settings.retriever != "local":
         record |= {name: getattr(settings, name) for name in ("retriever", "address", "replicas")}
     if settings.retomaton:

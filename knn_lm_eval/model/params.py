@@ -28,7 +28,7 @@ NAMES = ("k", "knn_temp", "lmbda", "ngram_lmbda", "probe", "min_knns", "max_knns
 # Settings that decide what distances there are: with others, what was tuned need not fit.
 CONDITIONS = (
     *("index", "knn_sim_func", "recompute_dists", "retomaton", "clusters", "duplicates", "no_pointer"),
-    *("datastore_weights", "sources", "exclude"),
+    *("datastore_weights", "sources", "exclude", "exclude_overlap"),
 )
 
 

@@ -10,10 +10,13 @@ from torch import Tensor
 
 from knn_lm_eval.lm.reading import Passage, Reader, Reading
 from knn_lm_eval.methods.automaton import Automaton, Walk, padded_neighbours
+from knn_lm_eval.methods.left_out import Contexts
 from knn_lm_eval.methods.mixture import Mixture, mix
+from knn_lm_eval.model.exclusion import Exclusion
+from knn_lm_eval.model.neighbours import Neighbours, counts_of, seconds_of
 from knn_lm_eval.model.ngram_mixture import NgramMixture
 from knn_lm_eval.model.scores import Score, sum_up
-from knn_lm_eval.model.scoring import MixedPairs, Neighbours, PassageScorer
+from knn_lm_eval.model.scoring import MixedPairs, PassageScorer
 from knn_lm_eval.model.token_figures import TokenFigures, lm_scores
 from knn_lm_eval.report.record_files import HEAVIEST
 
@@ -35,6 +38,7 @@ class RetomatonScorer(PassageScorer):
         that is the same for all tokens.
     keeps_figures : as for ``PassageScorer``.
     ngrams : an n-gram LM that is mixed in.
+    exclusion : what the automaton leaves out; None for nothing.
     """
 
     def __init__(
@@ -45,10 +49,12 @@ class RetomatonScorer(PassageScorer):
         carry_state: bool = False,
         keeps_figures: bool = False,
         ngrams: NgramMixture | None = None,
+        exclusion: Exclusion | None = None,
     ) -> None:
         super().__init__(reader, keeps_figures)
         self.automaton, self.mixture, self.carry_state = automaton, mixture, carry_state
         self._pairs = MixedPairs(reader, mixture, keeps_figures, ngrams)
+        self._exclusion = exclusion
         self._survivors: dict[int, np.ndarray] = {}  # of the last text, which may go on in the next call
 
     @property
@@ -75,12 +81,19 @@ class RetomatonScorer(PassageScorer):
     def seconds(self) -> dict[str, float]:
         # The retriever counts the walks' searches as well, but not the distances of pointers.
         walking = {name: value for name, value in self.automaton.statistics.seconds.items() if name != "search"}
-        return self.reader.seconds | self._pairs.seconds | walking
+        return self.reader.seconds | self._pairs.seconds | walking | seconds_of(self._exclusion)
 
     @property
     def counts(self) -> dict[str, float]:
         walks = self.automaton.statistics
-        walked = {"steps": walks.steps, "walk_searches": walks.searches, "candidates": walks.candidates}
+        walked: dict[str, float] = {
+            "steps": walks.steps,
+            "walk_searches": walks.searches,
+            "candidates": walks.candidates,
+        }
+        if self._exclusion is not None:
+            found = {"neighbours_found": walks.candidates + walks.left_out, "neighbours_left_out": walks.left_out}
+            walked |= counts_of(self._exclusion) | found
         return super().counts | walked | self._pairs.ngrams.counts
 
     @property
@@ -99,12 +112,13 @@ class RetomatonScorer(PassageScorer):
         walks: list[Walk] = []
         for reading in readings:
             if self.keeps_figures:
-                scored = lm_scores(self.reader, reading)
+                scored = lm_scores(self.reader, reading, want_greedy=False)
                 of_lm.append((scored.log_probs, scored.figures))
             else:
                 of_lm.append((self.reader.target_log_probs(reading), None))
             queries = reading.queries.float().cpu().numpy()  # [rows, dimension]
-            walks += [Walk(queries[end - len(c) : end], np.array(c)) for end, c in reading.asked]
+            contexts = None if self._exclusion is None else self._exclusion.contexts(reading)
+            walks += [_walk_along(queries, contexts, end, c) for end, c in reading.asked]
         self._walk(walks, [p.text for reading in readings for p in reading.passages for _ in p.continuations])
         scores, waiting = [], iter(walks)
         for reading, (lm_log_prob, figures) in zip(readings, of_lm, strict=True):
@@ -112,10 +126,12 @@ class RetomatonScorer(PassageScorer):
             log_p_knn = torch.from_numpy(np.concatenate([walk.log_p_knn for walk in walked]))  # [tokens]
             self.tokens_scored += len(log_p_knn)
             log_probs = mix(lm_log_prob.double(), log_p_knn, lmbda)
+            by_ngrams = None
             if (ngrams := self._pairs.ngrams.of_reading(reading)) is not None:
-                log_probs = ngrams.mixed(log_probs, *reading.pairs())
+                by_ngrams = ngrams.log_probs(*reading.pairs())
+                log_probs = ngrams.mixed(log_probs, by_ngrams)
             if figures is not None:
-                figures = _with_walks(figures, walked, log_p_knn, log_probs, lmbda)
+                figures = _with_walks(figures, walked, log_p_knn, lmbda).with_mixture(log_probs, by_ngrams)
             scores += sum_up(reading, log_probs, searches=[walk.searches for walk in walked], figures=figures)
         return scores
 
@@ -130,6 +146,8 @@ class RetomatonScorer(PassageScorer):
         joined = []
         for text, of_text in windows.items():
             whole = Walk(np.concatenate([w.queries for w in of_text]), np.concatenate([w.targets for w in of_text]))
+            if self._exclusion is not None:
+                whole.contexts = Contexts.joined([w.contexts for w in of_text if w.contexts is not None])
             if text in self._survivors:
                 whole.survivors = self._survivors.pop(text)
             joined.append(whole)
@@ -152,9 +170,9 @@ class RetomatonScorer(PassageScorer):
         queries = reading.queries.float().cpu().numpy()  # [rows, dimension]
         # Continuations of one length at one place differ in their last token only: they share a walk.
         walks: dict[tuple[int, int], Walk] = {}
+        contexts = None if self._exclusion is None else self._exclusion.contexts(reading)
         for end, continuation in reading.asked:
-            place = end, len(continuation)
-            walks.setdefault(place, Walk(queries[end - len(continuation) : end], np.array(continuation)))
+            walks.setdefault((end, len(continuation)), _walk_along(queries, contexts, end, continuation))
         self.automaton.walk(list(walks.values()), keep_neighbours=True)
         first_step = dict(zip(walks, np.cumsum([0, *(length for _, length in walks)])[:-1].tolist(), strict=True))
         row_of_step = torch.cat([torch.arange(end - length, end) for end, length in walks])  # [steps]
@@ -177,15 +195,18 @@ class RetomatonScorer(PassageScorer):
         return sum_up(reading, log_probs, greedy, [walks[end, len(c)].searches for end, c in reading.asked], figures)
 
 
-def _with_walks(
-    figures: TokenFigures, walks: Sequence[Walk], log_p_knn: Tensor, log_probs: Tensor, lmbda: float
-) -> TokenFigures:
+def _walk_along(queries: np.ndarray, contexts: Contexts | None, end: int, continuation: list[int]) -> Walk:
+    """The walk along a continuation, whose last row of a batch's queries ``[rows, dimension]`` is before ``end``."""
+    rows = slice(end - len(continuation), end)
+    return Walk(queries[rows], np.array(continuation), contexts=None if contexts is None else contexts.of_rows(rows))
+
+
+def _with_walks(figures: TokenFigures, walks: Sequence[Walk], log_p_knn: Tensor, lmbda: float) -> TokenFigures:
     """The LM's figures of some tokens, with what walks along them found; all of the tokens' order."""
     heaviest = [walk.heaviest.parts() for walk in walks if walk.heaviest is not None]
     nearest, entries, weights = (torch.from_numpy(np.concatenate(parts)) for parts in zip(*heaviest, strict=True))
     return figures._replace(
         knn_log_prob=log_p_knn.float(),
-        log_prob=log_probs.float(),
         nearest=nearest,
         lmbda=torch.full(log_p_knn.shape, lmbda).masked_fill(log_p_knn.isnan(), 0.0),
         searched=torch.from_numpy(np.concatenate([walk.searched for walk in walks])),

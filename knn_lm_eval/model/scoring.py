@@ -5,9 +5,8 @@ p_kNN exists only for the tokens that are asked for, and the LM's distribution f
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -24,35 +23,24 @@ from knn_lm_eval.methods.mixture import (
     mixed_log_probs,
     take_rows,
 )
+from knn_lm_eval.model.exclusion import Exclusion
+from knn_lm_eval.model.neighbours import (
+    FindNeighbours,
+    Neighbours,
+    counts_of,
+    find_none,
+    find_some,
+    finding_others,
+    seconds_of,
+)
 from knn_lm_eval.model.ngram_mixture import NgramMixture, NgramReader, NgramRows
 from knn_lm_eval.model.scores import Score, sum_up
 from knn_lm_eval.model.token_figures import TokenFigures, lm_scores
-from knn_lm_eval.report.record_files import NOT_KNOWN
 from knn_lm_eval.search.retriever import Retriever
 from knn_lm_eval.system.timing import StageTimer
 
 NEIGHBOURS_PER_BLOCK = 2**21  # 16 bytes each
 ROWS_PER_BLOCK = 2**12  # where there are no neighbours
-
-
-class Neighbours(NamedTuple):
-    """Those of ``n`` positions, ``[n, k]``.
-
-    Attributes
-    ----------
-    distances : float32; infinity in empty slots.
-    values : int32.
-    counts : how often each counts; None for once.
-    entries : int64, -1 in empty slots; None where nobody asks which they are.
-    """
-
-    distances: Tensor
-    values: Tensor
-    counts: Tensor | None
-    entries: Tensor | None = None
-
-
-FindNeighbours = Callable[[Tensor], Neighbours]  # rows int64 [n] -> these rows' neighbours
 
 
 class PassageScorer(ABC):
@@ -147,12 +135,11 @@ class LMScorer(PassageScorer):
         for reading in readings:
             if self._pairs is not None:
                 self.tokens_scored += sum(reading.lengths)
-                scores += self._pairs.score_reading(reading, _find_none, ROWS_PER_BLOCK, want_greedy)
+                scores += self._pairs.score_reading(reading, find_none, ROWS_PER_BLOCK, want_greedy)
                 continue
             greedy = figures = None
             if self.keeps_figures:
-                log_probs, best, figures = lm_scores(self.reader, reading)
-                greedy = best if want_greedy else None
+                log_probs, greedy, figures = lm_scores(self.reader, reading, want_greedy)
             elif want_greedy:
                 log_probs, greedy = self.reader.target_scores(reading)
             else:
@@ -269,12 +256,13 @@ class MixedPairs:
                     if entries is not None:
                         figures.put_heaviest(here, at, neighbours.log_weights, entries)
         mixed = pairs.as_given(log_probs)
-        if ngrams is not None:
-            mixed = ngrams.mixed(mixed, rows, targets)
+        by_ngrams = None if ngrams is None else ngrams.log_probs(rows, targets)
+        if ngrams is not None and by_ngrams is not None:
+            mixed = ngrams.mixed(mixed, by_ngrams)
         if figures is not None:
             searches_all = torch.full_like(figures.searched, not self.mixture.is_lm_alone)
             figures.searched.copy_(searches_all if searched is None else searched)
-            figures = figures.reordered(pairs)._replace(log_prob=mixed)
+            figures = figures.reordered(pairs).with_mixture(mixed, by_ngrams)
         return PairScores(
             mixed,
             None if greedy is None else pairs.as_given(greedy),
@@ -333,7 +321,7 @@ class MixedPairs:
         wanted = self.mixture.weight.wants_search(lm_part)
         assert wanted is not None, "asked only of a weight with a threshold"
         self.rows_skipped += int((~wanted).sum())
-        return _find_some(wanted.cpu(), start, find), wanted
+        return find_some(wanted.cpu(), start, find), wanted
 
     def _weigh(self, found: Neighbours, device: torch.device) -> WeighedNeighbours:
         with self._timed("mixture"):
@@ -350,6 +338,7 @@ class KNNScorer(PassageScorer):
     mixture : how LM and neighbours are mixed.
     keeps_figures : as for ``PassageScorer``.
     ngrams : an n-gram LM that is mixed in.
+    exclusion : what is left out of the neighbours; None for nothing.
     """
 
     def __init__(
@@ -359,9 +348,11 @@ class KNNScorer(PassageScorer):
         mixture: Mixture,
         keeps_figures: bool = False,
         ngrams: NgramMixture | None = None,
+        exclusion: Exclusion | None = None,
     ) -> None:
         super().__init__(reader, keeps_figures)
-        self.retriever, self._pairs = retriever, MixedPairs(reader, mixture, keeps_figures, ngrams)
+        self.retriever, self._exclusion = retriever, exclusion
+        self._pairs = MixedPairs(reader, mixture, keeps_figures, ngrams)
 
     def score(
         self, batches: Sequence[Sequence[Passage]], want_greedy: bool, following: Sequence[Passage] | None = None
@@ -379,42 +370,18 @@ class KNNScorer(PassageScorer):
 
     @property
     def seconds(self) -> dict[str, float]:
-        return self.reader.seconds | self._pairs.seconds
+        return self.reader.seconds | self._pairs.seconds | seconds_of(self._exclusion)
 
     @property
     def counts(self) -> dict[str, float]:
-        return super().counts | self._pairs.counts
+        return super().counts | self._pairs.counts | counts_of(self._exclusion)
 
     def _score_reading(self, reading: Reading, want_greedy: bool) -> list[list[Score]]:
-        def find(rows: Tensor) -> Neighbours:
+        def search(rows: Tensor) -> Neighbours:
             found = self.retriever.search(reading.queries[rows])
             return Neighbours(found.distances, found.values, found.counts, found.entries)
 
+        find = finding_others(search, reading, self._exclusion)
         self.tokens_scored += sum(reading.lengths)
         block = max(1, NEIGHBOURS_PER_BLOCK // self.retriever.k)
         return self._pairs.score_reading(reading, find, block, want_greedy)
-
-
-def _find_none(rows: Tensor) -> Neighbours:
-    """No neighbours."""
-    return Neighbours(torch.full((len(rows), 1), math.inf), torch.zeros(len(rows), 1, dtype=torch.int32), None)
-
-
-def _find_some(wanted: Tensor, start: int, find: FindNeighbours) -> Neighbours:
-    """The neighbours of those rows from ``start`` on that are ``wanted``; empty slots for the others."""
-    (some,) = wanted.nonzero(as_tuple=True)
-    if not len(some):
-        return _find_none(wanted)
-    found = find(some + start)  # [some, k]
-
-    def spread(part: Tensor, empty: float) -> Tensor:
-        whole = part.new_full((len(wanted), part.shape[1]), empty)
-        whole[some] = part
-        return whole
-
-    return Neighbours(
-        spread(found.distances, math.inf),
-        spread(found.values, 0),
-        None if found.counts is None else spread(found.counts, 1),
-        None if found.entries is None else spread(found.entries, NOT_KNOWN),
-    )

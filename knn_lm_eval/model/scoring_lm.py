@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ from tqdm import tqdm
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.lm.language_model import LanguageModel
 from knn_lm_eval.lm.loading import CausalHFLM
-from knn_lm_eval.lm.reading import Passage
+from knn_lm_eval.lm.reading import Passage, WholeText
 from knn_lm_eval.model.records import RecordedTexts, RecordFolder, RecordWriter, label_requests
 from knn_lm_eval.model.scores import RollingLoglikelihood, Score, spans_of
 from knn_lm_eval.model.scoring import PassageScorer
@@ -26,6 +27,27 @@ CPU_BATCH_TOKENS = 4096
 
 # Tokens of context, and those that follow and are scored.
 Window = tuple[list[int], list[int]]
+
+
+class ScoredText(NamedTuple):
+    """A text that is scored, or the end of one.
+
+    Attributes
+    ----------
+    whole : the text, without a prefix token.
+    start : the place of its first scored token.
+    windows : in the text's order; those of the scored tokens.
+    """
+
+    whole: WholeText
+    start: int
+    windows: list[Window]
+
+    @property
+    def places(self) -> list[int]:
+        """Of each window the place of its first scored token."""
+        lengths = [len(continuation) for _, continuation in self.windows]
+        return list(itertools.accumulate(lengths[:-1], initial=self.start)) if lengths else []
 
 
 class Group(NamedTuple):
@@ -80,23 +102,13 @@ class ScoringLM(CausalHFLM):
         -------
         One ``RollingLoglikelihood`` per request: the sum, which also knows the number of tokens and its parts.
         """
-        windows = [
-            [
-                make_disjoint_window(window)
-                for window in get_rolling_token_windows(
-                    token_list=self.tok_encode(request.args[0]),
-                    prefix_token=self.prefix_token_id,
-                    max_seq_len=self.max_length,
-                    context_len=self.context_len,
-                )
-            ]
-            for request in requests
-        ]
+        tokens_of = (self.tok_encode(request.args[0]) for request in requests)
+        texts = [ScoredText(WholeText.of(tokens[:-1]), 0, self._rolling_windows(tokens)) for tokens in tokens_of]
         results = [RollingLoglikelihood(0.0, 0, None)] * len(requests)
-        with self.recording("loglikelihood_rolling", requests, windows, [0] * len(windows)) as records:
-            for number, of_windows in self._score_in_windows(windows, False, disable_tqdm, records=records):
+        with self.recording("loglikelihood_rolling", requests, texts) as records:
+            for number, of_windows in self._score_in_windows(texts, False, disable_tqdm, records=records):
                 searches = [score.searches for score in of_windows.values() if score.searches is not None]
-                tokens = [len(continuation) for _, continuation in windows[number]]
+                tokens = [len(continuation) for _, continuation in texts[number].windows]
                 results[number] = RollingLoglikelihood(
                     sum(score.log_prob for score in of_windows.values()),
                     sum(tokens),
@@ -115,16 +127,13 @@ class ScoringLM(CausalHFLM):
             self._asked = None
 
     def recording(
-        self,
-        kind: str,
-        requests: Sequence[Instance] | None,
-        windows: list[list[Window]],
-        starts: list[int],
+        self, kind: str, requests: Sequence[Instance] | None, texts: Sequence[ScoredText]
     ) -> AbstractContextManager[RecordWriter | None]:
         """What writes the records of these texts; nothing where none are asked for."""
         if self.records is None:
             return nullcontext()
-        labelled = label_requests(requests, len(windows))
+        labelled = label_requests(requests, len(texts))
+        windows, starts = [text.windows for text in texts], [text.start for text in texts]
         return self.records.writing(kind, RecordedTexts(*labelled, windows, starts, self.max_length))
 
     def _loglikelihood_tokens(
@@ -135,16 +144,23 @@ class ScoringLM(CausalHFLM):
         **kwargs: Any,
     ) -> list[tuple[float, bool]]:
         results: list[tuple[float, bool]] = [(0.0, True)] * len(requests)  # of an empty continuation
-        windows = [self._windows(context, continuation) for _, context, continuation in requests]
-        # A prefix token that stands for an empty context is none of the text's own.
-        starts = [0 if context == [self.prefix_token_id] else len(context) for _, context, _ in requests]
-        with self.recording("loglikelihood", self._asked, windows, starts) as records:
-            for number, of_windows in self._score_in_windows(windows, True, disable_tqdm, override_bs, records):
+        texts = []
+        for _, context, continuation in requests:
+            # A prefix token that stands for an empty context is none of the text's own.
+            own = [] if context == [self.prefix_token_id] else context
+            whole = WholeText.of((own + continuation)[:-1])
+            texts.append(ScoredText(whole, len(own), self._windows(context, continuation)))
+        with self.recording("loglikelihood", self._asked, texts) as records:
+            for number, of_windows in self._score_in_windows(texts, True, disable_tqdm, override_bs, records):
                 log_prob = sum(score.log_prob for score in of_windows.values())
                 results[number] = log_prob, all(score.is_greedy for score in of_windows.values())
                 if requests[number][0] is not None:
                     self.cache_hook.add_partial("loglikelihood", requests[number][0], results[number])
         return results
+
+    def _rolling_windows(self, tokens: list[int]) -> list[Window]:
+        windows = get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, self.context_len)
+        return [make_disjoint_window(window) for window in windows]
 
     def _windows(self, context: list[int], continuation: list[int]) -> list[Window]:
         """One (context, continuation), or several where the continuation is longer than what is read at once.
@@ -163,22 +179,16 @@ class ScoringLM(CausalHFLM):
 
     def _score_in_windows(
         self,
-        windows: list[list[Window]],
+        texts: Sequence[ScoredText],
         want_greedy: bool,
         disable_tqdm: bool = False,
         batch_size: int | None = None,
         records: RecordWriter | None = None,
     ) -> Iterator[tuple[int, dict[int, Score]]]:
-        """Score texts in windows, a list for each; yields (the text, its scores by window) as they get done."""
-        places = [(text, place) for text, of_text in enumerate(windows) for place in range(len(of_text))]
+        """Score texts in windows; yields (the text's number, its scores by window) as they get done."""
+        places = [(text, place) for text, of_text in enumerate(texts) for place in range(len(of_text.windows))]
         scores: dict[int, dict[int, Score]] = {}
-        for number, score in self._score(
-            [window for of_text in windows for window in of_text],
-            want_greedy,
-            disable_tqdm,
-            batch_size,
-            [text for text, _ in places],
-        ):
+        for number, score in self._score(texts, want_greedy, disable_tqdm, batch_size):
             text, place = places[number]
             if records is not None:
                 assert score.figures is not None, "the scorer keeps figures where there are records"
@@ -186,30 +196,33 @@ class ScoringLM(CausalHFLM):
                 score = score._replace(figures=None)  # written; a long text's would take memory until it is done
             of_text = scores.setdefault(text, {})
             of_text[place] = score
-            if len(of_text) == len(windows[text]):
+            if len(of_text) == len(texts[text].windows):
                 yield text, scores.pop(text)
 
     def _score(
         self,
-        requests: list[Window],
+        texts: Sequence[ScoredText],
         want_greedy: bool,
         disable_tqdm: bool,
         batch_size: int | None,
-        texts: list[int],
     ) -> Iterator[tuple[int, Score]]:
-        """Score windows; yields (number, score) as batches get done.
-
-        ``texts`` are the numbers of the texts that the requests are windows of.
-        """
+        """Score all windows of texts, numbered through; yields (number, score) as batches get done."""
         self.scorer.begin_texts()
         passages: dict[Any, Passage] = {}
         askers: dict[Any, list[int]] = {}
-        for number, (context, continuation) in enumerate(requests):
-            text = context + continuation
-            # Requests that read the same tokens share the forward pass, as in HFLM.
-            shared = tuple(text[:-1]) if self.logits_cache and not self.carry_state else number
-            passage = passages.setdefault(shared, Passage(text[-(self.max_length + 1) : -1]))
-            passage.text = texts[number]
+        requests = [
+            (number, window, place)
+            for number, text in enumerate(texts)
+            for window, place in zip(text.windows, text.places, strict=True)
+        ]
+        for number, (of_text, (context, continuation), place) in enumerate(requests):
+            text, whole = context + continuation, texts[of_text].whole
+            read = text[-(self.max_length + 1) : -1]
+            start = place + len(continuation) - 1 - len(read)
+            # Requests that read the same tokens of the same text share the forward pass, as in HFLM.
+            shared = (tuple(text[:-1]), whole, start) if self.logits_cache and not self.carry_state else number
+            passage = passages.setdefault(shared, Passage(read, whole=whole, start=start))
+            passage.text = of_text
             passage.continuations.append(continuation)
             askers.setdefault(shared, []).append(number)
         order = list(passages)
@@ -237,7 +250,7 @@ class ScoringLM(CausalHFLM):
             names = order[start : start + (batch_size or self._size_of_batch(passages[order[start]], want_greedy))]
             group.names.extend(names)
             group.batches.append([passages[name] for name in names])
-            rows += sum(max(map(len, passage.continuations)) for passage in group.batches[-1])
+            rows += sum(passage.rows for passage in group.batches[-1])
             start += len(names)
             if rows >= self.scorer.rows_at_once or start >= len(order):
                 yield group

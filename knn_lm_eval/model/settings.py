@@ -85,6 +85,14 @@ class RetrievalSettings:
         in_force=0.0,
         source=INFINI_GRAM,
     )
+    exclude_overlap: int | None = setting(
+        None,
+        "leaves neighbours out, of the k that were found, whose context has so many tokens or more in common with the "
+        "scored text before the token, and documents that are the scored text (see `build_suffix_array`); 13 is usual",
+        of=Range(1, whole=True),
+        shown_default="none are left out",
+        source="Brown et al. 2020 (13 tokens)",
+    )
     knn_temp: float | None = setting(
         None,
         "the temperature of the softmax over distances",

@@ -20,8 +20,9 @@ class TokenFigures(NamedTuple):
 
     Attributes
     ----------
-    lm_log_prob, knn_log_prob, log_prob : float32, natural logarithms, by the LM, the neighbours (minus infinity where
-        none has the token, NaN where there is no neighbour) and their mixture.
+    lm_log_prob, knn_log_prob, ngram_log_prob, log_prob : float32, natural logarithms, by the LM, the neighbours (minus
+        infinity where none has the token, NaN where there is no neighbour), an n-gram LM (NaN where none is mixed in,
+        or it has no p) and their mixture.
     entropy : float32, of the LM's distribution, in nats.
     rank : int32, of the token in it, from 1; tokens that tie have one rank.
     nearest : float32, the smallest distance; infinity where there is no neighbour.
@@ -33,6 +34,7 @@ class TokenFigures(NamedTuple):
 
     lm_log_prob: Tensor
     knn_log_prob: Tensor
+    ngram_log_prob: Tensor
     log_prob: Tensor
     entropy: Tensor
     rank: Tensor
@@ -48,6 +50,7 @@ class TokenFigures(NamedTuple):
         return cls(
             lm_log_prob=torch.empty(count, device=device),
             knn_log_prob=torch.full((count,), math.nan, device=device),
+            ngram_log_prob=torch.full((count,), math.nan, device=device),
             log_prob=torch.empty(count, device=device),
             entropy=torch.empty(count, device=device),
             rank=torch.empty(count, dtype=torch.int32, device=device),
@@ -90,6 +93,11 @@ class TokenFigures(NamedTuple):
         """In the order in which the pairs were given, on the CPU."""
         return TokenFigures(*(pairs.as_given(part) for part in self))
 
+    def with_mixture(self, log_prob: Tensor, ngram_log_prob: Tensor | None) -> TokenFigures:
+        """With what the whole mixture says, and n-grams alone where they are mixed in."""
+        by_ngrams = self.ngram_log_prob if ngram_log_prob is None else ngram_log_prob.float()
+        return self._replace(log_prob=log_prob.float(), ngram_log_prob=by_ngrams)
+
     def split(self, lengths: Sequence[int]) -> list[TokenFigures]:
         """Those of consecutive parts."""
         parts = (part.split(list(lengths)) for part in self)
@@ -102,29 +110,31 @@ class LMScores(NamedTuple):
     Attributes
     ----------
     log_probs : ``[tokens]``, of the table's dtype.
-    greedy : whether the token is the most probable one.
+    greedy : whether the token is the most probable one; None where nobody wants to know.
     figures : all the rest; the mixture is the LM.
     """
 
     log_probs: Tensor
-    greedy: Tensor
+    greedy: Tensor | None
     figures: TokenFigures
 
 
 @torch.inference_mode()
-def lm_scores(reader: Reader, reading: Reading) -> LMScores:
+def lm_scores(reader: Reader, reading: Reading, want_greedy: bool) -> LMScores:
     """As ``reader.target_scores``, with the tokens' figures."""
     pairs = PairsByRow(*reading.pairs(), reading.hidden.device)
     figures = TokenFigures.empty(len(pairs), reading.hidden.device)
-    greedy = torch.zeros(len(pairs), dtype=torch.bool, device=reading.hidden.device)
+    greedy = torch.zeros(len(pairs), dtype=torch.bool, device=reading.hidden.device) if want_greedy else None
     log_probs = None
     for start, stop, table in reader.tables(reading.hidden, 0, len(reading.hidden)):
         here, at = pairs.within(start, stop)
         if log_probs is None:
             log_probs = table.new_empty(len(pairs))
         log_probs[here] = table[at, pairs.targets[here]]
-        greedy[here] = table.argmax(dim=-1)[at] == pairs.targets[here]
+        if greedy is not None:  # it takes as long as the softmax
+            greedy[here] = table.argmax(dim=-1)[at] == pairs.targets[here]
         figures.put_lm(here, table, at, pairs.targets[here])
     figures.log_prob.copy_(figures.lm_log_prob)
     assert log_probs is not None, "no batch is empty"
-    return LMScores(pairs.as_given(log_probs), pairs.as_given(greedy), figures.reordered(pairs))
+    of_pairs = None if greedy is None else pairs.as_given(greedy)
+    return LMScores(pairs.as_given(log_probs), of_pairs, figures.reordered(pairs))

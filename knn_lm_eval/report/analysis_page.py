@@ -5,7 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from knn_lm_eval.report.analysis_tables import concentration_table, counted, overview_table, property_table
+from knn_lm_eval.report.analysis_tables import (
+    concentration_table,
+    counted,
+    leakage_table,
+    overview_table,
+    property_table,
+)
 from knn_lm_eval.report.plots import Bar, Chart, Line, interval_chart, line_chart
 from knn_lm_eval.report.rendering import render
 from knn_lm_eval.report.tables import WARNING, Table, visible
@@ -57,6 +63,8 @@ def analysis_page(analysis: dict[str, Any], title: str) -> str:
     methods = analysis["methods"]
     names = list(dict.fromkeys(name for method in methods for name in method["by"]))
     sections = [_overview(analysis), *(_property(analysis, name) for name in names)]
+    if any(method["leakage"] is not None for method in methods):
+        sections.append(_leakage(analysis))
     subtitle = (
         f"{', '.join(method['name'] for method in methods)}: {counted(analysis['tokens'], 'token')} of "
         f"{counted(analysis['documents'], 'document')}."
@@ -102,6 +110,31 @@ def _property(analysis: dict[str, Any], name: str) -> Section:
             if of_cell["tokens"]:
                 heading = f"{method['name']}, {of_cell['label']}" if several else of_cell["label"]
                 section.examples.append(ExampleGroup(heading, [_example(token) for token in of_cell["tokens"]]))
+    return section
+
+
+def _leakage(analysis: dict[str, Any]) -> Section:
+    section = Section(
+        "What stands in the datastore",
+        "Perplexity by the length of the overlap: how many tokens, a token and those right before it, stand in the "
+        "datastore as they do in the text.",
+    )
+    several = len(analysis["methods"]) > 1
+    for method in analysis["methods"]:
+        if method["leakage"] is None:
+            continue
+        said = f": {method['name']}" if several else ""
+        lines = [
+            Line(
+                line,
+                [(cell["from"], cell[name]["mean"]) for cell in method["leakage"]["cells"] if cell[name] is not None],
+            )
+            for line, name in (("the LM", "lm_perplexity"), ("with retrieval", "perplexity"))
+        ]
+        if any(line.points for line in lines):
+            label = "overlap (tokens, from)"
+            section.charts.append(line_chart(f"Perplexity by overlap{said}", lines, label, "perplexity", log_y=True))
+        section.tables.append(leakage_table(analysis, method))
     return section
 
 

@@ -16,6 +16,8 @@ def analysis_tables(analysis: dict[str, Any]) -> list[Table]:
     tables = [overview_table(analysis), concentration_table(analysis)]
     for method in analysis["methods"]:
         tables += [property_table(analysis, method, name) for name in method["by"]]
+        if method["leakage"] is not None:
+            tables.append(leakage_table(analysis, method))
     return tables
 
 
@@ -69,6 +71,27 @@ def property_table(analysis: dict[str, Any], method: dict[str, Any], name: str) 
     return Table(title, ["", "tokens", *FIGURES, "of all gain"], rows)
 
 
+def leakage_table(analysis: dict[str, Any], method: dict[str, Any]) -> Table:
+    """A method's perplexity by how much of the text stands in the datastore."""
+    of_method = method["leakage"]
+    rows = [
+        [
+            cell["label"],
+            f"{cell['tokens']:,}",
+            _share(cell["share"]),
+            *_with_limits(cell["lm_perplexity"]),
+            *_with_limits(cell["perplexity"]),
+        ]
+        for cell in [*of_method["below"], *of_method["cells"]]
+    ]
+    title = "Perplexity by overlap with the datastore"
+    if len(analysis["methods"]) > 1:
+        title = f"{title}: {method['name']}"
+    header = ["overlap", "tokens", "share", "of the LM", "its interval", "perplexity", "interval"]
+    note = f"{_share(of_method['share_in_runs'])} of the tokens stand there within runs of {of_method['run']} or more."
+    return Table(title, header, rows, [note])
+
+
 def interval(figure: Figure) -> str:
     """Its limits; empty where there are none."""
     if figure is None or figure["low"] is None:
@@ -92,6 +115,14 @@ def _helped_and_hurt(cell: dict[str, Any]) -> list[str]:
 
 def _nats(figure: Figure) -> str:
     return "" if figure is None else _signed(figure["mean"])
+
+
+def _with_limits(figure: Figure) -> list[str]:
+    """A perplexity and its interval."""
+    if figure is None:
+        return ["", ""]
+    limits = "" if figure["low"] is None else f"[{_number(figure['low'])}, {_number(figure['high'])}]"
+    return [_number(figure["mean"]), limits]
 
 
 def _signed(number: float) -> str:

@@ -19,7 +19,7 @@ from knn_lm_eval.system.json_schema import Count, Positive, check_json
 from knn_lm_eval.system.seals import check_seal
 
 FORMAT = "knn_lm_eval token records"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 HEAVIEST = 3  # neighbours that a record names
 NOT_KNOWN = -1  # of an overlap that nobody measured, and of a neighbour that is not there
 # A record's columns, in order.
@@ -32,6 +32,7 @@ COLUMNS: dict[str, type[np.generic]] = {
     "token": np.int32,
     "lm_log_prob": np.float32,
     "knn_log_prob": np.float32,
+    "ngram_log_prob": np.float32,
     "log_prob": np.float32,
     "entropy": np.float32,
     "rank": np.int32,
@@ -109,11 +110,24 @@ class Records:
     def __len__(self) -> int:
         return len(self.columns["token"])
 
-    @property
-    def name(self) -> str:
-        """The folder's; of a folder that is called records, that of the one that it lies in."""
-        folder = self.folder.resolve()
-        return folder.parent.name if folder.name == "records" else folder.name
+
+def names_of(folders: Sequence[Path]) -> list[str]:
+    """What records are called that are shown together.
+
+    Each by its folder, or of a folder that is called ``records`` by that which it lies in. Where two would have one
+    name, by those folders above that are not the same for all: of a benchmark's cells, the method's.
+    """
+    paths = [folder.resolve() for folder in folders]
+    parts = [(path.parent if path.name == "records" else path).parts for path in paths]
+    last = [of_one[-1] for of_one in parts]
+    if len(set(last)) == len(last):
+        return last
+    if len(set(map(len, parts))) == 1:
+        differing = [level for level, names in enumerate(zip(*parts, strict=True)) if len(set(names)) > 1]
+        between = ["/".join(of_one[level] for level in differing) for of_one in parts]
+        if len(set(between)) == len(between):
+            return between
+    return list(map(str, folders))
 
 
 def read_records(folder: Path) -> Records:

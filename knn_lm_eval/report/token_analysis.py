@@ -73,7 +73,9 @@ def gains_of(records: Records) -> np.ndarray:
         )
 
 
-def analyse_method(records: Records, binnings: Sequence[Binned], units: Units, draws: Draws) -> dict[str, Any]:
+def analyse_method(
+    name: str, records: Records, binnings: Sequence[Binned], units: Units, draws: Draws
+) -> dict[str, Any]:
     """All figures of one method's records."""
     gains = gains_of(records)
     everything = np.ones(len(gains), dtype=bool)
@@ -82,7 +84,7 @@ def analyse_method(records: Records, binnings: Sequence[Binned], units: Units, d
     summary |= {"lm_perplexity": _perplexity(lm), "perplexity": _perplexity(log_prob)}
     summary["searched"] = float(records.columns["searched"].mean())
     return {
-        "name": records.name,
+        "name": name,
         "folder": str(records.folder),
         "settings": records.about["settings"],
         "datastore": records.about["datastore"],
@@ -117,11 +119,11 @@ def cell(label: str, mask: np.ndarray, gains: np.ndarray, units: Units, draws: D
         "tokens": int(mask.sum()),
         "share": float(mask.mean()),
         "infinite": int((mask & ~np.isfinite(gains)).sum()),
-        "helped": _mean((gains > 0).astype(np.float64), mask, units, draws),
-        "hurt": _mean((gains < 0).astype(np.float64), mask, units, draws),
-        "gain": _mean(gains, finite, units, draws),
-        "gain_of_helped": _mean(gains, finite & (gains > 0), units, draws),
-        "gain_of_hurt": _mean(gains, finite & (gains < 0), units, draws),
+        "helped": mean_of((gains > 0).astype(np.float64), mask, units, draws),
+        "hurt": mean_of((gains < 0).astype(np.float64), mask, units, draws),
+        "gain": mean_of(gains, finite, units, draws),
+        "gain_of_helped": mean_of(gains, finite & (gains > 0), units, draws),
+        "gain_of_hurt": mean_of(gains, finite & (gains < 0), units, draws),
         "share_of_gain": float(gains[finite].sum()) / total if total else None,
     }
 
@@ -131,7 +133,7 @@ def paired_difference(
 ) -> dict[str, float | None] | None:
     """How much larger a method's mean gain is than the first one's, of the same tokens; None where one is infinite."""
     difference = ours - first
-    return _mean(difference, np.isfinite(difference), units, draws)
+    return mean_of(difference, np.isfinite(difference), units, draws)
 
 
 def concentration(gains: np.ndarray) -> dict[str, Any]:
@@ -166,7 +168,7 @@ def _fewest(descending: np.ndarray, count: int) -> float | None:
     return (int(np.searchsorted(running, MOST_OF_THE_GAIN * running[-1] * (1 - 1e-12))) + 1) / count
 
 
-def _mean(values: np.ndarray, mask: np.ndarray, units: Units, draws: Draws) -> dict[str, float | None] | None:
+def mean_of(values: np.ndarray, mask: np.ndarray, units: Units, draws: Draws) -> dict[str, float | None] | None:
     """The mean of some tokens' values and its interval over units; None of no tokens."""
     if not mask.any():
         return None

@@ -137,8 +137,8 @@ def _read(datastore: Datastore) -> dict[str, Any]:
         if (path.parent / PROGRESS).is_file():
             raise UserError(f"The suffix array {path.parent} is not finished; go on with build_suffix_array --resume.")
         raise UserError(
-            f"The datastore {datastore.path} has no suffix array, which n-grams are looked up in; build one with "
-            f"build_suffix_array."
+            f"The datastore {datastore.path} has no suffix array, which ngram_lmbda and exclude_overlap look in; build "
+            f"one with build_suffix_array."
         )
     said = check_seal(path, read_json(path), REMEDY)
     if said.get("format") != FORMAT or said.get("format_version") != FORMAT_VERSION:

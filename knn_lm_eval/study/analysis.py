@@ -13,7 +13,8 @@ from tqdm import tqdm
 
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.report.binning import Binned, by_edges, by_kind, by_quantiles
-from knn_lm_eval.report.record_files import HEAVIEST, NOT_KNOWN, Records, check_same_tokens, read_records
+from knn_lm_eval.report.leakage import leakage, leakage_warning
+from knn_lm_eval.report.record_files import HEAVIEST, NOT_KNOWN, Records, check_same_tokens, names_of, read_records
 from knn_lm_eval.report.token_analysis import Draws, analyse_method, gains_of, paired_difference, units_of
 from knn_lm_eval.store.choosing import store_names
 from knn_lm_eval.store.datastore import Datastore
@@ -26,7 +27,7 @@ FREQUENCY_EDGES = (0, 1, 10, 100, 1000, 10_000, 100_000, 1_000_000)
 ENTROPY_EDGES = (0, 0.5, 1, 2, 3, 4, 6)
 RANK_EDGES = (1, 2, 4, 11, 101, 1001)
 PLACE_EDGES = (0, 16, 64, 256, 512, 1024, 4096)
-OVERLAP_EDGES = (0, 1, 2, 3, 5, 8, 13, 32)  # 8, 13 and 32 are what decontamination asks for
+OVERLAP_EDGES = (0, 1, 2, 3, 5, 8, 13, 32)
 DISTANCE_BINS, SHOWN_DOCUMENTS, STORE_PARTS = 5, 8, 8
 VALUES_AT_ONCE = 2**24
 CONTEXT_TOKENS = 24
@@ -67,17 +68,17 @@ def analyse(
     decoder = _open_tokenizer(all_records[0], tokenizer, notes)
     methods: list[dict[str, Any]] = []
     first_gains = gains_of(all_records[0])
-    for records in tqdm(all_records, "Analysing", disable=len(all_records) == 1):
+    named = list(zip(names_of(folders), all_records, strict=True))
+    for name, records in tqdm(named, "Analysing", disable=len(named) == 1):
         store = _open_store(records, datastore, notes)
         binnings = bin_tokens(records, store)
-        method = analyse_method(records, binnings, units, draws)
+        method = analyse_method(name, records, binnings, units, draws)
+        method["leakage"] = leakage(records, units, draws)
         method["difference"] = None if not methods else paired_difference(gains_of(records), first_gains, units, draws)
         if examples:
             method["examples"] = _examples(records, binnings, store, decoder, examples)
         methods.append(method)
-    for number, method in enumerate(methods):
-        if method["name"] in [other["name"] for other in methods[:number]]:
-            method["name"] = method["folder"]
+    notes += filter(None, map(leakage_warning, methods))
     first = methods[0]["summary"]
     if any(method["summary"]["infinite"] for method in methods):
         notes.append("Tokens whose probability is 0 by the mixture count as hurt, and are no part of means.")
@@ -109,6 +110,12 @@ def bin_tokens(records: Records, store: Store | None) -> list[Binned]:
         known = np.where(of["overlap"] == NOT_KNOWN, np.nan, of["overlap"])
         title = "length of the overlap with the datastore (tokens)"
         binned.append(by_edges("overlap", title, known, OVERLAP_EDGES, whole=True))
+    by_ngrams = of["ngram_log_prob"]
+    if not np.isnan(by_ngrams).all():
+        # Where one has no p, it says less than the LM.
+        above = (by_ngrams > of["lm_log_prob"]) + 2 * (of["knn_log_prob"] > of["lm_log_prob"])
+        title = "which of n-grams and neighbours give the token more than the LM"
+        binned.append(by_kind("ngrams", title, above, ["neither", "n-grams alone", "neighbours alone", "both"]))
     if not of["searched"].all():
         binned.append(by_kind("searched", "whether the index was searched", of["searched"].astype(int), ["no", "yes"]))
     if len(records.tasks) > 1:

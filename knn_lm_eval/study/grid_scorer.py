@@ -10,6 +10,7 @@ fitted, a seeded sample of at most ``SAMPLE_TOKENS`` tokens is kept as well.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -22,8 +23,11 @@ from knn_lm_eval.errors import UserError
 from knn_lm_eval.lm.reading import PairsByRow, Reader, Reading
 from knn_lm_eval.methods.adaptive import LM_FEATURES, lm_features, neighbour_features
 from knn_lm_eval.methods.automaton import Automaton, AutomatonSettings, Walk, padded_neighbours
+from knn_lm_eval.methods.left_out import Contexts
 from knn_lm_eval.methods.mixture import knn_log_probs
+from knn_lm_eval.model.exclusion import Exclusion
 from knn_lm_eval.model.knn_hf import KNNHF
+from knn_lm_eval.model.neighbours import seconds_of
 from knn_lm_eval.model.ngram_mixture import NgramReader
 from knn_lm_eval.model.opening import open_automaton
 from knn_lm_eval.model.scores import Score
@@ -75,9 +79,20 @@ class NeighbourSource(Protocol):
     block: int | None  # tokens whose neighbours are in memory at a time; None is all that came
 
     def find(
-        self, queries: Tensor, targets: Tensor, lengths: Sequence[int], timed: StageTimer
+        self,
+        queries: Tensor,
+        targets: Tensor,
+        lengths: Sequence[int],
+        timed: StageTimer,
+        contexts: Contexts | None,
     ) -> Iterator[FoundForSurface]:
-        """The neighbours of each surface, in order; ``lengths`` are those of the continuations."""
+        """The neighbours of each surface, in order.
+
+        Parameters
+        ----------
+        lengths : of the continuations.
+        contexts : of the tokens, where neighbours are left out.
+        """
 
 
 class Searches:
@@ -88,7 +103,8 @@ class Searches:
 
     rows_at_once = 1
 
-    def __init__(self, retriever: Retriever, grid: Grid) -> None:
+    def __init__(self, retriever: Retriever, grid: Grid, exclusion: Exclusion | None) -> None:
+        self._exclusion = exclusion
         self._shared = retriever.first_of_more_are_fewer
         self._retrievers: list[Retriever] = []
         self.surfaces: list[Surface] = []
@@ -99,12 +115,20 @@ class Searches:
         self.block: int | None = max(1, NEIGHBOURS_PER_BLOCK // grid.k[-1])
 
     def find(
-        self, queries: Tensor, targets: Tensor, lengths: Sequence[int], timed: StageTimer
+        self,
+        queries: Tensor,
+        targets: Tensor,
+        lengths: Sequence[int],
+        timed: StageTimer,
+        contexts: Contexts | None,
     ) -> Iterator[FoundForSurface]:
         """As ``NeighbourSource.find``."""
         for surface, retriever in zip(self.surfaces, self._retrievers, strict=True):
             with timed("search"):
-                distances, values, _, counts = retriever.search(queries)
+                distances, values, entries, counts = retriever.search(queries)
+            if self._exclusion is not None and contexts is not None:
+                gone = self._exclusion.of_found(contexts, entries)
+                distances, values = distances.masked_fill(gone, math.inf), values.masked_fill(gone, 0)
             yield FoundForSurface(surface, distances, values, counts, of_one_k=not self._shared)
 
 
@@ -114,10 +138,10 @@ class Walks:
     rows_at_once = WALKED_AT_ONCE
     block: int | None = None
 
-    def __init__(self, retriever: Retriever, settings: dict[str, Any], grid: Grid) -> None:
+    def __init__(self, retriever: Retriever, settings: dict[str, Any], grid: Grid, exclusion: Exclusion | None) -> None:
         name = settings["clusters"]
         clusters = None if name is None else open_clusters(retriever.datastore, str(name))
-        automaton, retriever = open_automaton(retriever, AutomatonSettings(), clusters)
+        automaton, retriever = open_automaton(retriever, AutomatonSettings(), clusters, exclusion)
         searched = grid.k[-1:] if retriever.first_of_more_are_fewer else grid.k
         self._retrievers = {k: _with_k(retriever, k) for k in searched}
         self.surfaces: list[Surface] = []
@@ -134,7 +158,12 @@ class Walks:
             self.surfaces.append(Surface(fixed, (k,), grid.knn_temp, grid.lmbda))
 
     def find(
-        self, queries: Tensor, targets: Tensor, lengths: Sequence[int], timed: StageTimer
+        self,
+        queries: Tensor,
+        targets: Tensor,
+        lengths: Sequence[int],
+        timed: StageTimer,
+        contexts: Contexts | None,
     ) -> Iterator[FoundForSurface]:
         """As ``NeighbourSource.find``."""
         with timed("search"):
@@ -146,7 +175,9 @@ class Walks:
             walks = []
             for here in (slice(end - length, end) for end, length in zip(ends, lengths, strict=True)):
                 found_here = distances_of_k[here], entries_of_k[here]
-                walks.append(Walk(queries[here].numpy(), targets[here].numpy(), found=found_here))
+                walk = Walk(queries[here].numpy(), targets[here].numpy(), found=found_here)
+                walk.contexts = None if contexts is None else contexts.of_rows(here)
+                walks.append(walk)
             with timed("walk"):
                 automaton.walk(walks, keep_neighbours=True)
                 steps = [neighbours for walk in walks for neighbours in walk.neighbours]
@@ -177,8 +208,11 @@ class GridScorer(PassageScorer):
         super().__init__(Reader(lm.language_model, lm.softmax_dtype))
         if lm.settings.get("no_pointer"):
             raise UserError("With no_pointer=True RetoMaton is kNN-LM: leave retomaton and no_pointer out to tune it.")
+        self._exclusion = lm.augmentation.exclusion
         self._source: NeighbourSource = (
-            Walks(lm.retriever, lm.settings, grid) if "retomaton" in lm.settings else Searches(lm.retriever, grid)
+            Walks(lm.retriever, lm.settings, grid, self._exclusion)
+            if "retomaton" in lm.settings
+            else Searches(lm.retriever, grid, self._exclusion)
         )
         # Of each that the source has those that are added up: one, or one for each weight of n-grams.
         self._added = [_with_ngrams(surface, grid.ngram_lmbda) for surface in self._source.surfaces]
@@ -198,8 +232,8 @@ class GridScorer(PassageScorer):
 
     @property
     def seconds(self) -> dict[str, float]:
-        """``forward``, ``head``, ``search``, ``walk``, ``grid`` and, where they are mixed in, ``ngrams``."""
-        return self.reader.seconds | self._timed.seconds | self._ngrams.seconds
+        """``forward``, ``head``, ``search``, ``walk``, ``grid`` and, where they count, ``ngrams`` and ``overlap``."""
+        return self.reader.seconds | self._timed.seconds | self._ngrams.seconds | seconds_of(self._exclusion)
 
     @torch.inference_mode()
     def score_readings(self, readings: Sequence[Reading], want_greedy: bool) -> list[list[Score]]:
@@ -218,11 +252,17 @@ class GridScorer(PassageScorer):
         lengths = [length for reading in readings for length in reading.lengths]
         of_ngrams = [self._ngrams.of_reading(reading) for reading in readings]
         ngram = [rows.log_probs(*pair) for rows, pair in zip(of_ngrams, pairs, strict=True) if rows is not None]
+        contexts = None
+        if self._exclusion is not None:
+            of_readings = [self._exclusion.contexts(reading) for reading in readings]
+            of_pairs = [of.of_rows(rows.numpy()) for of, (rows, _) in zip(of_readings, pairs, strict=True)]
+            contexts = Contexts.joined(of_pairs)
         block = self._source.block or len(targets)
         for start in range(0, len(targets), block):
             here = slice(start, start + block)
             of_block = torch.cat(ngram)[here] if ngram else None
-            self._add(queries[here], targets[here], lengths, lm_log_prob[here], lm_feature[here], of_block)
+            of_tokens = None if contexts is None else contexts.of_rows(here)
+            self._add(queries[here], targets[here], lengths, lm_log_prob[here], lm_feature[here], of_block, of_tokens)
         self.base_log_prob += float(lm_log_prob.sum())
         self.tokens_scored += len(lm_log_prob)
         return scores_of_readings(readings, lm_log_prob)
@@ -235,13 +275,14 @@ class GridScorer(PassageScorer):
         lm_log_prob: Tensor,
         lm_feature: Tensor,
         ngram_log_prob: Tensor | None,
+        contexts: Contexts | None,
     ) -> None:
         """Add tokens to the surfaces, and some to the sample."""
         chosen = None if self.sample is None else self.sample.choose(len(targets))
         kept: dict[Any, Tensor] = {}
         if chosen is not None:
             kept = {"lm": lm_log_prob[chosen].float(), "lm features": lm_feature[chosen]}
-        for number, found in enumerate(self._source.find(queries, targets, lengths, self._timed)):
+        for number, found in enumerate(self._source.find(queries, targets, lengths, self._timed, contexts)):
             with self._timed("grid"):
                 slots = found.slots(found.surface.k)
                 knn = self._log_p_knn(found, targets, found.surface.knn_temp, slots)  # [tokens, knn_temp, k]

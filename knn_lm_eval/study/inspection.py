@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -10,7 +11,7 @@ import torch
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 
-from knn_lm_eval.lm.reading import Passage, Reader, Reading
+from knn_lm_eval.lm.reading import Passage, Reader, Reading, WholeText
 from knn_lm_eval.methods.automaton import Walk, padded_neighbours
 from knn_lm_eval.methods.mixture import Mixture, knn_log_prob, mix
 from knn_lm_eval.model.knn_hf import KNNHF
@@ -29,8 +30,10 @@ def inspect_text(lm: KNNHF, text: str, *, num_neighbours: int = 8, context_token
     num_neighbours : neighbours shown per token; all k make up p_kNN.
     context_tokens : tokens shown before a neighbour's value, at most back to the beginning of its document.
     """
+    tokens = lm.tok_encode(text)
+    whole, place = WholeText.of(tokens[:-1]), 0
     windows = get_rolling_token_windows(
-        token_list=lm.tok_encode(text),
+        token_list=tokens,
         prefix_token=lm.prefix_token_id,
         max_seq_len=lm.max_length,
         context_len=lm.context_len,
@@ -39,7 +42,9 @@ def inspect_text(lm: KNNHF, text: str, *, num_neighbours: int = 8, context_token
     mixture = lm.augmentation.mixture
     inspected: list[InspectedToken] = []
     for context, targets in map(make_disjoint_window, windows):
-        reading = reader.read([Passage((context + targets)[:-1], [targets])])
+        read = (context + targets)[:-1]
+        start, place = place + len(targets) - 1 - len(read), place + len(targets)
+        reading = reader.read([Passage(read, [targets], whole=whole, start=start)])
         find = _neighbour_finder(lm, reading, targets)
         for here, lm_log_probs in _tables(reader, reading):
             found, target = find(here), torch.tensor(targets[here])
@@ -91,15 +96,22 @@ def _tables(reader: Reader, reading: Reading) -> Iterator[tuple[slice, Tensor]]:
 
 def _neighbour_finder(lm: KNNHF, reading: Reading, targets: list[int]) -> Callable[[slice], FoundForTokens]:
     """What gives the neighbours of some of the window's tokens: a search, or a walk along all of it."""
-    automaton = lm.augmentation.automaton
+    automaton, exclusion = lm.augmentation.automaton, lm.augmentation.exclusion
+    contexts = None if exclusion is None else exclusion.contexts(reading)
     if automaton is None:
 
         def search(here: slice) -> FoundForTokens:
-            return FoundForTokens(*lm.retriever.search(reading.queries[here]), None)
+            found = FoundForTokens(*lm.retriever.search(reading.queries[here]), None)
+            if exclusion is None or contexts is None:
+                return found
+            gone = exclusion.of_found(contexts.of_rows(here), found.entries)
+            return found._replace(
+                distances=found.distances.masked_fill(gone, math.inf), entries=found.entries.masked_fill(gone, -1)
+            )
 
         return search
 
-    walk = Walk(reading.queries.float().cpu().numpy(), np.array(targets))
+    walk = Walk(reading.queries.float().cpu().numpy(), np.array(targets), contexts=contexts)
     automaton.walk([walk], keep_neighbours=True)
 
     def steps(here: slice) -> FoundForTokens:

@@ -27,13 +27,19 @@ BATCH_SIZE = 4  # windows
 MAX_LENGTH = 1024  # tokens a window has at most, where nothing else is said and a study is of one long text
 
 
-def load_knn_hf(model_args: dict[str, Any], most_tokens: int | None = None, **settings: Any) -> KNNHF:
+def load_knn_hf(
+    model_args: dict[str, Any], most_tokens: int | None = None, excludes: bool = False, **settings: Any
+) -> KNNHF:
     """``knn-hf`` with these arguments, and those that the study sets itself.
 
     Parameters
     ----------
     most_tokens : that a window has, unless ``model_args`` says how many; None is the model's limit.
+    excludes : whether the study leaves neighbours out, too, where ``exclude_overlap`` is given; otherwise that raises
+        UserError.
     """
+    if not excludes and model_args.get("exclude_overlap") is not None:
+        raise UserError("exclude_overlap is not for this study, which looks at all that searches find: leave it out.")
     lm = KNNHF(**{"batch_size": BATCH_SIZE} | model_args | settings)
     if most_tokens is not None and model_args.get("max_length") is None:
         lm.shorten_windows(most_tokens)

@@ -143,7 +143,9 @@ def tune(
 
     # Any lmbda and temperature will do; they are given so that no saved default counts.
     of_ngrams = 0.5 if ngram_lmbda else 0.0
-    lm = load_knn_hf(model_args, k=grid.k[-1], lmbda=0.5, knn_temp=1.0, ngram_lmbda=of_ngrams, params=False)
+    lm = load_knn_hf(
+        model_args, excludes=True, k=grid.k[-1], lmbda=0.5, knn_temp=1.0, ngram_lmbda=of_ngrams, params=False
+    )
     scorer = GridScorer(lm, grid, None if adaptive == "none" else seed)
     score_tasks(lm, scorer, loaded_tasks, manager, limit)
     best = find_best(scorer.surfaces, scorer.tokens_scored, saved_searches)

@@ -24,7 +24,7 @@ from lm_eval.tasks import TaskManager
 from knn_lm_eval import KNNHF, Datastore
 from knn_lm_eval.benchmark.estimate import estimate
 from knn_lm_eval.benchmark.matrix import Matrix, read_matrix
-from knn_lm_eval.benchmark.runner import finished_results, run_matrix
+from knn_lm_eval.benchmark.runner import finished_results, run_matrix, task_manager
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.lm.language_model import LanguageModel
 from knn_lm_eval.lm.loading import CausalHFLM
@@ -179,8 +179,10 @@ def test_a_group_may_have_tasks_whose_names_begin_alike(content, tmp_path) -> No
     group = {"group": "both", "task": ["local_choose", "local_choose_more"]}
     (tmp_path / "tasks" / "group.yaml").write_text(yaml.safe_dump(group))
     content |= {"tasks": {"both": {}}, "methods": {"base": {}}}
-    assert run(matrix_of(content, tmp_path)) == {"tiny/base/both": "done"}
+    matrix = matrix_of(content, tmp_path)
+    assert run(matrix) == {"tiny/base/both": "done"}
     assert run(matrix_of(content, tmp_path)) == {"tiny/base/both": "finished"}
+    assert "openbookqa" in task_manager(matrix.cells[0], matrix.include_path).all_tasks  # it could be a member, too
 
 
 def test_stores_whose_keys_come_from_other_modules_share_no_pass(content, tmp_path, model_folder, store) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
@@ -44,13 +45,21 @@ class StoreForOracle:
 
 
 def slow_walk(
-    store: SlowStore, queries: np.ndarray, targets: list[int], how: AutomatonSettings
+    store: SlowStore,
+    queries: np.ndarray,
+    targets: list[int],
+    how: AutomatonSettings,
+    left_out: Callable[[int, int], bool] = lambda step, entry: False,
 ) -> tuple[list[dict[int, float]], int]:
-    """Algorithm 1 of Alon et al. 2022, one step and one candidate at a time: p_kNN of each step, and searches."""
+    """Algorithm 1 of Alon et al. 2022, one step and one candidate at a time: p_kNN of each step, and searches.
+
+    ``left_out`` says which entries do not count at a step.
+    """
     survivors: list[int] = []
     p_knn: list[dict[int, float]] = []
     searches = 0
-    for query, target in zip(queries, targets, strict=True):
+    for step, (query, target) in enumerate(zip(queries, targets, strict=True)):
+        survivors = [entry for entry in survivors if not left_out(step, entry + 1)]
         pointers = [entry + 1 for entry in survivors][: how.max_knns]
         if store.clusters is not None and 0 < len(pointers) < how.max_knns:
             pointed_to = Counter(int(store.cluster_of_entry[entry]) for entry in pointers)
@@ -58,11 +67,12 @@ def slow_walk(
                 for entry in np.flatnonzero(store.cluster_of_entry == cluster).tolist() if cluster != -1 else []:
                     if how.duplicates == "keep" or entry not in pointers:
                         pointers.append(entry)
-            pointers = pointers[: how.max_knns]
+            pointers = [entry for entry in pointers[: how.max_knns] if not left_out(step, entry)]
         candidates = []
         if len(survivors) < how.min_knns:
             searches += 1
-            candidates += [int(e) for e in store.search(query[None], how.k)[1][0] if e >= 0]
+            found = [int(e) for e in store.search(query[None], how.k)[1][0] if e >= 0]
+            candidates += [entry for entry in found if not left_out(step, entry)]
         for entry in pointers:
             if how.duplicates == "keep" or entry not in candidates:
                 candidates.append(entry)

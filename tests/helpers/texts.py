@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from knn_lm_eval.methods.ngrams import Ngrams, SortedText, begin_bits
 from knn_lm_eval.store.datastore import Datastore
 from knn_lm_eval.store.manifest import FORMAT, FORMAT_VERSION
 from knn_lm_eval.system.files import sha256, write_json
@@ -55,3 +56,23 @@ def ngram_p(documents: Documents, context: Sequence[int], target: int) -> float:
         return float("nan")
     end = list(context[len(context) - length :])
     return count(documents, [*end, target]) / count(documents, end, continued=True)
+
+
+def sorted_text(documents: Documents) -> SortedText:
+    """A text of these documents, sorted as lists are."""
+    text = np.array([token for document in documents for token in document], dtype=np.int32)
+    starts = np.cumsum([0, *(len(document) for document in documents)])
+    suffixes = [
+        (list(document[at:]), start + at)
+        for document, start in zip(documents, starts.tolist(), strict=False)
+        for at in range(len(document))
+    ]
+    order = np.array([place for _, place in sorted(suffixes)], dtype=np.int32)
+    heads = np.concatenate([[0], np.cumsum(np.bincount(text))])
+    return SortedText(text, begin_bits(starts[:-1], len(text)), order, heads)
+
+
+def in_parts(documents: Documents, cut: int) -> Ngrams:
+    """Look-ups in these documents, in two parts or in one."""
+    cut %= len(documents)
+    return Ngrams([sorted_text(part) for part in (documents[:cut], documents[cut:]) if part])

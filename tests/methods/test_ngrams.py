@@ -5,32 +5,14 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from helpers.texts import Documents, count, longest_end, ngram_p
+from helpers.texts import Documents, count, in_parts, longest_end, ngram_p, sorted_text
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from knn_lm_eval.methods.ngrams import Ngrams, SortedText, begin_bits, common_context
+from knn_lm_eval.methods.ngrams import common_context
 
 documents_of = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=12), min_size=1, max_size=5)
 read = st.lists(st.integers(0, 3), min_size=1, max_size=14)
-
-
-def sorted_text(documents: Documents) -> SortedText:
-    text = np.array([token for document in documents for token in document], dtype=np.int32)
-    starts = np.cumsum([0, *(len(document) for document in documents)])
-    suffixes = [
-        (list(document[at:]), start + at)
-        for document, start in zip(documents, starts.tolist(), strict=False)
-        for at in range(len(document))
-    ]
-    order = np.array([place for _, place in sorted(suffixes)], dtype=np.int32)
-    heads = np.concatenate([[0], np.cumsum(np.bincount(text))])
-    return SortedText(text, begin_bits(starts[:-1], len(text)), order, heads)
-
-
-def in_parts(documents: Documents, cut: int) -> Ngrams:
-    cut %= len(documents)
-    return Ngrams([sorted_text(part) for part in (documents[:cut], documents[cut:]) if part])
 
 
 @settings(deadline=None, max_examples=200)

@@ -24,6 +24,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from knn_lm_eval import KNNHF, UserError
 from knn_lm_eval.make.pruning import prune_greedy_merge
+from knn_lm_eval.make.removing import remove_documents
 from knn_lm_eval.make.suffix_building import build_suffix_array
 from knn_lm_eval.methods.adaptive import Buckets, Gate
 from knn_lm_eval.model import records as records_module
@@ -249,10 +250,30 @@ def test_records_of_a_mixture_with_ngrams(
             others = (1 - of["lmbda"]) * math.exp(of["lm_log_prob"]) + of["lmbda"] * p_knn
             read = [lm.prefix_token_id, *tokens[:place]][-int(of["read"]) :]
             p = ngram_p(documents, read, tokens[place])
+            assert math.exp(of["ngram_log_prob"]) == pytest.approx(p, rel=1e-5, nan_ok=True)
             expected = others if math.isnan(p) else 0.7 * others + 0.3 * p
             assert math.exp(of["log_prob"]) == pytest.approx(expected, rel=1e-4)
             assert of["overlap"] == longest_end(documents, tokens[: place + 1], continued=False)
     assert (records.columns["searched"].any()) == (name != "LM")
+
+
+def test_a_suffix_array_of_another_text_measures_nothing(
+    make: Callable[..., KNNHF], sorted_store: Datastore, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One warning where nothing else needs it; what does, is refused."""
+    shutil.copytree(sorted_store.path, tmp_path / "store")
+    remove_documents(tmp_path / "store", [1])
+    shutil.copytree(sorted_store.path / "suffixes", tmp_path / "store" / "suffixes", dirs_exist_ok=True)
+    caplog.clear()
+    lm = make(datastore=str(tmp_path / "store"), lmbda=0.4, records=tmp_path / "r")
+    lm.loglikelihood_rolling(rolling()[1:3])
+    (said,) = [text for text in caplog.messages if "overlaps with the datastore" in text]
+    assert "is of another text than" in said and "build it again" in said
+    of = read_records(tmp_path / "r").columns
+    assert (of["overlap"] == -1).all() and np.isnan(of["ngram_log_prob"]).all()
+    for needs_it in ({"ngram_lmbda": 0.2}, {"exclude_overlap": 13}):
+        with pytest.raises(UserError, match="is of another text than"):
+            make(datastore=str(tmp_path / "store"), lmbda=0.4, records=tmp_path / "n", **needs_it)
 
 
 def test_overlaps_are_measured_where_something_measures_them(make: Callable[..., KNNHF], tmp_path: Path) -> None:

@@ -34,9 +34,8 @@ KINDS = [
     "OPQ4_8,IVF4,PQ4x4",
     "PCAR8,IVF4,RaBitQ",
 ]
-RNG = np.random.default_rng(
-    1000
-)  # no key below is one of these: the residual of a centroid is rounding alone, and so its bits
+# No key below is one of these: what is left of a centroid's own key is rounding alone, and so are its bits.
+RNG = np.random.default_rng(1000)
 SAMPLE = RNG.normal(size=(400, DIMENSION)).astype(np.float32)
 TRAINED: dict[str, Any] = {}
 

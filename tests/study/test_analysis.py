@@ -27,7 +27,8 @@ from knn_lm_eval.report.analysis_page import analysis_page
 from knn_lm_eval.report.analysis_tables import analysis_tables
 from knn_lm_eval.report.binning import Binned, by_edges, by_kind, by_quantiles
 from knn_lm_eval.report.intervals import mean_interval, paired_interval
-from knn_lm_eval.report.record_files import COLUMNS, Records, read_records
+from knn_lm_eval.report.leakage import leakage, leakage_warning
+from knn_lm_eval.report.record_files import COLUMNS, Records, names_of, read_records
 from knn_lm_eval.report.token_analysis import Draws, analyse_method, concentration, gains_of, units_of
 from knn_lm_eval.store.datastore import Datastore
 from knn_lm_eval.study.analysis import analyse, bin_tokens, count_values
@@ -63,7 +64,7 @@ def test_every_figure_is_that_of_plain_loops(seed: int, documents: int, tokens: 
     kinds = np.random.default_rng(seed).integers(-1, 3, tokens)
     binned = by_kind("kind", "kind", kinds, ["a", "b", "c"])
     units = units_of(records)
-    method = analyse_method(records, [binned], units, DRAWS)
+    method = analyse_method("one", records, [binned], units, DRAWS)
     log_prob, lm = (records.columns[name].tolist() for name in ("log_prob", "lm_log_prob"))
     gains = [p - q for p, q in zip(log_prob, lm, strict=True)]
     check_cell(method["summary"], gains, list(range(tokens)))
@@ -181,6 +182,55 @@ def test_labels_of_bins() -> None:
     assert by_edges("x", "x", np.zeros(1), (0, 0.5), whole=False).labels == ["0 to 0.5", "0.5 and more"]
     kinds = by_kind("x", "x", np.array([2, -1, 0]), ["a", "b", "c"])
     assert kinds.labels == ["a", "c"] and kinds.bin_of.tolist() == [1, -1, 0]
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), documents=st.integers(1, 4), tokens=st.integers(1, 90))
+def test_leakage_is_that_of_plain_loops(seed: int, documents: int, tokens: int) -> None:
+    records = random_records(seed, documents, tokens)
+    rng = np.random.default_rng(seed)
+    overlap = (rng.integers(0, 12, tokens) * rng.integers(0, 4, tokens)).tolist()
+    records.columns["overlap"][:] = overlap
+    of_text = records.columns["document"].tolist()
+    found = leakage(records, units_of(records), DRAWS)
+    assert found is not None
+    inside = set()
+    for last in range(tokens):
+        if overlap[last] >= 13:
+            inside |= {i for i in range(last + 1) if of_text[i] == of_text[last] and i > last - overlap[last]}
+    assert found["share_in_runs"] == pytest.approx(len(inside) / tokens)
+    for cell in [*found["below"], *found["cells"]]:
+        low, high = 0, math.inf
+        if "below" in cell["label"]:
+            high = int(cell["label"].split()[1])
+        elif cell["label"] != "all":
+            numbers = [int(part) for part in cell["label"].split() if part.isdigit()]
+            low, high = numbers[0], math.inf if "more" in cell["label"] else numbers[-1] + 1
+        members = [i for i in range(tokens) if low <= overlap[i] < high]
+        assert cell["tokens"] == len(members)
+        for name, column in (("perplexity", "log_prob"), ("lm_perplexity", "lm_log_prob")):
+            if not members:
+                assert cell[name] is None
+                continue
+            mean = sum(float(records.columns[column][i]) for i in members) / len(members)
+            assert cell[name]["mean"] == pytest.approx(math.exp(-mean))
+            assert cell[name]["low"] is None or cell[name]["low"] <= cell[name]["mean"] * 1.0001
+
+
+def test_leakage_is_warned_of() -> None:
+    records = random_records(0, 3, 200)
+    records.columns["overlap"][:] = 1
+    for last, warned in ((12, False), (13, True)):
+        records.columns["overlap"][100] = last
+        method = analyse_method("one", records, [], units_of(records), DRAWS)
+        method["leakage"] = leakage(records, units_of(records), DRAWS)
+        assert method["leakage"]["share_in_runs"] == (13 / 200 if warned else 0)
+        assert (leakage_warning(method) is not None) == warned
+    assert "exclude_overlap=13, or take those documents out with remove_documents" in str(leakage_warning(method))
+    assert leakage_warning(method | {"settings": {"exclude_overlap": 13}}) is None
+    assert leakage_warning(method | {"settings": {"exclude_overlap": 32}}) is not None
+    records.columns["overlap"][:] = -1
+    assert leakage(records, units_of(records), DRAWS) is None
 
 
 # ------------------------------------------------------------------------------------- with a datastore
@@ -336,6 +386,18 @@ def test_what_is_given_must_be_what_was_used(folders: list[Path], store: Datasto
         analyse(folders, tokenizer="nowhere", draws=DRAWS)
 
 
+def check_ngrams(records: Records, of_property: dict[str, Any]) -> None:
+    """n-grams and neighbours are compared with the LM token by token."""
+    expected = dict.fromkeys(["neither", "n-grams alone", "neighbours alone", "both"], 0)
+    of = {name: column.tolist() for name, column in records.columns.items()}
+    for lm, knn, ngram in zip(of["lm_log_prob"], of["knn_log_prob"], of["ngram_log_prob"], strict=True):
+        expected[
+            {(0, 0): "neither", (0, 1): "n-grams alone", (1, 0): "neighbours alone"}.get((knn > lm, ngram > lm), "both")
+        ] += 1
+    cells = {cell["label"]: cell["tokens"] for cell in of_property["cells"]}
+    assert cells == {name: tokens for name, tokens in expected.items() if tokens} and len(cells) > 1
+
+
 def script(*arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, SCRIPTS / "analyse.py", *arguments]
     return subprocess.run([str(part) for part in command], capture_output=True, text=True)
@@ -347,6 +409,17 @@ def test_the_verb_prints_and_writes(folders: list[Path], tmp_path: Path) -> None
     assert "Entropy of the LM (nats): kNN-LM" in process.stdout and "RetoMaton" in process.stdout
     assert json.loads((tmp_path / "a.json").read_text())["format"] == "knn_lm_eval analysis"
     assert "<title>What retrieval brought" in (tmp_path / "a.html").read_text()
+
+
+def test_records_are_called_by_what_sets_them_apart() -> None:
+    cells = [Path(f"/results/lm/{method}/wiki/law/records") for method in ("knn", "ngram")]
+    assert names_of(cells) == ["knn", "ngram"]
+    assert names_of([cells[0]]) == ["law"]
+    assert names_of([Path("/a/knn"), Path("/b/more/ngram")]) == ["knn", "ngram"]
+    assert names_of([Path("/a/x/knn/1"), Path("/a/y/ngram/1")]) == ["x/knn", "y/ngram"]
+    unlike = [Path("/a/knn/1"), Path("/a/1")]
+    assert names_of(unlike) == ["/a/knn/1", "/a/1"]
+    assert names_of([cells[0], cells[0]]) == [str(cells[0])] * 2
 
 
 @pytest.mark.parametrize(
@@ -389,7 +462,16 @@ def test_records_of_several_stores_name_them(
     assert [each["entries"] for each in two.about["datastore"]] == [len(part) for part in parts]
 
     of_one, of_two = (analyse([tmp_path / name], draws=DRAWS)["methods"][0] for name in ("one", "two"))
-    assert of_one["by"]["overlap"] == of_two["by"]["overlap"]
+    assert of_one["by"]["overlap"] == of_two["by"]["overlap"] and of_one["by"]["ngrams"] == of_two["by"]["ngrams"]
+    check_ngrams(one, of_one["by"]["ngrams"])
+    analysis = analyse([tmp_path / "two"], draws=DRAWS)
+    assert of_two["leakage"] == of_one["leakage"] == analysis["methods"][0]["leakage"]
+    table = next(table for table in analysis_tables(analysis) if table.title.startswith("Perplexity by overlap"))
+    assert [row[0] for row in table.rows[:4]] == ["all", "below 8", "below 13", "below 32"]
+    page = analysis_page(analysis, "x")
+    assert "What stands in the datastore" in page and "Perplexity by overlap</figcaption>" in page
+    warned = analysis | {"notes": ["Warning: half of it is there."]}
+    assert 'class="warning"' in analysis_page(warned, "x").split("</style>")[-1]
     for name in ("frequency", "proposed"):
         assert of_one["by"][name] == of_two["by"][name]
     cells = {cell["label"]: cell["tokens"] for cell in of_two["by"]["source"]["cells"]}

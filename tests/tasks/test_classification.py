@@ -30,6 +30,7 @@ LOCAL: dict[str, list[dict[str, Any]]] = {
         {"premise": "Dana had a cat.", "hypothesis": "Dana had an animal.", "label": "entailment", "idx": 0},
         {"premise": "Dana had a cat.", "hypothesis": "Dana had a dog.", "label": "not_entailment", "idx": 1},
     ],
+    "cb/test.jsonl": [{"premise": "Nobody has said.", "hypothesis": "it is so", "idx": 0}],  # without labels, as there
     "cb/dev.jsonl": [{"premise": "Is there a shipment?", "hypothesis": "there is one", "label": "neutral", "idx": 1}],
     "agn/test.jsonl": [{"Class Index": "3", "Title": "Fears", "Description": "Unions say."}],
     "hyp/test.jsonl": [{"": "0", "text": "As seen on television ", "id": "0", "label": "1"}],
@@ -64,7 +65,7 @@ def nothing_from_outside(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
 def data(tmp_path: Path) -> Path:
     for name, rows in LOCAL.items():
         file = tmp_path / "data" / name
-        file.parent.mkdir(parents=True)
+        file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return tmp_path / "data"
 
