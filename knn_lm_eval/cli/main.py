@@ -32,7 +32,7 @@ GROUPS = {
     "begin": ("doctor", "first_run"),
     "make a datastore": (
         *("dump_datastore", "fetch_datastore", "import_datastore", "build_index", "cluster_datastore"),
-        *("build_suffix_array", "verify_datastore"),
+        *("build_suffix_array", "verify_datastore", "push_datastore"),
     ),
     # Where evaluating itself is looked for and not found among the verbs.
     "evaluate (lm_eval --model knn-hf --model_args datastore=STORE --tasks TASKS, and many settings by)": (
