@@ -93,7 +93,7 @@ class PerplexityTask(ConfigurableTask):
 def first_part(dataset: dict[str, Any], fraction: object) -> dict[str, Any]:
     """The data set, of whose splits with one document only the first lines are left: at least so much of its text.
 
-    Of several documents lm-eval's ``limit`` takes some. Raises UserError where ``fraction`` is not above 0 and at most 1.
+    Of several documents lm-eval's ``limit`` takes some. Raises UserError where ``fraction`` is none.
     """
     if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0 < fraction <= 1:
         raise UserError(f"text_fraction={shortened(fraction)} should be a number above 0 and at most 1.")
