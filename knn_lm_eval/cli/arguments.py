@@ -53,8 +53,8 @@ def add_text_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument("--text", type=Path, help="a UTF-8 text file")
     source.add_argument(
         "--dataset",
-        help="a `datasets` data set: hub id, local folder, or a .jsonl, .parquet, .csv or .txt file; or python_docs, the "
-        "topics of Python's help() that the task of that name does not score",
+        help="a `datasets` data set: hub id, local folder, or a .jsonl, .parquet, .csv or .txt file; or python_docs, "
+        "the topics of Python's help() that the task of that name does not score",
     )
     parser.add_argument("--config", help="the data set's configuration (its `name`)")
     parser.add_argument("--split", default="train", help="the data set's split (default: train)")

@@ -63,11 +63,9 @@ def _table(task: str, measurements: Sequence[Measurement], fraction: float) -> M
     for one in measurements:
         figures: dict[str, Any] = {METRICS[name][0]: metric(one.results, task, name) for name in METRICS}
         published = None if one.published is None else one.published.value
-        seconds = float(one.results["total_evaluation_time_seconds"])
-        label: dict[str, Any] = {"": LABELS.get(one.method, one.method)}
-        rows.append(label | figures | {"published": published, "seconds": seconds})
+        rows.append({"": LABELS.get(one.method, one.method), **figures, "published": published})
     shown = {heading: form for heading, form in METRICS.values() if any(row[heading] is not None for row in rows)}
-    columns: dict[str, Format] = {"": ""} | shown
+    columns: dict[str, Format] = {"": "", **shown}
     notes = []
     figures_held = [one.published for one in measurements if one.published is not None]
     if figures_held:
@@ -82,7 +80,6 @@ def _table(task: str, measurements: Sequence[Measurement], fraction: float) -> M
         notes.append(
             f"Warning: this is a fraction ({fraction:g}) of the recipe, which compares with nothing published."
         )
-    columns["seconds"] = ".0f"
     return MeasuredTable(_title(task, measurements), columns, rows, notes)
 
 

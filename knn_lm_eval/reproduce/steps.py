@@ -144,8 +144,8 @@ def _dump_step(recipe: Recipe, output: Path) -> Step:
     source = TextSource(**text | ({"text": Path(dump["text"])} if "text" in dump else {}))
     settings = {"model": recipe["model"], "dump": recipe["dump"], **({"index": index} if without_keys else {})}
     if source.dataset == PYTHON_DOCS:  # which another Python has otherwise, with what is held out here
-        text = "\n".join(python_docs_split(source.split))
-        settings["text_sha256"] = hashlib.sha256(text.encode()).hexdigest()
+        topics = "\n".join(python_docs_split(source.split))
+        settings["text_sha256"] = hashlib.sha256(topics.encode()).hexdigest()
 
     def run(begun: bool) -> None:
         how = _settings(dump, *TEXT, "knn_keytype")
