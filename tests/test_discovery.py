@@ -216,8 +216,8 @@ def test_a_checkout_without_links_reads_its_tasks_beside_the_package(unlinked: P
     """Also the first run's text, which is the training split of one of them."""
     source = """
         from knn_lm_eval._startup import tasks_dir
-        from knn_lm_eval.cli.first_run import training_text
-        print(tasks_dir(), len(training_text()) > 10_000)
+        from knn_lm_eval.make.text import python_docs_split
+        print(tasks_dir(), len("".join(python_docs_split("train"))) > 10_000)
     """
     assert unlinked_env.code(source).split() == [str(unlinked / "tasks"), "True"]
 

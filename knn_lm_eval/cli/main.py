@@ -29,7 +29,7 @@ SAME_COMMAND = "what is done is kept; the same command goes on."
 NOT_VERBS = ("__init__", "__main__", "arguments", "completion", "main", "parsing")
 # All verbs, in the order in which one comes to need them.
 GROUPS = {
-    "begin": ("doctor", "first_run"),
+    "begin": ("doctor", "first_run", "reproduce"),
     "make a datastore": (
         *("dump_datastore", "fetch_datastore", "import_datastore", "build_index", "cluster_datastore"),
         *("build_suffix_array", "verify_datastore", "push_datastore"),

@@ -183,6 +183,24 @@ def test_parquet_shards_are_joined_in_order(tmp_path) -> None:
     assert texts("wikitext103", data_dir=str(tmp_path)) == [RAW]
 
 
+@pytest.mark.parametrize("fraction", [1e-9, 0.01, 0.5, 0.999])
+def test_a_fraction_of_one_document_is_its_first_lines(data, fraction: float) -> None:
+    """As few as have so much of the text; what lm-eval can limit itself is left alone."""
+    (whole,) = texts("wikitext103", data_dir=str(data))
+    (first,) = texts("wikitext103", data_dir=str(data), text_fraction=fraction)
+    assert whole.startswith(first) and first.strip() and len(first) >= fraction * len(whole)
+    lines = first.splitlines(keepends=True)
+    assert first == whole or first.endswith("\n")
+    assert not "".join(lines[:-1]).strip() or len("".join(lines[:-1])) < fraction * len(whole)
+    assert texts("law", data_dir=str(data), text_fraction=fraction) == texts("law", data_dir=str(data))
+
+
+@pytest.mark.parametrize("fraction", [0, 1.5, True, "half", float("nan")])
+def test_what_is_no_fraction_of_a_text(data, fraction: object) -> None:
+    with pytest.raises(UserError, match=r"text_fraction=.* should be a number above 0 and at most 1"):
+        texts("wikitext103", data_dir=str(data), text_fraction=fraction)
+
+
 def test_the_environment_variable_gives_the_folder_and_metadata_comes_first(data, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv(corpora.DATA_VARIABLE, str(data))
     assert texts("wikitext103") == [RAW]

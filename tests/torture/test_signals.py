@@ -55,6 +55,7 @@ VERBS: dict[str, tuple[str, str, int]] = {
     "foss_curve": (f"{LM} {LAW} --tasks law --output HERE/new", NOTHING_KEPT, 6),
     "store_sizes": (f"{LM},k=8,lmbda=0.5 {LAW} --tasks law --output HERE/new", NOTHING_KEPT, 4),
     "benchmark": ("HERE/matrix.yaml", SAME_COMMAND, 12),
+    "reproduce": ("HERE/recipe.yaml --output HERE/new", SAME_COMMAND, 40),
     "inspect_neighbours": (f"{LM},k=8 --file HERE/train.txt --html HERE/new/page.html", NOTHING_KEPT, 3),
     "speed": (f"{LM},k=8 --text HERE/train.txt --tokens 200 --no_memory --json HERE/new.json", NOTHING_KEPT, 2),
     "compare_indexes": (
