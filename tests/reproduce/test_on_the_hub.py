@@ -5,14 +5,11 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 from helpers.forks import Child, run_verb
 from helpers.hub_contents import Hub
 from helpers.hub_recipes import MODELS, WIKITEXT, publish_for_recipes, wikitext_rows
-from helpers.places import TASKS
-from lm_eval.tasks import TaskManager
 
 from knn_lm_eval.make.text import TextSource
 from knn_lm_eval.store.datastore import Datastore
@@ -29,12 +26,7 @@ def real_hub(hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Hub:
         monkeypatch.setattr(f"datasets.config.{name}", value)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "models"))
     monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda _: None)
-    monkeypatch.setattr("knn_lm_eval.study.tuning.find_tasks", our_tasks)
     return hub
-
-
-def our_tasks(model_args: dict[str, Any], metadata: dict[str, Any] | None) -> TaskManager:
-    return TaskManager(include_path=str(TASKS), include_defaults=False, metadata=model_args | (metadata or {}))
 
 
 def test_two_recipes_from_the_hub_to_their_tables(real_hub: Hub, tokenizer, tmp_path: Path) -> None:

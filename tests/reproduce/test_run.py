@@ -14,9 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers.forks import Child, run_verb
-from helpers.places import TASKS
 from helpers.tiny_model import EVAL_TEXT, MAX_LENGTH
-from lm_eval.tasks import TaskManager
 
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.report.measured import Measurement, measured_tables
@@ -33,7 +31,6 @@ ALL = ["dump", "index", "cluster", "tune knn", "evaluate"]
 def quick() -> Any:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("lm_eval.evaluator.add_env_info", lambda _: None)  # takes a second
-        patch.setattr("knn_lm_eval.study.tuning.find_tasks", our_tasks)  # lm-eval's own take seconds to be found
         yield
 
 
@@ -66,10 +63,6 @@ def content(tmp_path_factory: pytest.TempPathFactory, model_folder: Path, train_
             "tasks": {"law": {"limit": 5}},
         },
     }
-
-
-def our_tasks(model_args: dict[str, Any], metadata: dict[str, Any] | None) -> TaskManager:
-    return TaskManager(include_path=str(TASKS), include_defaults=False, metadata=model_args | (metadata or {}))
 
 
 class Runs:
