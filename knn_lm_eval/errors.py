@@ -59,6 +59,7 @@ EXTRAS = {
     "bitsandbytes": ("bnb",),
     "faiss": ("cpu", "gpu"),
     "gguf": ("gguf",),
+    "gradio": ("explore",),
     "peft": ("peft",),
     "ray": ("ray",),
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 CAME_BY = ("pointer", "cluster", "search")
 
@@ -82,3 +83,10 @@ class InspectedToken:
     def gain(self) -> float:
         """log p - log p_LM, in nats: what retrieval brought."""
         return math.log(self.p / self.p_lm) if self.p and self.p_lm else math.copysign(math.inf, self.p - self.p_lm)
+
+
+def read_token(plain: dict[str, Any]) -> InspectedToken:
+    """A token from what ``dataclasses.asdict`` made of it; raises KeyError or TypeError for what is none."""
+    neighbours = [Neighbour(**neighbour) for neighbour in plain["neighbours"]]
+    step = plain.get("step")
+    return InspectedToken(**plain | {"neighbours": neighbours, "step": None if step is None else WalkStep(**step)})

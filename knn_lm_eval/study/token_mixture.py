@@ -41,7 +41,8 @@ class LMFigures(NamedTuple):
     @classmethod
     def of_windows(cls, windows: list[LMFigures]) -> LMFigures:
         """Those of consecutive windows, as of one."""
-        return cls(*(None if parts[0] is None else torch.cat(parts) for parts in zip(*windows, strict=True)))
+        parts = (None if of_all[0] is None else torch.cat(of_all) for of_all in zip(*windows, strict=True))
+        return cls(*parts)  # type: ignore[arg-type]
 
 
 class FoundForTokens(NamedTuple):
