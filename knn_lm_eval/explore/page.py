@@ -136,49 +136,47 @@ def _html(name: str, on_load: str | None = None) -> gr.HTML:
 def _sliders(explorer: Explorer) -> Sliders:
     first, kind = explorer.first, explorer.weight_per_token
     needed = max(LEAST_MIN_KNNS, 2 * first.min_knns) if math.isfinite(first.min_knns) else LEAST_MIN_KNNS
+    lmbda = 0.25 if first.lmbda is None else first.lmbda
+    log_temp = min(max(math.log10(first.knn_temp), COLDEST), HOTTEST)
+    tuned = f"per token, as tuned ({kind})"
     return Sliders(
-        lmbda=gr.Slider(
-            0,
-            1,
-            0.25 if first.lmbda is None else first.lmbda,
-            step=0.01,
-            label="lmbda, the neighbours' weight",
-            elem_id="lmbda",
-        ),
-        own_weight=gr.Checkbox(
-            kind is not None,
-            label=f"weight per token, as tuned ({kind})",
-            visible=kind is not None,
-            elem_id="own_weight",
-        ),
-        log_temp=gr.Slider(
-            COLDEST,
-            HOTTEST,
-            min(max(math.log10(first.knn_temp), COLDEST), HOTTEST),
-            step=0.01,
-            label="log10 of the temperature knn_temp",
-            elem_id="log_temp",
-        ),
-        k=gr.Slider(1, first.k, first.k, step=1, label="k, neighbours", elem_id="k"),
-        min_knns=gr.Slider(
+        lmbda=_slider("lmbda", 0, 1, lmbda, 0.01, "the neighbours' weight"),
+        own_weight=gr.Checkbox(kind is not None, label=tuned, visible=kind is not None, elem_id="own_weight"),
+        log_temp=_slider("log_temp", COLDEST, HOTTEST, log_temp, 0.01, "log10 of the temperature", "knn_temp"),
+        k=_slider("k", 1, first.k, first.k, 1, "neighbours of a search"),
+        min_knns=_slider(
+            "min_knns",
             0,
             needed,
             min(first.min_knns, needed),
-            step=1,
-            label="min_knns: search where fewer candidates survive (right end: always)",
+            1,
+            "search where fewer survive; right end: always",
             visible=explorer.walks,
-            elem_id="min_knns",
         ),
     )
+
+
+def _slider(
+    name: str,
+    least: float,
+    most: float,
+    value: float,
+    step: float,
+    info: str,
+    label: str | None = None,
+    visible: bool = True,
+) -> gr.Slider:
+    shown = label or name
+    return gr.Slider(least, most, value, step=step, label=shown, info=info, elem_id=name, visible=visible)
 
 
 def _continuing(explorer: Explorer) -> tuple[list[gr.Slider | gr.Number], gr.Button, gr.HTML]:
     """The controls of generation, in the order in which their values are taken."""
     most = min(MAX_NEW_TOKENS, explorer.lm.max_length - 1)
     with gr.Row():
-        new_tokens = gr.Slider(1, most, min(48, most), step=1, label="new tokens", elem_id="new_tokens")
-        temperature = gr.Slider(0, 2, 0, step=0.05, label="sampling temperature (0: greedy)", elem_id="temperature")
-        seed = gr.Number(0, label="seed, of both", precision=0, elem_id="seed")
+        new_tokens = _slider("new_tokens", 1, most, min(48, most), 1, "at most", "new tokens")
+        temperature = _slider("temperature", 0, 2, 0, 0.05, "0 is greedy", "sampling temperature")
+        seed = gr.Number(0, label="seed", info="of both", precision=0, elem_id="seed")
     go_on = gr.Button("Continue", variant="primary", elem_id="go_on")
     return [new_tokens, temperature, seed], go_on, _html("both")
 

@@ -43,6 +43,7 @@ class TokenDetails:
     text, number : the token, visible, and its place in the text, from 1.
     change : what retrieval brought.
     figures : the probabilities.
+    hits : how many of the neighbours have the token; empty where that is not known.
     step : of a walk; empty without one.
     named : whether the neighbours' stores are named.
     """
@@ -51,6 +52,7 @@ class TokenDetails:
     number: int
     change: str
     figures: list[Figure]
+    hits: str
     step: str
     neighbours: list[NeighbourRow]
     named: bool
@@ -67,6 +69,7 @@ def details_of(token: InspectedToken, number: int, named: bool) -> TokenDetails:
         number=number,
         change=change_in_words(token),
         figures=[Figure(name, probability(p), f"{100 * p:.2f}", kind) for name, p, kind in figures],
+        hits="" if token.hits is None else hits_in_words(token.found or 0, token.hits),
         step=step_in_words(token.step, token.searched) if token.step else "",
         neighbours=[_row(neighbour, token) for neighbour in token.neighbours],
         named=named,
@@ -84,6 +87,13 @@ def change_in_words(token: InspectedToken) -> str:
         times = f"{factor:,.2f}" if factor < 100 else f"{factor:,.0f}" if factor < 1e6 else f"{factor:.1e}"
         change = f"{times} times {more} probable by retrieval ({token.gain:+.3f} nats)"
     return change if token.searched else f"{change}; no search was made"
+
+
+def hits_in_words(found: int, hits: int) -> str:
+    """How many of the neighbours have the token as their value."""
+    if not found:
+        return ""
+    return f"{hits:,} of {counted(found, 'neighbour')} {'has' if hits == 1 else 'have'} this token as value."
 
 
 def step_in_words(step: WalkStep, searched: bool) -> str:

@@ -68,6 +68,7 @@ class InspectedToken:
     neighbours : those of most weight, heaviest first.
     p_ngram : its probability by the n-grams; None where they are not mixed in, or have none.
     step : of RetoMaton's walk; None without one.
+    found, hits : how many neighbours there are, and how many have the token as their value; None where nobody counted.
     """
 
     text: str
@@ -78,6 +79,8 @@ class InspectedToken:
     neighbours: list[Neighbour]
     p_ngram: float | None = None
     step: WalkStep | None = None
+    found: int | None = None
+    hits: int | None = None
 
     @property
     def gain(self) -> float:

@@ -79,20 +79,24 @@ class KeptText:
 
     Attributes
     ----------
-    lm_said : of its ``n`` tokens.
+    texts : its ``n`` tokens, decoded.
+    lm_said : of these.
     queries : float32 ``[n, dimension]``.
     windows : how many tokens each window has.
     found : by a search for the k that was opened.
     """
 
-    def __init__(self, lm_said: LMFigures, queries: Tensor, windows: Sequence[int], found: FoundForTokens) -> None:
-        self.lm_said, self.queries, self.windows, self.found = lm_said, queries, tuple(windows), found
+    def __init__(
+        self, texts: list[str], lm_said: LMFigures, queries: Tensor, windows: Sequence[int], found: FoundForTokens
+    ) -> None:
+        self.texts, self.lm_said, self.queries, self.windows = texts, lm_said, queries, tuple(windows)
+        self.found = found
         # The last walk, or the last search for another k, and the settings that it is of.
         self.searched: tuple[int, FoundForTokens] | None = None
         self.walked: tuple[tuple[int, float], Walked] | None = None
 
     def __len__(self) -> int:
-        return len(self.lm_said.targets)
+        return len(self.texts)
 
 
 class MixedText(NamedTuple):
@@ -172,7 +176,8 @@ class Explorer:
                 windows.append(len(targets))
             of_text = torch.cat(queries)
             found = FoundForTokens(*self.lm.retriever.search(of_text), None)
-        return KeptText(LMFigures.of_windows(of_windows), of_text, windows, found)
+        texts = [self.lm.tokenizer.decode([token]) for token in tokens]
+        return KeptText(texts, LMFigures.of_windows(of_windows), of_text, windows, found)
 
     def _tokens(self, text: str) -> list[int]:
         if not text:
@@ -204,13 +209,22 @@ class Explorer:
         return MixedText(kept, settings, found, figures, origins)
 
     def token(self, mixed: MixedText, row: int, *, num_neighbours: int = 8, context_tokens: int = 24) -> InspectedToken:
-        """One token of the text; as for ``inspect_text``."""
-        rows = TokenRows(self.lm, mixed.kept.lm_said, mixed.found, mixed.figures, mixed.origins)
-        return rows.inspected(row, num_neighbours, context_tokens)
+        """One token of the text with its heaviest neighbours, among them or behind them one that has the token."""
+        return self._rows(mixed).inspected(row, num_neighbours, context_tokens, heaviest_hit=True)
 
     def tokens(self, mixed: MixedText) -> list[InspectedToken]:
         """All tokens, without their neighbours."""
-        return [self.token(mixed, row, num_neighbours=0) for row in range(len(mixed.kept))]
+        figures, rows = mixed.figures, self._rows(mixed)
+        p_knn = figures.knn_log_prob.exp().nan_to_num(0.0)
+        of_all = (figures.lm_log_prob.exp(), p_knn, figures.log_prob.exp(), figures.searched)
+        numbers = zip(mixed.kept.texts, *(part.tolist() for part in of_all), strict=True)
+        return [
+            InspectedToken(text, p_lm, p_knn, p, searched, [], step=rows.step(row))
+            for row, (text, p_lm, p_knn, p, searched) in enumerate(numbers)
+        ]
+
+    def _rows(self, mixed: MixedText) -> TokenRows:
+        return TokenRows(self.lm, mixed.kept.lm_said, mixed.found, mixed.figures, mixed.origins)
 
     def augmentation(self, settings: ExploredSettings) -> Augmentation:
         """What is mixed into the LM with these settings."""

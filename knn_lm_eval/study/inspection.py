@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from torch import Tensor
 
 from knn_lm_eval.lm.reading import Passage, Reader, Reading
 from knn_lm_eval.methods.automaton import Automaton, Walk, padded_neighbours
@@ -111,14 +112,24 @@ class TokenRows(NamedTuple):
     figures: Figures
     origins: list[StepOrigins] | None
 
-    def inspected(self, row: int, num_neighbours: int, context_tokens: int) -> InspectedToken:
-        """One of them, with its heaviest neighbours; as for ``inspect_text``."""
+    def inspected(
+        self, row: int, num_neighbours: int, context_tokens: int, heaviest_hit: bool = False
+    ) -> InspectedToken:
+        """One of them, with its heaviest neighbours; as for ``inspect_text``.
+
+        Parameters
+        ----------
+        heaviest_hit : whether the heaviest neighbour whose value is the token comes behind those, where it is not
+            among them.
+        """
         figures, of_ngrams = self.figures, self.lm_said.ngram_log_prob
         log_weights = figures.log_weights[row]
         slots = log_weights.topk(min(num_neighbours, len(log_weights))).indices.tolist()
-        neighbours = [
-            self._neighbour(row, slot, context_tokens) for slot in slots if self.found.entries[row, slot] >= 0
-        ]
+        slots = [slot for slot in slots if self.found.entries[row, slot] >= 0]
+        (hits,) = self._hits(row).nonzero(as_tuple=True)
+        if heaviest_hit and len(hits) and not set(slots) & set(hits.tolist()):
+            slots.append(int(hits[log_weights[hits].argmax()]))
+        neighbours = [self._neighbour(row, slot, context_tokens) for slot in slots]
         p_ngram = None if of_ngrams is None or of_ngrams[row].isnan() else float(of_ngrams[row].exp())
         return InspectedToken(
             text=self.lm.tokenizer.decode([int(self.lm_said.targets[row])]),
@@ -128,10 +139,17 @@ class TokenRows(NamedTuple):
             searched=bool(figures.searched[row]),
             neighbours=neighbours,
             p_ngram=p_ngram,
-            step=self._step(row),
+            step=self.step(row),
+            found=int((self.found.entries[row] >= 0).sum()),
+            hits=len(hits),
         )
 
-    def _step(self, row: int) -> WalkStep | None:
+    def _hits(self, row: int) -> Tensor:
+        """Which slots have the token as their value."""
+        return (self.found.values[row] == self.lm_said.targets[row]) & (self.found.entries[row] >= 0)
+
+    def step(self, row: int) -> WalkStep | None:
+        """The token's step of a walk; None without one."""
         if self.origins is None:
             return None
         survivors, origins = self.origins[row]
