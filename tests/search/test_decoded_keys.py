@@ -34,7 +34,9 @@ KINDS = [
     "OPQ4_8,IVF4,PQ4x4",
     "PCAR8,IVF4,RaBitQ",
 ]
-RNG = np.random.default_rng(1000)  # no key below is one of these: the residual of a centroid is rounding alone, and so its bits
+RNG = np.random.default_rng(
+    1000
+)  # no key below is one of these: the residual of a centroid is rounding alone, and so its bits
 SAMPLE = RNG.normal(size=(400, DIMENSION)).astype(np.float32)
 TRAINED: dict[str, Any] = {}
 
