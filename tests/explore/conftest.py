@@ -27,7 +27,7 @@ def address(clustered: Datastore, tmp_path_factory: pytest.TempPathFactory) -> I
     """Where ``explore`` serves its page; what it says goes to ``server.log``."""
     if missing := obstacle("gradio"):
         pytest.skip(missing)
-    model_args = f"datastore={clustered.path},k=30,lmbda=0.4,knn_temp=2.0,retomaton=True,clusters=kmeans_200"
+    model_args = f"datastore={clustered.path},k=30,lmbda=0.4,knn_temp=2.0,retomaton=True,clusters=kmeans"
     log = tmp_path_factory.mktemp("server") / "server.log"
     command = [sys.executable, SCRIPTS / "explore.py", "--model_args", model_args, "--device", "cpu"]
     with open(log, "w") as errors:
