@@ -125,8 +125,12 @@ class Desk:
         how = (
             f"drawn at temperature {sampling.temperature:g}, seed {sampling.seed}" if sampling.temperature else "greedy"
         )
-        begin = "Both are the same" if not (both.with_retrieval or both.by_lm) else "What both begin with is grey"
-        said = f"{begin} ({counted(both.same_tokens, 'token')}; {how})."
+        if not (both.with_retrieval or both.by_lm):
+            said = f"Both are the same ({how})."
+        elif both.same_tokens:
+            said = f"Grey is what both begin with, {counted(both.same_tokens, 'token')} ({how})."
+        else:
+            said = f"They differ from the first token on ({how})."
         if both.left_out:
             said += f" The window has no room for the text's first {counted(both.left_out, 'token')}."
         return views.continuations(both.same, both.with_retrieval, both.by_lm, said)
