@@ -32,6 +32,8 @@ def read(page: Any, text: str) -> None:
     """Type a text, and have it read."""
     page.fill("#text textarea", text)
     page.click("#read")
+    joined = "[...document.querySelectorAll('#tokens button')].map(b => b.innerText).join('')"
+    page.wait_for_function(f"text => {joined} == text", arg=text.replace("\n", "⏎"))
     settled(page)
 
 
