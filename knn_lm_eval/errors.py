@@ -73,6 +73,7 @@ EXTRAS = {
     "bitsandbytes": ("bnb",),
     "faiss": ("cpu", "gpu"),
     "gguf": ("gguf",),
+    "gradio": ("explore",),
     "peft": ("peft",),
     "ray": ("ray",),
 }
@@ -82,6 +83,7 @@ FEATURES = {
     "bitsandbytes": "quantised models (load_in_4bit=True, load_in_8bit=True)",
     "faiss": "knn-hf, RetoMaton, indexes and clusters",
     "gguf": "models in GGUF files (gguf_file=...), first_run",
+    "gradio": "the page to explore a datastore on (explore)",
     "peft": "adapters (peft=...)",
     "ray": "several machines (retriever=ray, --ray)",
 }

@@ -35,6 +35,7 @@ COMMANDS = {
     "bitsandbytes": "pip install 'knn-lm-eval[bnb]'",
     "faiss": "pip install 'knn-lm-eval[cpu]' or pip install 'knn-lm-eval[gpu]' (for NVIDIA GPUs)",
     "gguf": "pip install 'knn-lm-eval[gguf]'",
+    "gradio": "pip install 'knn-lm-eval[explore]'",
     "matplotlib": "pip install matplotlib",
     "peft": "pip install 'knn-lm-eval[peft]'",
     "ray": "pip install 'knn-lm-eval[ray]'",
@@ -104,6 +105,11 @@ def lm_eval(tmp_path: Path, hidden: str, model_args: str) -> subprocess.Complete
 
 def test_lm_eval_without_faiss(tmp_path: Path) -> None:
     assert_said(lm_eval(tmp_path, "faiss", "datastore=nowhere"), "faiss")
+
+
+def test_explore_without_gradio(tmp_path: Path) -> None:
+    done = run_without("gradio", tmp_path, "-m", "knn_lm_eval.cli", "explore", "--model_args", "datastore=nowhere")
+    assert_said(done, "gradio")
 
 
 @pytest.mark.parametrize("hidden", ["gguf", "peft", "bitsandbytes", "ray"])

@@ -38,7 +38,7 @@ GROUPS = {
     "evaluate (lm_eval --model knn-hf --model_args datastore=STORE --tasks TASKS, and many settings by)": (
         *("tune", "benchmark", "compare", "foss_curve", "store_sizes"),
     ),
-    "look inside": ("inspect_neighbours", "analyse"),
+    "look inside": ("explore", "inspect_neighbours", "analyse"),
     "change it, or make it smaller": (
         *("append_datastore", "remove_documents", "compact_datastore", "prune_datastore", "project_datastore"),
     ),

@@ -249,13 +249,13 @@ class Automaton:
         self.is_left_out = is_left_out
         self.statistics = WalkStatistics()
 
-    def with_settings(self, settings: AutomatonSettings) -> Automaton:
-        """Another over the same arrays, with statistics of its own."""
+    def with_settings(self, settings: AutomatonSettings, search: Search | None = None) -> Automaton:
+        """Another over the same arrays, with statistics of its own; ``search`` where another k is to be searched."""
         return Automaton(
             self.values,
             self.document_starts,
             self.clusters,
-            self.search,
+            search or self.search,
             self.pointer_distances,
             settings,
             self.clock,
@@ -413,6 +413,23 @@ class Automaton:
             count,
         )
         return survivors[0, : count[0]]
+
+    def followed(self, survivors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where one step's survivors lead: the entries after them, and the other members of these entries' clusters.
+
+        Parameters
+        ----------
+        survivors : int64 ``[n]``, nearest first.
+
+        Returns
+        -------
+        int64, ``max_knns`` at most together, in the order in which a step considers them.
+        """
+        merge, pointing = self.settings.duplicates == "merge", min(len(survivors), self.settings.max_knns)
+        found, counts = follow(
+            survivors[None], np.array([len(survivors)]), *self.clusters, self.kept, self.settings.max_knns, merge
+        )
+        return found[0, :pointing], found[0, pointing : counts[0]]
 
     def _search_everywhere(self, walks: Sequence[Walk]) -> None:
         """Where every step searches, all searches are one batch."""

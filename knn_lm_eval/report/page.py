@@ -17,7 +17,7 @@ from knn_lm_eval.report.plots import Bar, Chart, Line, foss_lines, heat_map, int
 from knn_lm_eval.report.rendering import render
 from knn_lm_eval.report.tables import WARNING, Table
 from knn_lm_eval.report.token_page import TokenView, view_tokens
-from knn_lm_eval.report.tokens import InspectedToken, Neighbour
+from knn_lm_eval.report.tokens import read_token
 
 logger = logging.getLogger(__name__)
 
@@ -163,8 +163,4 @@ def _read_grid(file: Path) -> dict[tuple[str, ...], Values]:
 
 
 def _token_view(content: dict[str, Any]) -> TokenView:
-    tokens = [
-        InspectedToken(**token | {"neighbours": [Neighbour(**neighbour) for neighbour in token["neighbours"]]})
-        for token in content["tokens"]
-    ]
-    return view_tokens(tokens, str(content.get("settings", "")))
+    return view_tokens([read_token(token) for token in content["tokens"]], str(content.get("settings", "")))

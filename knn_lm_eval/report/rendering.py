@@ -16,12 +16,18 @@ PAGE_PALETTE = PALETTE | {
     "page": ("#f6f7f9", "#0b0e12"),
     "warning": ("#8a4b00", "#ffc977"),
     "warning-back": ("#fff3dc", "#2e230f"),
+    "marked": ("#bcd7f2", "#1f4a75"),
 }
 
 
 def render(template: str, **values: Any) -> str:
     """A page from ``templates/TEMPLATE``; raises jinja2's UndefinedError where a value is missing."""
     return _environment().get_template(template).render(palette=PAGE_PALETTE, **values)
+
+
+def render_macro(template: str, macro: str, *values: Any) -> str:
+    """A part of a page, from a macro of ``templates/TEMPLATE``; what is put in is escaped as in ``render``."""
+    return str(getattr(_environment().get_template(template).module, macro)(*values))
 
 
 @cache

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -12,13 +12,15 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 
 from knn_lm_eval.lm.reading import Passage, Reader, Reading, WholeText
-from knn_lm_eval.methods.automaton import Walk, padded_neighbours
-from knn_lm_eval.methods.mixture import Mixture, knn_log_prob, mix
+from knn_lm_eval.methods.automaton import Automaton, Walk, padded_neighbours
+from knn_lm_eval.methods.walk_origins import CLUSTER, POINTER, SEARCH, StepOrigins, walk_origins
 from knn_lm_eval.model.knn_hf import KNNHF
-from knn_lm_eval.report.tokens import InspectedToken, Neighbour
+from knn_lm_eval.model.ngram_mixture import NgramReader
+from knn_lm_eval.report.tokens import CAME_BY, InspectedToken, Neighbour, WalkStep
 from knn_lm_eval.store.datastore import Place
+from knn_lm_eval.study.token_mixture import Figures, FoundForTokens, LMFigures, lm_figures, mixed_figures
 
-POSITIONS_AT_ONCE = 64  # whose logits and neighbours are in memory together
+POSITIONS_AT_ONCE = 64  # whose neighbours are in memory together
 
 
 def inspect_text(lm: KNNHF, text: str, *, num_neighbours: int = 8, context_tokens: int = 24) -> list[InspectedToken]:
@@ -30,130 +32,162 @@ def inspect_text(lm: KNNHF, text: str, *, num_neighbours: int = 8, context_token
     num_neighbours : neighbours shown per token; all k make up p_kNN.
     context_tokens : tokens shown before a neighbour's value, at most back to the beginning of its document.
     """
+    reader, ngrams = Reader(lm.language_model, torch.float32), NgramReader(lm.augmentation.ngrams)
+    mixture, ngram_lmbda = lm.augmentation.mixture, ngram_weight(lm)
+    inspected: list[InspectedToken] = []
+    walked: Walk | None = None
     tokens = lm.tok_encode(text)
-    whole, place = WholeText.of(tokens[:-1]), 0
+    whole, end = WholeText.of(tokens[:-1]), 0  # end: of the window, in the text
+    for context, targets in windows_of(lm, tokens):
+        read, end = (context + targets)[:-1], end + len(targets)
+        reading = reader.read([Passage(read, [targets], whole=whole, start=end - 1 - len(read))])
+        lm_said = lm_figures(reader, reading, mixture.weight, ngrams)
+        if (automaton := lm.augmentation.automaton) is not None:
+            walked = _walked(lm, automaton, reading, walked if lm.carry_state else None)
+        find = _search(lm, reading) if walked is None or automaton is None else _steps(automaton, walked)
+        for begin in range(0, len(targets), POSITIONS_AT_ONCE):
+            here = slice(begin, begin + POSITIONS_AT_ONCE)
+            found, origins = find(here)
+            figures = mixed_figures(mixture, ngram_lmbda, lm_said.of_rows(here), found)
+            rows = TokenRows(lm, lm_said.of_rows(here), found, figures, origins)
+            inspected += [rows.inspected(row, num_neighbours, context_tokens) for row in range(len(found.values))]
+    return inspected
+
+
+def windows_of(lm: KNNHF, tokens: list[int]) -> list[tuple[list[int], list[int]]]:
+    """The context and the scored tokens of each window, as in rolling log-likelihoods."""
     windows = get_rolling_token_windows(
         token_list=tokens,
         prefix_token=lm.prefix_token_id,
         max_seq_len=lm.max_length,
         context_len=lm.context_len,
     )
-    reader = Reader(lm.language_model, torch.float32)
-    mixture = lm.augmentation.mixture
-    inspected: list[InspectedToken] = []
-    for context, targets in map(make_disjoint_window, windows):
-        read = (context + targets)[:-1]
-        start, place = place + len(targets) - 1 - len(read), place + len(targets)
-        reading = reader.read([Passage(read, [targets], whole=whole, start=start)])
-        find = _neighbour_finder(lm, reading, targets)
-        for here, lm_log_probs in _tables(reader, reading):
-            found, target = find(here), torch.tensor(targets[here])
-            figures = _figures(mixture, lm_log_probs, found, target)
-            heaviest = figures.log_weights.topk(min(num_neighbours, figures.log_weights.shape[1]), dim=-1).indices
-            for row, slots in enumerate(heaviest.tolist()):
-                shown = [slot for slot in slots if found.entries[row, slot] >= 0]
-                neighbours = [_neighbour(lm, found, figures, row, slot, context_tokens) for slot in shown]
-                inspected.append(
-                    InspectedToken(
-                        text=lm.tokenizer.decode([int(target[row])]),
-                        p_lm=float(figures.lm_log_prob[row].exp()),
-                        p_knn=float(figures.knn_log_prob[row].exp().nan_to_num(0.0)),
-                        p=float(figures.log_prob[row].exp()),
-                        searched=bool(figures.searched[row]),
-                        neighbours=neighbours,
-                    )
-                )
-    return inspected
+    return list(map(make_disjoint_window, windows))
 
 
-class FoundForTokens(NamedTuple):
-    """What was found for ``n`` tokens, ``[n, slots]``; ``searched`` bool ``[n]``, None where all were."""
-
-    distances: Tensor
-    values: Tensor
-    entries: Tensor
-    counts: Tensor | None
-    searched: Tensor | None
+def ngram_weight(lm: KNNHF) -> float:
+    """How much n-grams weigh; 0 without any."""
+    return 0.0 if lm.augmentation.ngrams is None else lm.augmentation.ngrams.lmbda
 
 
-class Figures(NamedTuple):
-    """Of ``n`` tokens: the neighbours' log weights ``[n, slots]``, all else ``[n]``."""
-
-    log_weights: Tensor
-    lm_log_prob: Tensor
-    knn_log_prob: Tensor
-    log_prob: Tensor
-    searched: Tensor
+Find = Callable[[slice], tuple[FoundForTokens, list[StepOrigins] | None]]
 
 
-def _tables(reader: Reader, reading: Reading) -> Iterator[tuple[slice, Tensor]]:
-    """The LM's distributions on the CPU, ``[rows, vocabulary]``, some rows at a time."""
-    count = len(reading.hidden)
-    for begin in range(0, count, POSITIONS_AT_ONCE):
-        for start, stop, table in reader.tables(reading.hidden, begin, min(begin + POSITIONS_AT_ONCE, count)):
-            yield slice(start, stop), table.cpu()
-
-
-def _neighbour_finder(lm: KNNHF, reading: Reading, targets: list[int]) -> Callable[[slice], FoundForTokens]:
-    """What gives the neighbours of some of the window's tokens: a search, or a walk along all of it."""
-    automaton, exclusion = lm.augmentation.automaton, lm.augmentation.exclusion
+def _search(lm: KNNHF, reading: Reading) -> Find:
+    exclusion = lm.augmentation.exclusion
     contexts = None if exclusion is None else exclusion.contexts(reading)
-    if automaton is None:
 
-        def search(here: slice) -> FoundForTokens:
-            found = FoundForTokens(*lm.retriever.search(reading.queries[here]), None)
-            if exclusion is None or contexts is None:
-                return found
-            gone = exclusion.of_found(contexts.of_rows(here), found.entries)
-            return found._replace(
-                distances=found.distances.masked_fill(gone, math.inf), entries=found.entries.masked_fill(gone, -1)
-            )
+    def search(here: slice) -> tuple[FoundForTokens, None]:
+        found = FoundForTokens(*lm.retriever.search(reading.queries[here]), None)
+        if exclusion is None or contexts is None:
+            return found, None
+        gone = exclusion.of_found(contexts.of_rows(here), found.entries)
+        distances, entries = found.distances.masked_fill(gone, math.inf), found.entries.masked_fill(gone, -1)
+        return found._replace(distances=distances, entries=entries), None
 
-        return search
+    return search
 
+
+def _walked(lm: KNNHF, automaton: Automaton, reading: Reading, before: Walk | None) -> Walk:
+    """A walk along a window, which goes on from the one before, if there is one."""
+    exclusion, ((_, targets),) = lm.augmentation.exclusion, reading.asked
+    contexts = None if exclusion is None else exclusion.contexts(reading)
     walk = Walk(reading.queries.float().cpu().numpy(), np.array(targets), contexts=contexts)
+    if before is not None:
+        walk.survivors = before.survivors_at_end
     automaton.walk([walk], keep_neighbours=True)
+    return walk
 
-    def steps(here: slice) -> FoundForTokens:
-        neighbours = walk.neighbours[here]
-        distances, values, entries = padded_neighbours(neighbours, automaton.values)
-        return FoundForTokens(distances, values, entries, None, torch.from_numpy(walk.searched[here]))
+
+def _steps(automaton: Automaton, walk: Walk) -> Find:
+    origins = walk_origins(automaton, walk)
+
+    def steps(here: slice) -> tuple[FoundForTokens, list[StepOrigins]]:
+        distances, values, entries = padded_neighbours(walk.neighbours[here], automaton.values)
+        searched = torch.from_numpy(walk.searched[here])
+        return FoundForTokens(distances, values, entries, None, searched), origins[here]
 
     return steps
 
 
-def _figures(mixture: Mixture, lm_log_probs: Tensor, found: FoundForTokens, target: Tensor) -> Figures:
-    """The probabilities of the tokens ``target`` ``[n]``, whose LM's distributions are ``[n, vocabulary]``."""
-    neighbours = mixture.weigh(found.distances, found.values, found.counts, lm_log_probs.device)
-    lm_log_prob = lm_log_probs.gather(-1, target[:, None])[:, 0]
-    knn = knn_log_prob(neighbours.log_weights, neighbours.values, target)
-    lm_part = mixture.weight.lm_features(lm_log_probs)
-    mixed = mix(lm_log_prob.double(), knn.double(), mixture.lmbda(lm_part, neighbours))
-    searched = found.searched
-    if searched is None:
-        wanted = mixture.weight.wants_search(lm_part)
-        searched = torch.ones(len(target), dtype=torch.bool) if wanted is None else wanted
-    return Figures(neighbours.log_weights, lm_log_prob, knn, mixed, searched)
+class TokenRows(NamedTuple):
+    """Some tokens, what was found for them, and their probabilities.
 
+    Attributes
+    ----------
+    lm : the model.
+    lm_said, found, figures : of the same tokens.
+    origins : where a walk's candidates came from; None without a walk.
+    """
 
-def _neighbour(
-    lm: KNNHF, found: FoundForTokens, figures: Figures, row: int, slot: int, context_tokens: int
-) -> Neighbour:
-    place = lm.retriever.datastore.place(int(found.entries[row, slot]))
-    return Neighbour(
-        entry=place.entry,
-        distance=float(found.distances[row, slot]),
-        weight=float(figures.log_weights[row, slot].exp()),
-        value=lm.tokenizer.decode([int(found.values[row, slot])]),
-        context=_context(lm, place, context_tokens),
-        store=place.name,
-        document=place.document,
-    )
+    lm: KNNHF
+    lm_said: LMFigures
+    found: FoundForTokens
+    figures: Figures
+    origins: list[StepOrigins] | None
 
+    def inspected(
+        self, row: int, num_neighbours: int, context_tokens: int, heaviest_hit: bool = False
+    ) -> InspectedToken:
+        """One of them, with its heaviest neighbours; as for ``inspect_text``.
 
-def _context(lm: KNNHF, place: Place, length: int) -> str:
-    """The text before an entry's value, from its document; nothing where the store is in no text order."""
-    if place.document is None:
-        return ""
-    begin = max(int(place.store.document_starts[place.document]), place.entry - length)
-    return lm.tokenizer.decode(place.store.values[begin : place.entry].tolist())
+        Parameters
+        ----------
+        heaviest_hit : whether the heaviest neighbour whose value is the token comes behind those, where it is not
+            among them.
+        """
+        figures, of_ngrams = self.figures, self.lm_said.ngram_log_prob
+        log_weights = figures.log_weights[row]
+        slots = log_weights.topk(min(num_neighbours, len(log_weights))).indices.tolist()
+        slots = [slot for slot in slots if self.found.entries[row, slot] >= 0]
+        (hits,) = self._hits(row).nonzero(as_tuple=True)
+        if heaviest_hit and len(hits) and not set(slots) & set(hits.tolist()):
+            slots.append(int(hits[log_weights[hits].argmax()]))
+        neighbours = [self._neighbour(row, slot, context_tokens) for slot in slots]
+        p_ngram = None if of_ngrams is None or of_ngrams[row].isnan() else float(of_ngrams[row].exp())
+        return InspectedToken(
+            text=self.lm.tokenizer.decode([int(self.lm_said.targets[row])]),
+            p_lm=float(figures.lm_log_prob[row].exp()),
+            p_knn=float(figures.knn_log_prob[row].exp().nan_to_num(0.0)),
+            p=float(figures.log_prob[row].exp()),
+            searched=bool(figures.searched[row]),
+            neighbours=neighbours,
+            p_ngram=p_ngram,
+            step=self.step(row),
+            found=int((self.found.entries[row] >= 0).sum()),
+            hits=len(hits),
+        )
+
+    def _hits(self, row: int) -> Tensor:
+        """Which slots have the token as their value."""
+        return (self.found.values[row] == self.lm_said.targets[row]) & (self.found.entries[row] >= 0)
+
+    def step(self, row: int) -> WalkStep | None:
+        """The token's step of a walk; None without one."""
+        if self.origins is None:
+            return None
+        survivors, origins = self.origins[row]
+        weights = self.figures.log_weights[row, : len(origins)].exp().numpy()
+        ways = [origins == way for way in (POINTER, CLUSTER, SEARCH)]
+        return WalkStep(survivors, *(int(way.sum()) for way in ways), *(float(weights[way].sum()) for way in ways))
+
+    def _neighbour(self, row: int, slot: int, context_tokens: int) -> Neighbour:
+        found, tokenizer = self.found, self.lm.tokenizer
+        place = self.lm.retriever.datastore.place(int(found.entries[row, slot]))
+        return Neighbour(
+            entry=place.entry,
+            distance=float(found.distances[row, slot]),
+            weight=float(self.figures.log_weights[row, slot].exp()),
+            value=tokenizer.decode([int(found.values[row, slot])]),
+            context=self._context(place, context_tokens),
+            store=place.name,
+            document=place.document,
+            came_by=None if self.origins is None else CAME_BY[self.origins[row].of_candidates[slot]],
+        )
+
+    def _context(self, place: Place, length: int) -> str:
+        """The text before an entry's value, from its document; nothing where the store is in no text order."""
+        if place.document is None:
+            return ""
+        begin = max(int(place.store.document_starts[place.document]), place.entry - length)
+        return self.lm.tokenizer.decode(place.store.values[begin : place.entry].tolist())

@@ -27,10 +27,14 @@ COMMANDS = {
     "speed": ["--text", "{text}"],
     "compare_indexes": ["--text", "{text}", "--indexes", "index", "--output", "{output}"],
     "inspect_neighbours": ["--text", "words"],
+    "explore": [],
 }
 VALUES = {"max_length": 32, "batch_size": 2, "device": "cpu"}
 OPTIONS = [
-    (name, option) for name in COMMANDS for option in VALUES if (name, option) != ("inspect_neighbours", "batch_size")
+    (name, option)
+    for name in COMMANDS
+    for option in VALUES
+    if name not in ("inspect_neighbours", "explore") or option != "batch_size"
 ]
 
 Call = Callable[..., None]

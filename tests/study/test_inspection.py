@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import re
 import shutil
 import subprocess
 import sys
@@ -75,16 +73,15 @@ def test_merged_entries_have_no_context(store: Datastore, tmp_path: Path) -> Non
 
 
 def test_the_page_holds_all_figures_and_cannot_be_broken_by_the_text() -> None:
-    hostile = "</script><b>&\"'"
+    hostile = "</script></template><b>&\"'"
     token = InspectedToken(hostile, p_lm=0.25, p_knn=0.0, p=0.1, searched=False, neighbours=[])
     impossible = InspectedToken("x", p_lm=0.0, p_knn=0.5, p=0.2, searched=True, neighbours=[])
     page = token_page([token, impossible], hostile, hostile)
     assert page.count("</script>") == page.count("<script>") == 2
-    assert "<b>" not in page
-    (data,) = re.findall(r"showNeighbours\(document.currentScript.parentElement, (.*)\)</script>", page)
-    assert json.loads(data)[0]["text"] == hostile
-    assert json.loads(data)[0]["gain"] == pytest.approx(math.log(0.4))
-    assert "Infinity" not in data
+    assert page.count("</template>") == page.count("<template>") == 2
+    assert "<b>" not in page and "inf" not in page.partition("</head>")[2]
+    for said in ("token 1: 2.50 times less probable by retrieval (-0.916 nats); no search was made", "possible by"):
+        assert said in page
 
 
 def test_the_script_prints_and_writes_a_page(store: Datastore, tmp_path: Path) -> None:

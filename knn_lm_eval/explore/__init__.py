@@ -1,0 +1,1 @@
+"""A local page on which a text is looked at with one setting after the other."""
