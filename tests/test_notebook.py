@@ -48,6 +48,7 @@ def test_the_colab_badge_is_that_of_the_repository() -> None:
     )
 
 
+@pytest.mark.slow
 def test_all_cells_run_with_the_tiny_model(tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("ipykernel")
     nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")

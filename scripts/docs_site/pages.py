@@ -25,6 +25,7 @@ PAGES = {
     "docs/README.md": "contents.md",
     "tasks/README.md": "tasks.md",
     "CHANGELOG.md": "changelog.md",
+    "examples/first_steps.ipynb": "first_steps.ipynb",  # to download
 }
 DOCSTRINGS = "reference/docstrings.md"
 
