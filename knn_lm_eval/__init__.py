@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from knn_lm_eval.search.indexing import build_index
     from knn_lm_eval.store.datastore import Datastore
     from knn_lm_eval.store.fetching import fetch_datastore
+    from knn_lm_eval.store.publishing import push_datastore
     from knn_lm_eval.study.inspection import inspect_text
     from knn_lm_eval.study.tuning import tune
 
@@ -33,6 +34,7 @@ __all__ = [
     "import_datastore",
     "inspect_text",
     "prune_random",
+    "push_datastore",
     "retrieval_augmented",
     "tune",
 ]
@@ -50,6 +52,7 @@ _HOMES = {
     "import_datastore": "make.importing",
     "inspect_text": "study.inspection",
     "prune_random": "make.pruning",
+    "push_datastore": "store.publishing",
     "retrieval_augmented": "model.generation",
     "tune": "study.tuning",
 }

@@ -74,6 +74,15 @@ def tasks_dir() -> "Path":
     return folder.resolve() if folder.is_dir() else package.parent / "tasks"  # no link where git makes none (Windows)
 
 
+def recipes_dir() -> "Path":
+    """The folder of recipes: inside the package in a wheel, beside it in a checkout."""
+    from pathlib import Path
+
+    package = Path(__file__).resolve().parent
+    folder = package / "recipes"
+    return folder if folder.is_dir() else package.parent / "recipes"
+
+
 def _resolved(paths: "Sequence[Any]") -> "list[Path]":
     from pathlib import Path
 

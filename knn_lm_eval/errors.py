@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import difflib
 import importlib.util
 import os
 import re
@@ -10,7 +11,7 @@ import reprlib
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
 
@@ -50,24 +51,46 @@ def shortened(value: object, most: int = 80) -> str:
     return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
+def did_you_mean(name: object, known: Iterable[str], least: float = 0.6) -> str:
+    """The end of a sentence about a ``name`` that is unknown, with the nearest of the ``known`` ones; nothing where
+    none is near.
+
+    Parameters
+    ----------
+    least : how near it has to be, from 0 (the nearest of all) to 1, as difflib measures it.
+    """
+    near = difflib.get_close_matches(str(name), list(known), 1, least)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
 class MissingPackage(UserError, ImportError):
     """A package that this needs is not installed. The message says how to install it."""
 
 
 # The extras that bring what can be left out, by the module that is missed; either of several is enough.
 EXTRAS = {
+    "argcomplete": ("completion",),
     "bitsandbytes": ("bnb",),
     "faiss": ("cpu", "gpu"),
     "gguf": ("gguf",),
     "peft": ("peft",),
     "ray": ("ray",),
 }
+# What each of them is for.
+FEATURES = {
+    "argcomplete": "completing commands in a shell",
+    "bitsandbytes": "quantised models (load_in_4bit=True, load_in_8bit=True)",
+    "faiss": "knn-hf, RetoMaton, indexes and clusters",
+    "gguf": "models in GGUF files (gguf_file=...), first_run",
+    "peft": "adapters (peft=...)",
+    "ray": "several machines (retriever=ray, --ray)",
+}
 # What is always installed with the package, unless someone takes it away: by module, its name for pip.
 REQUIRED = {"lm_eval": "lm_eval", "yaml": "pyyaml"} | {
     name: name
     for name in (
         *("accelerate", "datasets", "filelock", "huggingface_hub", "jinja2", "matplotlib", "numba", "numpy", "pyarrow"),
-        *("rich", "scipy", "torch", "tqdm", "transformers"),
+        *("packaging", "rich", "scipy", "torch", "tqdm", "transformers"),
     )
 }
 

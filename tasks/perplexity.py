@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from lm_eval.api.task import ConfigurableTask
 
-from knn_lm_eval.errors import report_user_errors
+from knn_lm_eval.errors import UserError, report_user_errors, shortened
 from knn_lm_eval.model.scores import RollingLoglikelihood, Spans
 from knn_lm_eval.report.intervals import standard_error
 
@@ -25,12 +25,13 @@ class PerplexityTask(ConfigurableTask):
     def __init__(self, config: Mapping[str, Any]) -> None:
         # lm-eval leaves the key by which it found this class in the config, but has no field for it.
         super().__init__(config={key: value for key, value in config.items() if key != "class"})
+        self._told: set[str] = set()  # the metrics that documents had
 
     def download(self, dataset_kwargs: dict[str, Any] | None = None, **_: Any) -> None:
         report_user_errors()
         # As lm-eval would call it, without its warning that there is such a thing as --metadata.
         arguments = {**(self.config.metadata or {}), **(dataset_kwargs or {})}
-        self.dataset = self.config.custom_dataset(**arguments)
+        self.dataset = first_part(self.config.custom_dataset(**arguments), arguments.get("text_fraction", 1))
 
     def fewshot_docs(self) -> None:
         return None  # nothing to draw from: lm-eval would keep a copy of a whole split for it
@@ -70,7 +71,16 @@ class PerplexityTask(ConfigurableTask):
         if tokens is not None and searches is not None:
             metrics["saved_searches"] = (searches, tokens)
         # Fewer are wanted where lm-eval replaced the metrics (--predict_only).
-        return {name: value for name, value in metrics.items() if name in self._metric_fn_list}
+        metrics = {name: value for name, value in metrics.items() if name in self._metric_fn_list}
+        self._told |= metrics.keys()
+        return metrics
+
+    def dump_config(self) -> dict[str, Any]:
+        """As lm-eval's, for results: without metrics that no document had, which its loggers would miss in samples."""
+        config = super().dump_config()
+        if self._told and config.get("metric_list"):
+            config["metric_list"] = [one for one in config["metric_list"] if one["metric"] in self._told]
+        return config
 
     @functools.cached_property
     def _count_tokens(self) -> Callable[[str], int] | None:
@@ -88,6 +98,29 @@ class PerplexityTask(ConfigurableTask):
                 error,
             )
             return None
+
+
+def first_part(dataset: dict[str, Any], fraction: object) -> dict[str, Any]:
+    """The data set, of whose splits with one document only the first lines are left: at least so much of its text.
+
+    Of several documents lm-eval's ``limit`` takes some. Raises UserError where ``fraction`` is none.
+    """
+    if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0 < fraction <= 1:
+        raise UserError(f"text_fraction={shortened(fraction)} should be a number above 0 and at most 1.")
+    if fraction == 1:
+        return dataset
+    return {name: _first_lines(split, fraction) if len(split) == 1 else split for name, split in dataset.items()}
+
+
+def _first_lines(split: Any, fraction: float) -> Any:
+    (column,) = split.column_names
+    lines = split[column][0].splitlines(keepends=True)
+    wanted, taken = fraction * sum(map(len, lines)), 0
+    for number, line in enumerate(lines, 1):
+        taken += len(line)
+        if taken >= wanted and any(map(str.strip, lines[:number])):
+            break
+    return type(split).from_dict({column: ["".join(lines[:number])]})
 
 
 def token_counter(model_args: Mapping[str, Any]) -> Callable[[str], int]:

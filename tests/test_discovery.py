@@ -114,7 +114,7 @@ def unlinked(tmp_path_factory: pytest.TempPathFactory) -> Path:
     checkout.mkdir()
     for file in ("pyproject.toml", "README.md", "LICENSE", "knn_lm_eval.pth"):
         shutil.copy(REPO / file, checkout)
-    for folder in ("knn_lm_eval", "tasks"):
+    for folder in ("knn_lm_eval", "recipes", "tasks"):
         no_caches = shutil.ignore_patterns("__pycache__", ".*")
         shutil.copytree(REPO / folder, checkout / folder, symlinks=True, ignore=no_caches)
     (checkout / "knn_lm_eval" / "tasks").unlink()
@@ -167,10 +167,11 @@ def bare_env(tmp_path: Path, wheel: Path) -> Environment:
 # What is installed
 
 
-def test_wheel_carries_the_package_with_its_tasks_and_nothing_else(wheel: Path) -> None:
+def test_wheel_carries_the_package_with_its_tasks_and_recipes_and_nothing_else(wheel: Path) -> None:
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     expected = {"knn_lm_eval.pth"}
-    for path, inside in ((REPO / "tasks", "knn_lm_eval/tasks"), (REPO / "knn_lm_eval", "knn_lm_eval")):
+    beside = {REPO / name: f"knn_lm_eval/{name}" for name in ("recipes", "tasks")}
+    for path, inside in ({REPO / "knn_lm_eval": "knn_lm_eval"} | beside).items():
         files = [file.relative_to(path) for file in path.rglob("*") if file.is_file()]
         ignored = re.compile(r"(^|/)(\.|__pycache__/)")
         there = {f"{inside}/{file}" for file in files if not ignored.search(str(file))}
@@ -216,8 +217,8 @@ def test_a_checkout_without_links_reads_its_tasks_beside_the_package(unlinked: P
     """Also the first run's text, which is the training split of one of them."""
     source = """
         from knn_lm_eval._startup import tasks_dir
-        from knn_lm_eval.cli.first_run import training_text
-        print(tasks_dir(), len(training_text()) > 10_000)
+        from knn_lm_eval.make.text import python_docs_split
+        print(tasks_dir(), len("".join(python_docs_split("train"))) > 10_000)
     """
     assert unlinked_env.code(source).split() == [str(unlinked / "tasks"), "True"]
 

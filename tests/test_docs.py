@@ -22,7 +22,7 @@ from knn_lm_eval.cli import main as cli
 DOCS = REPO / "docs"
 README = REPO / "README.md"
 VERBS, API, ARCHITECTURE = (DOCS / name for name in ("reference/verbs.md", "reference/api.md", "architecture.md"))
-PAGES = [README, *sorted(DOCS.rglob("*.md")), TASKS / "README.md"]
+PAGES = [README, REPO / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md")), TASKS / "README.md"]
 MOST_LINES = 150  # of the README: a newcomer reads it to the end
 
 LINK = re.compile(r"\[[^\]]*\]\(([^()\s]+)\)")
@@ -32,7 +32,7 @@ VERB_CALL = re.compile(r"(?:knn-lm-eval |(?:python |torchrun .*)?scripts/|-m knn
 OPTION = re.compile(r"(?<!\S)--[A-Za-z]\w*")
 NOT_VERBS = {"VERB", "NAME"}  # what stands for any of them
 # Options of other programs that the text speaks of.
-OTHERS_OPTIONS = {"--output_path", "--log_samples", "--num_fewshot", "--apply_chat_template", "--model"}
+OTHERS_OPTIONS = {"--output_path", "--log_samples", "--num_fewshot", "--apply_chat_template", "--model", "--samples"}
 OTHERS_OPTIONS |= {"--nproc_per_node", "--scope", "--use_cache"}
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPO)))
 

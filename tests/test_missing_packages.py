@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import re
@@ -139,6 +140,18 @@ def test_a_verb_without_what_it_needs(hidden: str, arguments: list[str], tmp_pat
     (tmp_path / "matrix.yaml").write_text("output: out\n")
     given = [str(store.path) if argument == "STORE" else argument for argument in arguments]
     assert_said(run_without(hidden, tmp_path, "-m", "knn_lm_eval.cli", *given), hidden)
+
+
+@pytest.mark.parametrize("hidden", ["faiss", "torch", " ".join(sorted(errors.REQUIRED | errors.EXTRAS))])
+def test_doctor_works_without_what_it_misses(hidden: str, tmp_path: Path) -> None:
+    done = run_without(hidden, tmp_path, "-m", "knn_lm_eval.cli", "doctor", "--json")
+    assert (done.returncode, done.stderr) == (1, "")
+    found = json.loads(done.stdout)
+    missing = {package["module"] for package in found["packages"] if package["version"] is None}
+    assert missing >= set(hidden.split())
+    needed = missing - (errors.EXTRAS.keys() - {"faiss"})
+    assert sorted(found["faults"]) == sorted(str(missing_package(module)) for module in needed)
+    assert {one["package"] for one in found["features"] if one["install"]} == missing & errors.EXTRAS.keys()
 
 
 def test_python_without_faiss(tmp_path: Path) -> None:

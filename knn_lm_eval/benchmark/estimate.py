@@ -77,7 +77,7 @@ class _Estimator:
             done = results["config"].get("knn", {})
             if done.get("tokens_scored") and (seconds := sum(done["seconds"].values())):
                 self._speeds[cell.model, cell.method] = done["tokens_scored"] / seconds
-        self._operations_a_second = _matrix_product_speed()
+        self._operations_a_second = matrix_product_speed()
 
     def estimate(self, cell: Cell) -> Estimate:
         """One cell's share."""
@@ -189,8 +189,8 @@ def _bytes_of_store(folder: Path, index: str | None) -> int:
     return 4 * manifest.count + metadata["bytes"] + metadata.get("bytes_held", 0)
 
 
-def _matrix_product_speed() -> float:
-    """Floating-point operations a second."""
+def matrix_product_speed() -> float:
+    """Floating-point operations a second of this machine, or of its GPU, when it multiplies matrices."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     size = 4096 if device == "cuda" else 768
     matrix = torch.ones(size, size, device=device)

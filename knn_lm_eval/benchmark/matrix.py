@@ -20,18 +20,17 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import inspect
 import json
 import re
-from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict
 
-import yaml
-from lm_eval.models.huggingface import HFLM
-
-from knn_lm_eval.errors import UserError, printable, shortened
+from knn_lm_eval.benchmark.strict_yaml import check_types, mapping, read_yaml, refuse_unknown
+from knn_lm_eval.benchmark.tracking import Trackers
+from knn_lm_eval.errors import UserError, shortened
+from knn_lm_eval.lm.loading import HF_ARGUMENTS, MISTYPED, NOT_MISTYPED
 from knn_lm_eval.model.params import STORE_DEFAULT
 from knn_lm_eval.model.settings import RetrievalSettings
 from knn_lm_eval.store.choosing import list_stores
@@ -44,16 +43,14 @@ from knn_lm_eval.system.json_schema import mismatch
 
 TOP = (
     *("output", "models", "datastores", "methods", "tasks", "metadata", "include_path", "batch_size", "device", "seed"),
-    "records",
+    *("records", *Trackers.names()),
 )
 TASK = ("task", "limit", "num_fewshot", "metadata", "gen_kwargs", "apply_chat_template", "system_instruction")
-HF = [name for name in inspect.signature(HFLM.__init__).parameters if name not in ("self", "kwargs")]
 # Arguments of the LM that may be folders whose content counts.
 FOLDERS = ("pretrained", "tokenizer", "peft", "delta")
 KNN = [name for name in RetrievalSettings.names() if name != "datastore"]
 NAME = re.compile(r"[\w.+=-]*\w[\w.+=-]*")  # a folder gets this name
 DEFAULT_SEED = 1234
-MOST_BYTES, MOST_VALUES, DEEPEST = 2**20, 100_000, 50
 
 
 class _Top(TypedDict, total=False):
@@ -180,6 +177,7 @@ class Matrix:
     batch_size: int | str
     device: str | None
     include_path: list[str]
+    trackers: Trackers = field(default_factory=Trackers)
 
 
 def read_matrix(path: Path) -> Matrix:
@@ -190,43 +188,20 @@ def read_matrix(path: Path) -> Matrix:
     UserError
         Where it is no YAML, or has keys that nobody reads; the nearest valid one is named.
     """
-    content = _top(_read(path), path)
+    return matrix_of(read_yaml(path), path)
+
+
+def matrix_of(content: Any, path: Path) -> Matrix:
+    """The matrix that a file holds, of which ``content`` was read; raises UserError as ``read_matrix``."""
+    content = _top(content, path)
     return Matrix(
         output=Path(content.get("output") or path.with_suffix("").name + "_results"),
         cells=list(_cells(content, path)),
         batch_size=content.get("batch_size", 1),
         device=content.get("device"),
         include_path=[str(folder) for folder in _listed(content.get("include_path"))],
+        trackers=Trackers.read(content, str(path)),
     )
-
-
-def _read(path: Path) -> Any:
-    """What the file holds, each alias a copy; raises UserError where it is no YAML, or larger than any benchmark is."""
-    try:
-        if (size := path.stat().st_size) > MOST_BYTES:
-            raise UserError(f"{path} has {size:,} bytes, which no benchmark's file has; is it another file?")
-        return _copied(yaml.safe_load(path.read_text(encoding="utf-8")), iter(range(MOST_VALUES)))
-    except OSError as error:
-        raise UserError(f"Cannot read {path}: {error.strerror}.") from error
-    except UserError:
-        raise
-    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
-        # ValueError: no UTF-8, a date that is none, a number of thousands of digits
-        reason = printable(" ".join(str(error).split()))
-        raise UserError(f"{path} is not valid YAML: {reason:.500}") from error
-
-
-def _copied(value: Any, left: Iterator[int], depth: int = 0) -> Any:
-    """A value without aliases; raises ValueError where that is more than ``left`` values, or too deep."""
-    if next(left, None) is None or depth > DEEPEST:
-        raise ValueError("its aliases, or its depth, make it larger than any benchmark is")
-    if isinstance(value, dict):
-        return {name: _copied(inner, left, depth + 1) for name, inner in value.items()}
-    if isinstance(value, list):
-        return [_copied(inner, left, depth + 1) for inner in value]
-    if isinstance(value, int) and value.bit_length() > 1024:
-        raise ValueError("a number of hundreds of digits")
-    return value
 
 
 def _cells(content: dict[str, Any], path: Path) -> Iterator[Cell]:
@@ -236,9 +211,9 @@ def _cells(content: dict[str, Any], path: Path) -> Iterator[Cell]:
     tasks = _section(content, "tasks", path)
     seed, records = content.get("seed", DEFAULT_SEED), content.get("records", False)
     _check(path, models, stores, methods, tasks)
-    metadata = _mapping(content.get("metadata"), f"{path}: metadata")
+    metadata = mapping(content.get("metadata"), f"{path}: metadata")
     for name, task_settings in tasks.items():
-        own = _mapping(task_settings.get("metadata"), f"{path}: tasks: {name}: metadata")
+        own = mapping(task_settings.get("metadata"), f"{path}: tasks: {name}: metadata")
         task_settings |= {"task": task_settings.get("task", name), "metadata": metadata | own}
     for method, settings in methods.items():
         settings.setdefault("model", _kind(method, settings))
@@ -272,32 +247,32 @@ def _check(
         if "pretrained" not in args:
             raise UserError(f"{path}: models: {name} has no `pretrained`; say which model it is.")
         # Other arguments are the model class's own, which nobody can list: those that look mistyped are refused.
-        for key in set(args) - {*HF, "context_len"}:
-            if near := difflib.get_close_matches(key, HF, 1, 0.8):
+        for key in set(args) - {*HF_ARGUMENTS, *NOT_MISTYPED, "context_len"}:
+            if near := difflib.get_close_matches(key, HF_ARGUMENTS, 1, MISTYPED):
                 raise UserError(f"{path}: models: {name}: unknown key {key!r}; did you mean {near[0]!r}?")
     for name, store in stores.items():
-        _refuse_unknown(store, ["path", "models", *KNN], f"{path}: datastores: {name}")
-        _check_types(store, _Store, f"{path}: datastores: {name}")
+        refuse_unknown(store, ["path", "models", *KNN], f"{path}: datastores: {name}")
+        check_types(store, _Store, f"{path}: datastores: {name}")
         _refuse_records(store, f"{path}: datastores: {name}")
         if "path" not in store:
             raise UserError(f"{path}: datastores: {name} has no `path`; say where the datastore is.")
         for model in _listed(store.get("models")):
-            _refuse_unknown({model: None}, models, f"{path}: datastores: {name}: models")
+            refuse_unknown({model: None}, models, f"{path}: datastores: {name}: models")
     for name, method in methods.items():
         kind = _kind(name, method)
         if kind not in ("hf", "knn-hf"):
             raise UserError(f"{path}: methods: {name}: model: {shortened(kind)} is unknown; use hf or knn-hf.")
-        _refuse_unknown(method, ["model", *(["context_len"] if kind == "hf" else KNN)], f"{path}: methods: {name}")
+        refuse_unknown(method, ["model", *(["context_len"] if kind == "hf" else KNN)], f"{path}: methods: {name}")
         _refuse_records(method, f"{path}: methods: {name}")
         if kind == "knn-hf" and not stores:
             raise UserError(f"{path}: methods: {name} needs a datastore; list some under `datastores`.")
     for name, task in tasks.items():
         where = f"{path}: tasks: {name}"
-        _refuse_unknown(task, TASK, where)
+        refuse_unknown(task, TASK, where)
         limit = task.get("limit")
         if limit is not None and (mismatch(limit, float) or limit <= 0):
             raise UserError(f"{where}: limit: {shortened(limit)} is not a number above 0.")
-        _check_types(task, _Task, where)
+        check_types(task, _Task, where)
 
 
 def _refuse_records(settings: dict[str, Any], where: str) -> None:
@@ -323,18 +298,12 @@ def _filled(value: Any, model: str, datastore: str | None) -> Any:
 def _top(content: Any, path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path} should hold keys and values: {', '.join(TOP)}.")
-    _refuse_unknown(content, TOP, str(path))
-    _check_types(content, _Top, str(path))
+    refuse_unknown(content, TOP, str(path))
+    check_types(content, _Top, str(path))
     for name in ("models", "methods", "tasks"):
         if not content.get(name):
             raise UserError(f"{path}: {name} is missing or empty.")
     return content
-
-
-def _check_types(content: dict[str, Any], schema: Any, where: str) -> None:
-    """Raise UserError where a value is of another type than ``schema`` says."""
-    if wrong := mismatch(content, schema):
-        raise UserError(f"{where}: {wrong}.")
 
 
 def _is_there(name: str, kind: Callable[[Path], bool]) -> bool:
@@ -352,7 +321,7 @@ def _section(content: dict[str, Any], name: str, path: Path, shorthand: str = ""
             raise UserError(f"{path}: {name}: {shortened(nested[0])} in the list is no name.")
         section = dict.fromkeys(section)
     entries = {}
-    for entry, settings in _mapping(section, f"{path}: {name}").items():
+    for entry, settings in mapping(section, f"{path}: {name}").items():
         if not NAME.fullmatch(str(entry)):
             raise UserError(
                 f"{path}: {name}: {shortened(entry)} cannot name a folder; use letters, digits and . + - = _ "
@@ -360,26 +329,11 @@ def _section(content: dict[str, Any], name: str, path: Path, shorthand: str = ""
             )
         if shorthand and isinstance(settings, str):
             settings = {shorthand: settings}
-        entries[str(entry)] = _mapping(settings, f"{path}: {name}: {entry}")
+        entries[str(entry)] = mapping(settings, f"{path}: {name}: {entry}")
     return entries
-
-
-def _mapping(value: Any, where: str) -> dict[str, Any]:
-    if value is None:
-        return {}
-    if not isinstance(value, dict):
-        raise UserError(f"{where}: {shortened(value)} should be keys and values.")
-    return dict(value)
 
 
 def _listed(value: Any) -> list[Any]:
     if value is None:
         return []
     return list(value) if isinstance(value, (list, tuple)) else [value]
-
-
-def _refuse_unknown(given: Collection[str], known: Collection[str], where: str) -> None:
-    for key in given:
-        if key not in known:
-            near = difflib.get_close_matches(str(key), list(known), 1, 0)
-            raise UserError(f"{where}: unknown key {shortened(key)}; did you mean {near[0]!r}?")

@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import lm_eval
-from lm_eval.loggers import EvaluationTracker
 from lm_eval.tasks import TaskManager
 
 from knn_lm_eval._startup import tasks_dir
 from knn_lm_eval.benchmark.matrix import Cell, Matrix
 from knn_lm_eval.benchmark.shared_pass import LoadedModel, ReadingEnds, SharedBaseLM, SharedLM, SharedPass
+from knn_lm_eval.benchmark.tracking import save_as_lm_eval
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.model.knn_hf import KNNHF
 from knn_lm_eval.model.scoring import LMScorer
@@ -95,6 +95,7 @@ def run_matrix(matrix: Matrix, report: Callable[[Outcome], None]) -> list[Outcom
     ----------
     report : is told each cell's outcome as soon as it is known.
     """
+    matrix.trackers.check()
     outcomes = Outcomes(report)
     with disk_errors_in(matrix.output):
         matrix.output.mkdir(parents=True, exist_ok=True)
@@ -263,7 +264,7 @@ def _evaluate(matrix: Matrix, cell: Cell, lm: SharedLM, **changes: Any) -> dict[
 
 
 def _write(matrix: Matrix, cell: Cell, results: dict[str, Any]) -> None:
-    """Write what ``lm_eval --output_path FOLDER --log_samples`` writes, all at once."""
+    """Write what ``lm_eval --output_path FOLDER --log_samples`` writes, all at once, and tell of it."""
     folder = matrix.output / cell.folder
     samples = results.pop("samples")
     results["config"] |= _description(cell)
@@ -272,11 +273,12 @@ def _write(matrix: Matrix, cell: Cell, results: dict[str, Any]) -> None:
         if finished_results(folder, cell.checksum()) is not None:
             return  # another benchmark of the same cell was faster
         with unfinished_folder(folder, is_left) as unfinished:
-            _save_as_lm_eval(unfinished, cell, results, samples)
+            save_as_lm_eval(unfinished, cell, results, samples)
             if (records := _unfinished_records(matrix, cell)).is_dir():
                 os.replace(records, unfinished / RECORDS)
             if finished_results(unfinished, cell.checksum()) is None:  # lm-eval only warns
                 raise UserError(f"The results of {cell} could not be written below {matrix.output}; is the disk full?")
+    matrix.trackers.tell(cell, results, samples)
 
 
 def _description(cell: Cell) -> dict[str, Any]:
@@ -292,18 +294,3 @@ def _description(cell: Cell) -> dict[str, Any]:
             "configuration": cell.identity(),
         },
     }
-
-
-def _save_as_lm_eval(folder: Path, cell: Cell, results: dict[str, Any], samples: dict[str, Any]) -> None:
-    """Write results and samples by lm-eval's own hand."""
-    tracker = EvaluationTracker(output_path=str(folder))
-    tracker.general_config_tracker.log_experiment_args(
-        model_source=cell.kind,
-        model_args=cell.args,
-        system_instruction=cell.task_settings.get("system_instruction"),
-        chat_template=None,
-        fewshot_as_multiturn=True,
-    )
-    tracker.save_results_aggregated(results=results, samples=samples)
-    for task in results["configs"]:
-        tracker.save_results_samples(task_name=task, samples=samples[task])

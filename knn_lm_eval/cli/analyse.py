@@ -8,11 +8,14 @@ from pathlib import Path
 
 from knn_lm_eval.cli.arguments import add_output, check_at_least_one, check_outputs
 from knn_lm_eval.cli.main import verb
+from knn_lm_eval.cli.parsing import VerbParser
 from knn_lm_eval.errors import UserError
+
+EXAMPLE = "knn-lm-eval analyse records/knn records/retomaton --html analysis.html"
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = VerbParser(__doc__, EXAMPLE)
     parser.add_argument(
         "records", type=Path, nargs="+", help="folders that evaluations with records=FOLDER wrote, one for each method"
     )

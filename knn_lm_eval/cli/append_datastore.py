@@ -13,11 +13,14 @@ from knn_lm_eval.cli.arguments import (
     read_model_args,
 )
 from knn_lm_eval.cli.main import WITH_RESUME, verb
+from knn_lm_eval.cli.parsing import VerbParser
 from knn_lm_eval.errors import counted
+
+EXAMPLE = "knn-lm-eval append_datastore --datastore stores/law --text more.txt"
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = VerbParser(__doc__, EXAMPLE)
     parser.add_argument("--datastore", type=Path, required=True, help="the datastore's folder")
     add_text_arguments(parser)
     parser.add_argument("--max_tokens", type=int, help="stop after so many tokens")

@@ -53,7 +53,8 @@ def add_text_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument("--text", type=Path, help="a UTF-8 text file")
     source.add_argument(
         "--dataset",
-        help="a `datasets` data set: hub id, local folder, or a .jsonl, .parquet, .csv or .txt file",
+        help="a `datasets` data set: hub id, local folder, or a .jsonl, .parquet, .csv or .txt file; or python_docs, "
+        "the topics of Python's help() that the task of that name does not score",
     )
     parser.add_argument("--config", help="the data set's configuration (its `name`)")
     parser.add_argument("--split", default="train", help="the data set's split (default: train)")
@@ -61,10 +62,10 @@ def add_text_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--streaming", action="store_true", help="stream the data set instead of downloading it")
     parser.add_argument(
         "--documents",
-        choices=["line", "blank-line", "file", "wikitext"],
+        choices=["line", "blank-line", "file", "wikitext", "wikitext-stream"],
         default="line",
         help="what a document is: each line or row (default), separated by blank lines, the whole file (one token "
-        "stream), or a WikiText article",
+        "stream), a WikiText article, or all of WikiText as one stream",
     )
 
 

@@ -10,15 +10,18 @@ from typing import TYPE_CHECKING
 
 from knn_lm_eval.cli.arguments import check_at_least_one
 from knn_lm_eval.cli.main import SAME_COMMAND, verb
+from knn_lm_eval.cli.parsing import VerbParser
 from knn_lm_eval.errors import UserError, printable
 
 if TYPE_CHECKING:
     from knn_lm_eval.benchmark.estimate import Estimate
     from knn_lm_eval.benchmark.runner import Outcome
 
+EXAMPLE = "knn-lm-eval benchmark law.yaml --dry_run"
+
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = VerbParser(__doc__, EXAMPLE)
     parser.add_argument("matrix", type=Path, help="the YAML file (the README shows one)")
     parser.add_argument("--dry_run", action="store_true", help="print the plan, with time and memory, and stop")
     parser.add_argument(

@@ -8,10 +8,13 @@ from typing import Any
 
 from knn_lm_eval.cli.arguments import add_datastore, add_memory
 from knn_lm_eval.cli.main import WITH_RESUME, verb
+from knn_lm_eval.cli.parsing import VerbParser
+
+EXAMPLE = "knn-lm-eval build_index --datastore stores/law"
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = VerbParser(__doc__, EXAMPLE)
     add_datastore(parser)
     parser.add_argument(
         "--factory",

@@ -6,10 +6,13 @@ import argparse
 
 from knn_lm_eval.cli.arguments import add_datastore, add_memory
 from knn_lm_eval.cli.main import WITH_RESUME, verb
+from knn_lm_eval.cli.parsing import VerbParser
+
+EXAMPLE = "knn-lm-eval build_suffix_array --datastore stores/law"
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = VerbParser(__doc__, EXAMPLE)
     add_datastore(parser)
     add_memory(parser, "sorting, which takes 12 bytes a token of a part,")
     parser.add_argument("--resume", action="store_true", help="go on with what was interrupted")

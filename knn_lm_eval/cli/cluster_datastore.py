@@ -8,6 +8,7 @@ from pathlib import Path
 
 from knn_lm_eval.cli.arguments import add_datastore, add_memory, check_options
 from knn_lm_eval.cli.main import WITH_RESUME, verb
+from knn_lm_eval.cli.parsing import VerbParser
 from knn_lm_eval.errors import counted
 
 # Which arguments go with which method; the functions know the defaults.
@@ -17,9 +18,11 @@ OPTIONS = {
     "import": ("memory",),
 }
 
+EXAMPLE = "knn-lm-eval cluster_datastore --datastore stores/law --method kmeans"
+
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, argument_default=argparse.SUPPRESS)
+    parser = VerbParser(__doc__, EXAMPLE, argument_default=argparse.SUPPRESS)
     add_datastore(parser)
     way = parser.add_mutually_exclusive_group(required=True)
     way.add_argument(

@@ -6,11 +6,14 @@ import argparse
 from pathlib import Path
 
 from knn_lm_eval.cli.main import SAME_COMMAND, verb
+from knn_lm_eval.cli.parsing import VerbParser
 from knn_lm_eval.errors import counted
+
+EXAMPLE = "knn-lm-eval compact_datastore --datastore stores/law"
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = VerbParser(__doc__, EXAMPLE)
     parser.add_argument("--datastore", type=Path, required=True, help="the datastore's folder")
     return parser.parse_args()
 

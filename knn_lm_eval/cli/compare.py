@@ -7,11 +7,14 @@ from pathlib import Path
 
 from knn_lm_eval.cli.arguments import add_output, check_at_least_one, check_outputs
 from knn_lm_eval.cli.main import verb
+from knn_lm_eval.cli.parsing import VerbParser
 from knn_lm_eval.errors import UserError
+
+EXAMPLE = "knn-lm-eval compare results/law --baseline base --report report.html"
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = VerbParser(__doc__, EXAMPLE)
     parser.add_argument("results", type=Path, nargs="+", help="folders with results files of lm-eval, or such files")
     parser.add_argument("--baseline", help="the method to compare with, such as hf (default: no differences)")
     parser.add_argument("--metric", help="for all tasks that have it (default: one for each task)")

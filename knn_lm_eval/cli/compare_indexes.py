@@ -17,14 +17,20 @@ from knn_lm_eval.cli.arguments import (
     read_text,
 )
 from knn_lm_eval.cli.main import verb
+from knn_lm_eval.cli.parsing import VerbParser
 from knn_lm_eval.errors import UserError
 
 if TYPE_CHECKING:
     from knn_lm_eval.study.index_comparison import IndexStudy
 
+EXAMPLE = (
+    "knn-lm-eval compare_indexes --model_args datastore=stores/law,lmbda=0.25 --text test.txt --indexes "
+    "index:8,32 --output indexes"
+)
+
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = VerbParser(__doc__, EXAMPLE)
     add_model_arguments(parser, "as for knn-hf: datastore=...,lmbda=...,knn_temp=...", max_length="at most 1024")
     parser.add_argument("--text", type=Path, nargs="+", required=True, help="UTF-8 text files, a domain each, say")
     parser.add_argument("--tokens", type=int, help="score the first so many tokens of each text (default: all)")

@@ -21,15 +21,20 @@ from knn_lm_eval.cli.arguments import (
     whole_number,
 )
 from knn_lm_eval.cli.main import WITH_RESUME, verb
+from knn_lm_eval.cli.parsing import VerbParser
 from knn_lm_eval.errors import UserError, counted
 
 if TYPE_CHECKING:
     from knn_lm_eval.make.index_plan import IndexPlan
     from knn_lm_eval.store.datastore import Datastore
 
+EXAMPLE = (
+    "knn-lm-eval dump_datastore --model_args pretrained=HuggingFaceTB/SmolLM2-135M --text train.txt --output stores/law"
+)
+
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = VerbParser(__doc__, EXAMPLE)
     add_model_arguments(
         parser,
         "as for lm_eval --model hf: pretrained=NAME,dtype=float16,peft=...",

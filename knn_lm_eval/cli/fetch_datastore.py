@@ -7,11 +7,14 @@ from urllib.parse import urlsplit
 
 from knn_lm_eval.cli.arguments import add_output
 from knn_lm_eval.cli.main import SAME_COMMAND, verb
+from knn_lm_eval.cli.parsing import VerbParser
 from knn_lm_eval.errors import UserError, counted
+
+EXAMPLE = "knn-lm-eval fetch_datastore hf://datasets/USER/NAME"
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = VerbParser(__doc__, EXAMPLE)
     parser.add_argument(
         "addresses",
         nargs="+",

@@ -17,15 +17,21 @@ from knn_lm_eval.cli.arguments import (
     task_names,
 )
 from knn_lm_eval.cli.main import verb
+from knn_lm_eval.cli.parsing import VerbParser
 
 if TYPE_CHECKING:
     from knn_lm_eval.study.foss_curve import Curve
 
 COLUMNS = {"min_knns": "g", "token_perplexity": ".4f", "saved_searches": ".4f", "mean_candidates": ".1f"}
 
+EXAMPLE = (
+    "knn-lm-eval foss_curve --model_args datastore=stores/law --tasks law --metadata data_dir=data "
+    "--limit 20 --output foss"
+)
+
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = VerbParser(__doc__, EXAMPLE)
     add_model_arguments(parser)
     add_task_arguments(parser)
     parser.add_argument("--min_knns", default="1,8,64,256,1024,inf", help="the settings to walk with")

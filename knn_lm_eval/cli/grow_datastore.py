@@ -6,11 +6,14 @@ import argparse
 
 from knn_lm_eval.cli.arguments import add_output, add_verify, check_at_least_one
 from knn_lm_eval.cli.main import verb
+from knn_lm_eval.cli.parsing import VerbParser
 from knn_lm_eval.errors import UserError
+
+EXAMPLE = "knn-lm-eval grow_datastore stores/law stores/wiki --entries 10000000 --output stores/large"
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = VerbParser(__doc__, EXAMPLE)
     parser.add_argument("datastores", nargs="+", help="datastores of one model, a domain each, say")
     add_output(parser, "the folder to write")
     add_verify(parser)

@@ -7,10 +7,13 @@ from pathlib import Path
 
 from knn_lm_eval.cli.arguments import add_key_arguments, add_memory, add_output
 from knn_lm_eval.cli.main import verb
+from knn_lm_eval.cli.parsing import VerbParser
+
+EXAMPLE = "knn-lm-eval import_datastore checkpoints/gpt2 --pretrained gpt2 --output stores/gpt2"
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = VerbParser(__doc__, EXAMPLE)
     parser.add_argument("sources", type=Path, nargs="+", help="the folder that holds the published files, or the files")
     add_output(parser, "the datastore's folder to make")
     parser.add_argument(

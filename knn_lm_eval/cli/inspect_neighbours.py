@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from knn_lm_eval.cli.arguments import add_model_arguments, check_at_least_one, check_outputs, read_model_args
 from knn_lm_eval.cli.main import verb
+from knn_lm_eval.cli.parsing import VerbParser
 from knn_lm_eval.errors import UserError
 
 if TYPE_CHECKING:
@@ -21,9 +22,14 @@ if TYPE_CHECKING:
 NEIGHBOURS = "neighbours: weight, distance, context and value"  # the last column
 CONTEXT_SHOWN = 60  # characters of a context, on the terminal
 
+EXAMPLE = (
+    "knn-lm-eval inspect_neighbours --model_args datastore=stores/law --text 'Member States shall adopt "
+    "the measures' --html page.html"
+)
+
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = VerbParser(__doc__, EXAMPLE)
     add_model_arguments(parser, "as for lm_eval --model knn-hf: datastore=D,k=1024,...", batches=False)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--text", help="the text")

@@ -6,25 +6,44 @@ Verbs import what they need when their arguments are parsed: help and mistyped a
 from __future__ import annotations
 
 import ast
-import difflib
 import functools
+import os
+import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from knn_lm_eval.errors import naming_missing_packages, report_user_errors, say_interrupted
+from knn_lm_eval.errors import did_you_mean, naming_missing_packages, report_user_errors, say_interrupted
 from knn_lm_eval.version import __version__
 
 if TYPE_CHECKING:
     import argparse
 
 PROG = "knn-lm-eval"
+COMPLETING = "_ARGCOMPLETE"  # argcomplete's variable, which is set where a shell asks what a command may go on to
 NOTHING_KEPT = "nothing was written; start again."
 WITH_RESUME = "what is done is kept; go on with the same command and --resume."
 SAME_COMMAND = "what is done is kept; the same command goes on."
-NOT_VERBS = ("__init__", "__main__", "arguments", "main")
+NOT_VERBS = ("__init__", "__main__", "arguments", "completion", "main", "parsing")
+# All verbs, in the order in which one comes to need them.
+GROUPS = {
+    "begin": ("doctor", "first_run", "reproduce"),
+    "make a datastore": (
+        *("dump_datastore", "fetch_datastore", "import_datastore", "build_index", "cluster_datastore"),
+        *("build_suffix_array", "verify_datastore", "push_datastore"),
+    ),
+    # Where evaluating itself is looked for and not found among the verbs.
+    "evaluate (lm_eval --model knn-hf --model_args datastore=STORE --tasks TASKS, and many settings by)": (
+        *("tune", "benchmark", "compare", "foss_curve", "store_sizes"),
+    ),
+    "look inside": ("inspect_neighbours", "analyse"),
+    "change it, or make it smaller": (
+        *("append_datastore", "remove_documents", "compact_datastore", "prune_datastore", "project_datastore"),
+    ),
+    "measure": ("speed", "compare_indexes", "grow_datastore"),
+}
 RENAMED = {"bench": "speed"}  # old names, which still answer
 
 
@@ -74,25 +93,38 @@ def summary(module: Path) -> str:
 
 
 def usage() -> str:
-    """What `knn-lm-eval --help` prints."""
+    """What `knn-lm-eval` and `knn-lm-eval --help` print: a line per verb, as wide as the terminal."""
     modules = verbs()
-    width = max(map(len, modules))
-    lines = [f"  {name:{width}}  {summary(module)}".rstrip() for name, module in modules.items()]
-    return "\n".join(
-        [
-            f"usage: {PROG} <verb> [arguments]",
-            "",
-            "verbs:",
-            *lines,
-            "",
-            f"`{PROG} <verb> --help` explains a verb's arguments.",
-        ]
-    )
+    grouped = {title: [name for name in names if name in modules] for title, names in GROUPS.items()}
+    grouped["more"] = [name for name in modules if not any(name in names for names in GROUPS.values())]
+    width, room = max(map(len, modules)), shutil.get_terminal_size((120, 24)).columns
+    lines = [f"usage: {PROG} VERB [arguments]"]
+    for title, names in grouped.items():
+        if names:
+            lines += ["", f"{title}:"]
+            lines += [_shortened(f"  {name:{width}}  {summary(modules[name])}", room) for name in names]
+    return "\n".join([*lines, "", f"`{PROG} VERB --help` explains a verb's arguments, with an example."])
+
+
+def _shortened(line: str, room: int) -> str:
+    return line if len(line) <= room else f"{line[: room - 3].rstrip()}..."
+
+
+def meant(name: str, known: Collection[str]) -> str:
+    """The end of a sentence about a verb that isn't there: those that have its words, or the nearest one."""
+    having = [verb for verb in known if name in verb]
+    if having:
+        return f"; did you mean {' or '.join(having)}?"
+    return did_you_mean(name, known) or f"; {PROG} alone lists them"
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the verb that the arguments name; returns the exit status."""
     args = sys.argv[1:] if argv is None else argv
+    if COMPLETING in os.environ:
+        from knn_lm_eval.cli.completion import complete_command
+
+        complete_command(PROG, verbs())
     if not args or args[0] in ("-h", "--help"):
         print(usage())
         return 0
@@ -105,8 +137,7 @@ def main(argv: list[str] | None = None) -> int:
         name = RENAMED[name]
     known = verbs()
     if name not in known:
-        near = difflib.get_close_matches(name, known) or list(known)
-        print(f"{PROG}: no verb '{args[0]}'; did you mean {' or '.join(near)}?", file=sys.stderr)
+        print(f"{PROG}: no verb '{args[0]}'{meant(name, known)}", file=sys.stderr)
         return 2
     sys.argv = [f"{PROG} {name}", *args[1:]]  # argparse names the program by it
     try:

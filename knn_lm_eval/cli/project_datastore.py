@@ -6,10 +6,13 @@ import argparse
 
 from knn_lm_eval.cli.arguments import add_datastore, add_output, check_at_least_one
 from knn_lm_eval.cli.main import verb
+from knn_lm_eval.cli.parsing import VerbParser
+
+EXAMPLE = "knn-lm-eval project_datastore --datastore stores/law --keys 128 --output stores/law-128"
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = VerbParser(__doc__, EXAMPLE)
     add_datastore(parser, "; it stays as it is")
     add_output(parser, "the new datastore's folder")
     how = parser.add_mutually_exclusive_group(required=True)

@@ -6,6 +6,7 @@ import argparse
 
 from knn_lm_eval.cli.arguments import add_datastore, add_memory, add_output, check_options, merge_model_args
 from knn_lm_eval.cli.main import NOTHING_KEPT, SAME_COMMAND, WITH_RESUME, verb
+from knn_lm_eval.cli.parsing import VerbParser
 from knn_lm_eval.errors import UserError
 
 # Which arguments go with which method; the functions know the defaults.
@@ -15,9 +16,11 @@ OPTIONS = {
     "greedy_merge": ("neighbours", "index", "probe", "resume", "memory"),
 }
 
+EXAMPLE = "knn-lm-eval prune_datastore --datastore stores/law --method random --keep 0.5 --output stores/law-half"
+
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, argument_default=argparse.SUPPRESS)
+    parser = VerbParser(__doc__, EXAMPLE, argument_default=argparse.SUPPRESS)
     add_datastore(parser, "; it stays as it is")
     add_output(parser, "the new datastore's folder")
     parser.add_argument(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from knn_lm_eval.cli.arguments import check_text, read_model_args
 from knn_lm_eval.cli.main import SAME_COMMAND, verb
+from knn_lm_eval.cli.parsing import VerbParser
 from knn_lm_eval.errors import UserError, counted
 
 if TYPE_CHECKING:
@@ -17,10 +18,13 @@ if TYPE_CHECKING:
 
     from knn_lm_eval.store.datastore import Datastore
 
+EXAMPLE = "knn-lm-eval remove_documents --datastore stores/law --documents 3,17-20"
+
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
+    parser = VerbParser(
+        __doc__,
+        EXAMPLE,
         epilog="Their entries stay in the files, and searches leave them out, until compact_datastore takes them out.",
     )
     parser.add_argument("--datastore", type=Path, required=True, help="the datastore's folder")

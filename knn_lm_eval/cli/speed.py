@@ -23,13 +23,16 @@ from knn_lm_eval.cli.arguments import (
     read_text,
 )
 from knn_lm_eval.cli.main import verb
+from knn_lm_eval.cli.parsing import VerbParser
 from knn_lm_eval.errors import UserError
 
 MIB = 2**20
 
+EXAMPLE = "knn-lm-eval speed --model_args datastore=stores/law --text test.txt --tokens 4096"
+
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = VerbParser(__doc__, EXAMPLE)
     add_model_arguments(parser, "as for knn-hf: datastore=...,k=...,...", max_length="at most 1024")
     parser.add_argument("--text", type=Path, required=True, help="a UTF-8 text file, scored as one stream")
     parser.add_argument("--tokens", type=int, help="score the first so many tokens (default: all)")

@@ -15,12 +15,18 @@ from knn_lm_eval.cli.arguments import (
     task_names,
 )
 from knn_lm_eval.cli.main import verb
+from knn_lm_eval.cli.parsing import VerbParser
 
 COLUMNS = {"entries": ",", "token_perplexity": ".4f", "mean_neighbours": ".1f"}
 
+EXAMPLE = (
+    "knn-lm-eval store_sizes --model_args datastore=stores/law --tasks law --metadata data_dir=data "
+    "--limit 20 --output sizes"
+)
+
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = VerbParser(__doc__, EXAMPLE)
     add_model_arguments(parser, "as for lm_eval --model knn-hf: datastore=D,lmbda=0.25,...")
     add_task_arguments(parser)
     parser.add_argument("--fractions", default="0.01,0.03,0.1,0.3,1", help="parts of the store (default: %(default)s)")

@@ -18,6 +18,7 @@ from knn_lm_eval.cli.arguments import (
     task_names,
 )
 from knn_lm_eval.cli.main import verb
+from knn_lm_eval.cli.parsing import VerbParser
 from knn_lm_eval.errors import UserError
 
 if TYPE_CHECKING:
@@ -26,9 +27,13 @@ if TYPE_CHECKING:
 GRID = "numbers separated by commas, or FIRST:LAST:COUNT (default: %s)"
 AXES = ("k", "knn_temp", "lmbda", "probe", "min_knns", "max_knns", "ngram_lmbda")
 
+EXAMPLE = (
+    "knn-lm-eval tune --model_args datastore=stores/law --tasks law_valid --metadata data_dir=data --output tuned.json"
+)
+
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = VerbParser(__doc__, EXAMPLE)
     add_model_arguments(parser)
     add_task_arguments(parser, "perplexity tasks on a validation split, separated by commas")
     add_output(parser, "the params file (.json); CSV and plots beside it")

@@ -6,10 +6,13 @@ import argparse
 from pathlib import Path
 
 from knn_lm_eval.cli.main import verb
+from knn_lm_eval.cli.parsing import VerbParser
+
+EXAMPLE = "knn-lm-eval verify_datastore stores/law"
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = VerbParser(__doc__, EXAMPLE)
     parser.add_argument("datastore", type=Path, help="the datastore's folder")
     parser.add_argument(
         "--verify",

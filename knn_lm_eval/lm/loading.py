@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,7 +14,7 @@ import transformers
 from accelerate.utils import get_max_memory
 from lm_eval.models.huggingface import HFLM
 
-from knn_lm_eval.errors import UserError, naming_missing_packages
+from knn_lm_eval.errors import UserError, did_you_mean, naming_missing_packages
 
 logger = logging.getLogger(__name__)
 
@@ -24,12 +25,17 @@ RECORDED_ARGUMENTS = (
     *("softmax_dtype", "mixed_precision_dtype", "add_bos_token", "prefix_token_id", "peft", "delta", "gguf_file"),
     *("parallelize", "batch_size", "max_batch_size", "device"),
 )
+# The arguments that lm-eval's hf names; it passes others on to the model's class, whose own nobody can list.
+HF_ARGUMENTS = [name for name in inspect.signature(HFLM.__init__).parameters if name not in ("self", "kwargs")]
+NOT_MISTYPED = ("max_memory",)  # one of the others, though it looks like max_cpu_memory
+MISTYPED = 0.8  # how near a name has to be to a known one to be taken for it
 
 
 class CausalHFLM(HFLM):
     """lm-eval's HFLM for decoder-only models, with a device that exists and errors in one sentence."""
 
     def __init__(self, pretrained: str | transformers.PreTrainedModel, device: str | None = None, **kwargs: Any):
+        self.refuse_mistyped(kwargs)
         if device is None or (device.startswith("cuda") and not torch.cuda.is_available()):
             device = "cuda" if torch.cuda.is_available() else "cpu"
         if kwargs.get("parallelize") and not set(get_max_memory()) - {"cpu"}:
@@ -40,11 +46,26 @@ class CausalHFLM(HFLM):
         except TypeError as error:
             if not (unknown := re.search(r"unexpected keyword argument '(.*)'", str(error))):
                 raise
-            raise UserError(f"Unknown model argument {unknown[1]!r}.") from error
+            near = did_you_mean(unknown[1], self.argument_names())
+            raise UserError(f"Unknown model argument {unknown[1]!r}{near or '.'}") from error
         accelerator = getattr(self, "accelerator", None)
         if accelerator is not None and not kwargs.get("tp_plan"):
             # HFLM shares requests out only where it sees several GPUs: on CPUs every process would do all of them.
             self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
+
+    @classmethod
+    def argument_names(cls) -> list[str]:
+        """The arguments that are known by name."""
+        return HF_ARGUMENTS
+
+    @classmethod
+    def refuse_mistyped(cls, given: Collection[str]) -> None:
+        """Raise UserError where the name of an argument is nearly a known one."""
+        for name in given:
+            if name in cls.argument_names() or name in NOT_MISTYPED:
+                continue
+            if near := did_you_mean(name, cls.argument_names(), MISTYPED):
+                raise UserError(f"Unknown model argument {name!r}{near}")
 
     def shorten_windows(self, most_tokens: int) -> None:
         """Read at most so many tokens at a time from now on."""

@@ -15,7 +15,8 @@ from typing import Any
 from knn_lm_eval.errors import UserError
 
 Piece = tuple[bool, str]
-DOCUMENT_MODES = ("line", "blank-line", "file", "wikitext")
+DOCUMENT_MODES = ("line", "blank-line", "file", "wikitext", "wikitext-stream")
+PYTHON_DOCS = "python_docs"  # a data set that every Python brings
 # Long enough that a token more or less where two pieces meet does not count, short enough for any memory.
 PIECE_CHARACTERS = 2**20
 # " = Title = " begins an article; " = = Section = = " does not.
@@ -72,7 +73,8 @@ def cut_into_documents(lines: Iterable[str], mode: str) -> Iterator[Piece]:
     ----------
     lines : the text's lines in order.
     mode : ``line`` (each line that is not blank), ``blank-line`` (separated by blank lines), ``file`` (all
-        lines are one document), ``wikitext`` (articles, which begin at a heading `` = Title = ``).
+        lines are one document), ``wikitext`` (articles, which begin at a heading `` = Title = ``),
+        ``wikitext-stream`` (the same text as one document).
     """
     if mode == "line":
         for line in lines:
@@ -122,9 +124,16 @@ def read_dataset(
 
     Parameters
     ----------
-    path : a hub id, a local folder, or a local .json, .jsonl, .parquet, .csv or .txt file.
-    mode : as for ``cut_into_documents``; in ``wikitext`` an empty row stands for the raw text's blank line.
+    path : a hub id, a local folder, a local .json, .jsonl, .parquet, .csv or .txt file, or ``python_docs``, whose
+        splits are those of ``python_docs_split``.
+    mode : as for ``cut_into_documents``; in ``wikitext`` and ``wikitext-stream`` an empty row stands for the raw text's
+        blank line.
     """
+    if path == PYTHON_DOCS:
+        if split not in ("train", "test"):
+            raise UserError(f"{PYTHON_DOCS} has the splits train and test, not {split!r}.")
+        yield from python_docs_split(split)
+        return
     import datasets
 
     arguments: dict[str, Any] = {"path": path, "name": config}
@@ -141,7 +150,7 @@ def read_dataset(
     for row in dataset:
         text = row[text_column] or ""
         if mode != "line" and not text.endswith("\n"):
-            text = (text or " ") + "\n" if mode == "wikitext" else text + "\n"
+            text = (text or " ") + "\n" if mode.startswith("wikitext") else text + "\n"
         yield text
 
 

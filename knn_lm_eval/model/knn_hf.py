@@ -74,6 +74,7 @@ class KNNHF(ScoringLM):
     """
 
     def __init__(self, pretrained: str | transformers.PreTrainedModel | None = None, **arguments: Any) -> None:
+        self.refuse_mistyped(arguments)
         given, lm_arguments = RetrievalSettings.take_from(arguments)
         # All that can be wrong without the model is looked at before minutes are spent on loading it.
         opened = open_augmentation(given)
@@ -110,6 +111,11 @@ class KNNHF(ScoringLM):
             about, store = self._about_records(name), self.retriever.datastore
             self.records = RecordFolder(Path(given.records), about, self.rank, self.world_size, find_overlaps(store))
         self._tell_settings()
+
+    @classmethod
+    def argument_names(cls) -> list[str]:
+        """The retrieval settings, and the arguments of ``hf``."""
+        return [*RetrievalSettings.names(), *super().argument_names()]
 
     @property
     def retriever(self) -> Retriever:

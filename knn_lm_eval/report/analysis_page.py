@@ -133,7 +133,7 @@ def _leakage(analysis: dict[str, Any]) -> Section:
         ]
         if any(line.points for line in lines):
             label = "overlap (tokens, from)"
-            section.charts.append(line_chart(f"Perplexity by overlap{said}", lines, label, "perplexity"))
+            section.charts.append(line_chart(f"Perplexity by overlap{said}", lines, label, "perplexity", log_y=True))
         section.tables.append(leakage_table(analysis, method))
     return section
 

@@ -133,14 +133,14 @@ def label_axes(axes: Axes, x_label: str, y_label: str, grid: Literal["x", "y"] =
     axes.grid(axis=grid)
 
 
-def set_log_scale(axes: Axes, low: float, high: float) -> None:
-    """A logarithmic x axis with round numbers: powers of ten, and 2 and 5 times them where those would be few."""
+def set_log_scale(axes: Axes, low: float, high: float, axis: Literal["x", "y"] = "x") -> None:
+    """A logarithmic axis with round numbers: powers of ten, and 2 and 5 times them where those would be few."""
     from matplotlib.ticker import LogLocator, NullLocator
 
-    axes.set_xscale("log")
-    axes.set_xlim(low, high if high > low else 2 * low)
-    axes.xaxis.set_major_locator(LogLocator(subs=(1.0,) if high >= 1000 * low else (1.0, 2.0, 5.0)))
-    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set(**{f"{axis}scale": "log", f"{axis}lim": (low, high if high > low else 2 * low)})
+    scaled = getattr(axes, f"{axis}axis")
+    scaled.set_major_locator(LogLocator(subs=(1.0,) if high >= 1000 * low else (1.0, 2.0, 5.0)))
+    scaled.set_minor_locator(NullLocator())
 
 
 def add_legend(figure: Figure, axes: Axes) -> None:

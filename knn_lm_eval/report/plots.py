@@ -85,9 +85,11 @@ class Chart:
 
 
 @look()
-def line_chart(title: str, lines: Sequence[Line], x_label: str, y_label: str, log_x: bool = False) -> Chart:
+def line_chart(
+    title: str, lines: Sequence[Line], x_label: str, y_label: str, log_x: bool = False, log_y: bool = False
+) -> Chart:
     """Curves with markers, and horizontal lines for what does not depend on x."""
-    figure, tooltips = _line_figure(lines, x_label, y_label, log_x)
+    figure, tooltips = _line_figure(lines, x_label, y_label, log_x, log_y)
     return _chart(title, figure, tooltips)
 
 
@@ -271,7 +273,9 @@ def foss_lines(points: Sequence[Mapping[str, Any]]) -> list[Line]:
     return [*lines, *levels]
 
 
-def _line_figure(lines: Sequence[Line], x_label: str, y_label: str, log_x: bool = False) -> tuple[Figure, Tooltips]:
+def _line_figure(
+    lines: Sequence[Line], x_label: str, y_label: str, log_x: bool = False, log_y: bool = False
+) -> tuple[Figure, Tooltips]:
     figure = new_figure()
     axes = figure.subplots()
     tooltips: Tooltips = {}
@@ -294,6 +298,9 @@ def _line_figure(lines: Sequence[Line], x_label: str, y_label: str, log_x: bool 
     if log_x:
         all_xs = [x for line in lines for x, _ in line.points]
         set_log_scale(axes, min(all_xs), max(all_xs))
+    if log_y:
+        all_ys = [y for line in lines for _, y in line.points]
+        set_log_scale(axes, min(all_ys), max(all_ys), "y")
     label_axes(axes, x_label, y_label)
     add_legend(figure, axes)
     return figure, tooltips

@@ -110,11 +110,24 @@ class Records:
     def __len__(self) -> int:
         return len(self.columns["token"])
 
-    @property
-    def name(self) -> str:
-        """The folder's; of a folder that is called records, that of the one that it lies in."""
-        folder = self.folder.resolve()
-        return folder.parent.name if folder.name == "records" else folder.name
+
+def names_of(folders: Sequence[Path]) -> list[str]:
+    """What records are called that are shown together.
+
+    Each by its folder, or of a folder that is called ``records`` by that which it lies in. Where two would have one
+    name, by those folders above that are not the same for all: of a benchmark's cells, the method's.
+    """
+    paths = [folder.resolve() for folder in folders]
+    parts = [(path.parent if path.name == "records" else path).parts for path in paths]
+    last = [of_one[-1] for of_one in parts]
+    if len(set(last)) == len(last):
+        return last
+    if len(set(map(len, parts))) == 1:
+        differing = [level for level, names in enumerate(zip(*parts, strict=True)) if len(set(names)) > 1]
+        between = ["/".join(of_one[level] for level in differing) for of_one in parts]
+        if len(set(between)) == len(between):
+            return between
+    return list(map(str, folders))
 
 
 def read_records(folder: Path) -> Records:

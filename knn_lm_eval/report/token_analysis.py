@@ -73,7 +73,9 @@ def gains_of(records: Records) -> np.ndarray:
         )
 
 
-def analyse_method(records: Records, binnings: Sequence[Binned], units: Units, draws: Draws) -> dict[str, Any]:
+def analyse_method(
+    name: str, records: Records, binnings: Sequence[Binned], units: Units, draws: Draws
+) -> dict[str, Any]:
     """All figures of one method's records."""
     gains = gains_of(records)
     everything = np.ones(len(gains), dtype=bool)
@@ -82,7 +84,7 @@ def analyse_method(records: Records, binnings: Sequence[Binned], units: Units, d
     summary |= {"lm_perplexity": _perplexity(lm), "perplexity": _perplexity(log_prob)}
     summary["searched"] = float(records.columns["searched"].mean())
     return {
-        "name": records.name,
+        "name": name,
         "folder": str(records.folder),
         "settings": records.about["settings"],
         "datastore": records.about["datastore"],

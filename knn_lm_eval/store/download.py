@@ -24,6 +24,7 @@ from urllib.parse import SplitResult, quote, unquote, urlsplit, urlunsplit
 from tqdm import tqdm
 
 from knn_lm_eval.errors import UserError, printable, shortened
+from knn_lm_eval.store.refusals import hub_refusal, one_line, said, told_to_wait
 from knn_lm_eval.system.file_contents import examine
 from knn_lm_eval.system.files import check_free_space, replace_file
 from knn_lm_eval.version import __version__
@@ -33,22 +34,29 @@ logger = logging.getLogger(__name__)
 HUB_ADDRESS = re.compile(r"hf://datasets/(?P<repo>[^/@]+/[^/@]+)(?:@(?P<revision>[^/]+))?(?P<path>/.*)?")
 ATTEMPTS = 6  # in a row without a byte; the waits between them double
 FIRST_WAIT = 1.0  # seconds
+LONGEST_WAIT = 900.0  # seconds; the hub counts requests over five minutes
 TIMEOUT = 60.0  # seconds without an answer
 RANGE = 2**32  # bytes per request: content delivery networks refuse to send more than some tens of GiB at once
 BLOCK = 2**20
 PASSING_ERRORS = (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError)
 PASSING_CODES = (408, 425, 429, 500, 502, 503, 504)
-LONGEST_REASON = 200  # characters of what a server says
 VERSION = re.compile(r"[\x20-\x7e]{1,200}")
 # Places in a file have no more digits.
+COMMIT = re.compile(r"[0-9a-f]{40}")
 CONTENT_RANGE, LENGTH = re.compile(r"bytes (\d{1,18})-\d{1,18}/(\d{1,18})"), re.compile(r"\d{1,18}")
 
 
 class Remote(NamedTuple):
-    """A file's URL and what to send with the request."""
+    """A file's URL and what to send with the request.
+
+    Attributes
+    ----------
+    page : where the hub shows the data set that the file is in; None elsewhere.
+    """
 
     url: str
     headers: dict[str, str]
+    page: str | None = None
 
 
 def locate(address: str, name: str | None = None) -> Remote:
@@ -68,7 +76,14 @@ def locate(address: str, name: str | None = None) -> Remote:
     path = "/".join(filter(None, [(hub["path"] or "").strip("/"), name]))
     revision = hub["revision"] and unquote(hub["revision"])
     url = hf_hub_url(hub["repo"], path, repo_type="dataset", revision=revision)
-    return Remote(url, {key: value for key, value in build_hf_headers().items() if key.lower() == "authorization"})
+    token = {key: value for key, value in build_hf_headers().items() if key.lower() == "authorization"}
+    return Remote(url, token, f"{constants.ENDPOINT}/datasets/{hub['repo']}")
+
+
+def pinned(address: str, commit: str | None) -> str:
+    """The address of what the hub had at ``commit``, whatever is pushed meanwhile; as it is elsewhere, or for None."""
+    hub = HUB_ADDRESS.fullmatch(address)
+    return f"hf://datasets/{hub['repo']}@{commit}{hub['path'] or ''}" if hub and commit else address
 
 
 def check_address(address: str) -> None:
@@ -124,13 +139,19 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
 
 def download(
     remote: Remote, target: Path, size: int | None = None, checksum: str | None = None, most: int | None = None
-) -> None:
+) -> str | None:
     """Download a file, going on where an earlier attempt stopped; it appears when it is complete and right.
+
+    A server that says when to come back (``Retry-After``, or the hub's ``RateLimit``) is not asked before.
 
     Parameters
     ----------
     size, checksum : what it should have; None takes the server's word for the size and checks no checksum.
     most : bytes that it may have, where its size is not known; None is any number.
+
+    Returns
+    -------
+    The commit that the hub took it from; None where the server says none.
 
     Raises
     ------
@@ -152,9 +173,16 @@ def download(
                     f"command goes on from there."
                 )
             if failures:
-                logger.warning("Fetching %s: %s; trying again.", remote.url, reason)
-                time.sleep(FIRST_WAIT * 2 ** (failures - 1))
+                wait = max(transfer.told_to_wait, FIRST_WAIT * 2 ** (failures - 1))
+                if wait > LONGEST_WAIT:
+                    raise UserError(
+                        f"Cannot fetch {remote.url}: {reason}, and not to come back for {wait / 60:,.0f} minutes; what "
+                        f"came is kept, the same command goes on from there."
+                    )
+                logger.warning("Fetching %s: %s; trying again in %.0f s.", remote.url, reason, wait)
+                time.sleep(wait)
     transfer.finish()
+    return transfer.commit
 
 
 def forget_part(target: Path) -> None:
@@ -181,6 +209,8 @@ class _Transfer:
         self.offset = self.part.stat().st_size if known else 0
         if size is not None and self.offset > size:
             self.offset = 0
+        self.told_to_wait = 0.0  # seconds, by the last answer
+        self.commit: str | None = None
         self.bar = tqdm(
             total=size, initial=self.offset, desc=f"Fetching {target.name}", unit="B", unit_scale=True, delay=1.0
         )
@@ -196,24 +226,30 @@ class _Transfer:
             headers["If-Range"] = self.version
         request = urllib.request.Request(self.remote.url, headers=headers)
         opener = urllib.request.build_opener(_Redirects)
+        self.told_to_wait = 0.0
         try:
             with opener.open(request, timeout=TIMEOUT) as response:
                 self._store(response)
             return "the connection ended early"
         except urllib.error.HTTPError as error:
+            if self.remote.page is not None and (
+                refused := hub_refusal(error, self.remote.page, bool(self.remote.headers))
+            ):
+                raise UserError(f"Cannot fetch {self.remote.url}: {refused}.") from error
             if error.code in (404, 410):
                 raise FileNotFoundError(self.remote.url) from error
+            self.told_to_wait = told_to_wait(error)
             if error.code == 416:  # the part is not a beginning of what is there now
                 self._restart()
             elif error.code not in PASSING_CODES:
-                raise UserError(f"Cannot fetch {self.remote.url}: {_said(error)}.") from error
-            return _said(error)
+                raise UserError(f"Cannot fetch {self.remote.url}: {said(error)}.") from error
+            return said(error)
         except PASSING_ERRORS as error:
-            return _one_line(str(getattr(error, "reason", None) or error or type(error).__name__))
+            return one_line(str(getattr(error, "reason", None) or error or type(error).__name__))
         except ValueError as error:  # Python's library believes the lengths of headers and chunks
             if isinstance(error, UserError):
                 raise
-            return f"the answer is no HTTP ({_one_line(str(error))})"
+            return f"the answer is no HTTP ({one_line(str(error))})"
 
     def _store(self, response: Any) -> None:
         content_range = CONTENT_RANGE.fullmatch(response.headers.get("Content-Range") or "")
@@ -231,6 +267,8 @@ class _Transfer:
         if self.size is None and total is not None:
             self.size = self.bar.total = total
             check_free_space(self.target.parent, total - self.offset, self.target.name)
+        if COMMIT.fullmatch(commit := response.headers.get("X-Repo-Commit") or ""):
+            self.commit = commit
         etag = response.headers.get("ETag") or ""
         version = etag if etag and not etag.startswith("W/") else response.headers.get("Last-Modified")
         if version and version != self.version and VERSION.fullmatch(version):
@@ -240,7 +278,7 @@ class _Transfer:
             file.seek(self.offset)
             file.truncate()
             block = memoryview(bytearray(BLOCK))
-            while count := response.readinto(block):  # read() would read on for ever after a negative chunk
+            while count := _read(response, block):
                 if self.offset + count > self._end():
                     self._check_size(self._end() + 1)
                 file.write(block[:count])
@@ -274,7 +312,7 @@ class _Transfer:
     def finish(self) -> None:
         """Check the part and give it its name."""
         if self.checksum is not None and examine(self.part).sha256 != self.checksum:
-            self.part.unlink()
+            forget_part(self.target)
             raise UserError(
                 f"{self.remote.url} is not what its checksum says: it was altered there or on the way. It was deleted "
                 f"here; fetch it again, or ask whoever published it."
@@ -283,10 +321,9 @@ class _Transfer:
         self.version_file.unlink(missing_ok=True)
 
 
-def _said(error: urllib.error.HTTPError) -> str:
-    return f"the server says {error.code} {_one_line(str(error.reason))}"
-
-
-def _one_line(text: str) -> str:
-    """What a server says, for a sentence."""
-    return printable(" ".join(text.split()))[:LONGEST_REASON]
+def _read(response: Any, block: memoryview) -> int:
+    """Read into ``block``; what the network refuses is not what the disk does."""
+    try:
+        return response.readinto(block)  # read() would read on for ever after a negative chunk
+    except OSError as error:
+        raise ConnectionError(error.strerror or str(error) or type(error).__name__) from error

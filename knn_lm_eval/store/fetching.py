@@ -20,7 +20,7 @@ from urllib.parse import unquote, urlsplit, urlunsplit
 
 from knn_lm_eval.errors import UserError, shortened
 from knn_lm_eval.store.datastore import Datastore
-from knn_lm_eval.store.download import check_address, download, forget_part, hub_checksum, locate
+from knn_lm_eval.store.download import check_address, download, forget_part, hub_checksum, locate, pinned
 from knn_lm_eval.store.manifest import FORMAT, MANIFEST, FileRecord, Manifest
 from knn_lm_eval.system.file_contents import contents_of
 from knn_lm_eval.system.files import (
@@ -89,8 +89,8 @@ def fetch_datastore(address: str, output: str | Path | None = None, repair: bool
     with _claimed(folder, [address]):
         if not (folder / MANIFEST).is_file():
             pending = folder / f"{MANIFEST}.new"
-            files = _list_files(_fetch_manifest(address, pending), address)
-            _fetch_missing(address, folder, files)
+            content, pinned_address = _fetch_manifest(address, pending)
+            _fetch_missing(pinned_address, folder, _list_files(content, address))
             replace_file(pending, folder / MANIFEST)
         elif repair:
             _repair(address, folder)
@@ -105,13 +105,14 @@ def _repair(address: str, folder: Path) -> None:
         here = _list_files(read_json(folder / MANIFEST), address)
     except UserError as error:
         logger.warning("%s", error)
-        files = _list_files(_fetch_manifest(address, pending), address)
-        _fetch_missing(address, folder, files)
+        content, pinned_address = _fetch_manifest(address, pending)
+        _fetch_missing(pinned_address, folder, _list_files(content, address))
         replace_file(pending, folder / MANIFEST)
         return
     wrong = {name: record for name, record in here.items() if not _is_there(folder / name, record)}
     try:
-        there = _list_files(_fetch_manifest(address, pending), address)
+        content, pinned_address = _fetch_manifest(address, pending)
+        there = _list_files(content, address)
     except UserError:
         if wrong:
             raise
@@ -126,7 +127,7 @@ def _repair(address: str, folder: Path) -> None:
             f"{folder / gone[0]} is damaged or missing, and {address} has not what was recorded for it; make it again, "
             f"or fetch what is there now into another --output."
         )
-    _fetch_missing(address, folder, wrong)
+    _fetch_missing(pinned_address, folder, wrong)
     if changed:
         logger.warning(
             "%s has changed since it was fetched into %s; to have what is there now, fetch into another --output.",
@@ -135,18 +136,18 @@ def _repair(address: str, folder: Path) -> None:
         )
 
 
-def _fetch_manifest(address: str, pending: Path) -> dict[str, Any]:
-    """Put the manifest there is now at ``pending``; returns its content."""
+def _fetch_manifest(address: str, pending: Path) -> tuple[dict[str, Any], str]:
+    """Put the manifest there is now at ``pending``; returns its content, and the address of what is there with it."""
     pending.unlink(missing_ok=True)  # of a run that was interrupted: there may be a newer one
     forget_part(pending)
     try:
-        download(locate(address, MANIFEST), pending, most=MOST_JSON_BYTES)
+        commit = download(locate(address, MANIFEST), pending, most=MOST_JSON_BYTES)
     except FileNotFoundError as error:
         raise UserError(
             f"There is no datastore at {address}: it has no {MANIFEST}; for the files of other programs give "
             f"fetch_datastore the address of each file."
         ) from error
-    return check_seal(pending, read_json(pending), "fetch it again")
+    return check_seal(pending, read_json(pending), "fetch it again"), pinned(address, commit)
 
 
 def _fetch_missing(address: str, folder: Path, files: dict[str, FileRecord]) -> None:

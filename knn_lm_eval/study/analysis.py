@@ -14,7 +14,7 @@ from tqdm import tqdm
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.report.binning import Binned, by_edges, by_kind, by_quantiles
 from knn_lm_eval.report.leakage import leakage, leakage_warning
-from knn_lm_eval.report.record_files import HEAVIEST, NOT_KNOWN, Records, check_same_tokens, read_records
+from knn_lm_eval.report.record_files import HEAVIEST, NOT_KNOWN, Records, check_same_tokens, names_of, read_records
 from knn_lm_eval.report.token_analysis import Draws, analyse_method, gains_of, paired_difference, units_of
 from knn_lm_eval.store.choosing import store_names
 from knn_lm_eval.store.datastore import Datastore
@@ -68,18 +68,16 @@ def analyse(
     decoder = _open_tokenizer(all_records[0], tokenizer, notes)
     methods: list[dict[str, Any]] = []
     first_gains = gains_of(all_records[0])
-    for records in tqdm(all_records, "Analysing", disable=len(all_records) == 1):
+    named = list(zip(names_of(folders), all_records, strict=True))
+    for name, records in tqdm(named, "Analysing", disable=len(named) == 1):
         store = _open_store(records, datastore, notes)
         binnings = bin_tokens(records, store)
-        method = analyse_method(records, binnings, units, draws)
+        method = analyse_method(name, records, binnings, units, draws)
         method["leakage"] = leakage(records, units, draws)
         method["difference"] = None if not methods else paired_difference(gains_of(records), first_gains, units, draws)
         if examples:
             method["examples"] = _examples(records, binnings, store, decoder, examples)
         methods.append(method)
-    for number, method in enumerate(methods):
-        if method["name"] in [other["name"] for other in methods[:number]]:
-            method["name"] = method["folder"]
     notes += filter(None, map(leakage_warning, methods))
     first = methods[0]["summary"]
     if any(method["summary"]["infinite"] for method in methods):

@@ -113,7 +113,7 @@ def foss_curves(
     names = ["none", *cluster_names(store)] if clusters is None else clusters
     clusterings = [None if name == "none" else Clusters.open(store, name) for name in names]
     settings = AutomatonSettings(lm.settings["k"], lm.settings["knn_temp"], max_knns=max_knns, duplicates=duplicates)
-    manager = find_tasks(model_args, metadata)
+    manager = find_tasks(tasks, model_args, metadata)
     for task in tasks:
         scorer = CurveScorer(lm, min_knns, clusterings, settings)
         score_tasks(lm, scorer, [task], manager, limit)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import lm_eval
 from torch import Tensor
 
+from knn_lm_eval._startup import tasks_dir
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.lm.reading import Reading
 from knn_lm_eval.model.knn_hf import KNNHF
@@ -62,11 +63,16 @@ def first_tokens(lm: KNNHF, text: str, tokens: int | None) -> str:
     return lm.tokenizer.decode(ids[:tokens], skip_special_tokens=True)
 
 
-def find_tasks(model_args: dict[str, Any], metadata: dict[str, Any] | None) -> TaskManager:
-    """Where lm-eval finds its tasks; they may ask for the model's arguments, and for ``metadata``."""
+def find_tasks(tasks: Sequence[str], model_args: dict[str, Any], metadata: dict[str, Any] | None) -> TaskManager:
+    """Where lm-eval finds these tasks, which may ask for the model's arguments, and for ``metadata``.
+
+    Its own thousands are looked through only where one is not ours: it takes seconds. (A group may have some of them.)
+    """
     from lm_eval.tasks import TaskManager  # late: with it come data sets and metrics, which not every study needs
 
-    return TaskManager(metadata=model_args | (metadata or {}))
+    asked = model_args | (metadata or {})
+    ours = TaskManager(include_path=str(tasks_dir()), include_defaults=False, metadata=asked)
+    return ours if set(tasks) <= set(ours.all_subtasks) else TaskManager(metadata=asked)
 
 
 def score_tasks(

@@ -96,7 +96,7 @@ def store_sizes(
     searched = min(searched or 4 * k, lm.retriever.datastore.kept)
     if searched < k:
         raise UserError(f"--searched {searched} is less than k={k}.")
-    manager = find_tasks(model_args, metadata)
+    manager = find_tasks(tasks, model_args, metadata)
     for task in tasks:
         scorer = StoreSizeScorer(lm, fractions, searched, seed)
         score_tasks(lm, scorer, [task], manager, limit)

@@ -138,7 +138,7 @@ def tune(
     axes = {"k": k, "probe": probe, "min_knns": min_knns, "max_knns": max_knns, "ngram_lmbda": ngram_lmbda}
     entries = open_stores(RetrievalSettings.take_from(model_args)[0]).store.kept
     grid = make_grid(entries, retomaton, knn_temp=knn_temp, lmbda=lmbda, **axes)
-    manager = find_tasks(model_args, metadata)
+    manager = find_tasks(tasks, model_args, metadata)
     loaded_tasks = load_tasks(tasks, manager, allow_test)
 
     # Any lmbda and temperature will do; they are given so that no saved default counts.

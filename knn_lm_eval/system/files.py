@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -16,11 +17,12 @@ import numpy as np
 from tqdm import tqdm
 
 from knn_lm_eval.errors import UserError
+from knn_lm_eval.system.caches import CACHE_VARIABLE as CACHE_VARIABLE
+from knn_lm_eval.system.caches import cache_root as cache_root
 from knn_lm_eval.system.locks import locked
 
-CACHE_VARIABLE = "KNN_LM_EVAL_CACHE"
-
 MOST_JSON_BYTES = 2**26
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, one's share of it, or the longest file that may be
 
 
 def fsync(path: Path) -> None:
@@ -48,7 +50,12 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write ``content`` as JSON, all at once."""
-    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    write_text(path, json_text(content))
+
+
+def json_text(content: dict[str, Any]) -> str:
+    """What ``write_json`` writes."""
+    return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -189,11 +196,6 @@ def _replaced(final: Path) -> Path:
     return final.with_name(f".{final.name}.replaced")
 
 
-def cache_root() -> Path:
-    """Where what can be made or fetched again is kept: ``$KNN_LM_EVAL_CACHE``, or ~/.cache/knn_lm_eval."""
-    return Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "knn_lm_eval").expanduser()
-
-
 @contextmanager
 def disk_errors_in(folder: Path) -> Iterator[None]:
     """Turn the operating system's refusal to write (full, read-only, no permission) into a UserError."""
@@ -202,4 +204,5 @@ def disk_errors_in(folder: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno is None or isinstance(error, ConnectionError):
             raise
-        raise UserError(f"Cannot write to {folder}: {error.strerror or error}.") from error
+        remedy = "; free some space, or choose another folder" if error.errno in FULL else ""
+        raise UserError(f"Cannot write to {folder}: {error.strerror or error}{remedy}.") from error

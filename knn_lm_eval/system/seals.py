@@ -19,7 +19,12 @@ SEAL = "sha256"
 
 def write_sealed_json(path: Path, content: dict[str, Any]) -> None:
     """Write ``content`` as JSON, with its checksum, all at once."""
-    write_json(path, content | {SEAL: _checksum(content)})
+    write_json(path, sealed(content))
+
+
+def sealed(content: dict[str, Any]) -> dict[str, Any]:
+    """``content`` with its checksum."""
+    return content | {SEAL: _checksum(content)}
 
 
 def check_seal(path: Path, content: dict[str, Any], remedy: str) -> dict[str, Any]:

@@ -25,7 +25,9 @@ PAGES = {
     "docs/README.md": "contents.md",
     "tasks/README.md": "tasks.md",
     "CHANGELOG.md": "changelog.md",
-    "examples/first_steps.ipynb": "first_steps.ipynb",  # to download
+    "CONTRIBUTING.md": "contributing.md",
+    "CITATION.cff": "CITATION.cff",  # to download
+    "examples/first_steps.ipynb": "first_steps.ipynb",  # likewise
 }
 DOCSTRINGS = "reference/docstrings.md"
 

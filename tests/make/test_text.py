@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import numpy as np
 import pytest
 
+from knn_lm_eval.errors import UserError
 from knn_lm_eval.lm.loading import CausalHFLM
 from knn_lm_eval.make.dump import dump_datastore
 from knn_lm_eval.make.text import DOCUMENT_MODES, TextSource
@@ -49,3 +51,15 @@ def test_a_carriage_return_inside_of_a_line_stays(tmp_path: Path) -> None:
     file.write_bytes(b"one\rstill one\r\ntwo")
     pieces = [text for _, text in TextSource(text=file).pieces()]
     assert pieces == list(corpora.law("test", data_dir=str(tmp_path))["test"]["text"]) == ["one\rstill one", "two"]
+
+
+def test_pythons_own_documentation_is_a_data_set() -> None:
+    """Its topics by name, of which every eighth is scored by the task python_docs and no other is."""
+    train, test = (
+        [text for _, text in TextSource(dataset="python_docs", split=split).pieces()] for split in ("train", "test")
+    )
+    names = sorted(topics)
+    assert test == [topics[name] for name in names[::8]]
+    assert sorted(train + test) == sorted(topics.values())
+    with pytest.raises(UserError, match="python_docs has the splits train and test, not 'dev'"):
+        list(TextSource(dataset="python_docs", split="dev").pieces())

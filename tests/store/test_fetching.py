@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 import threading
 import urllib.request
 from collections.abc import Iterator
@@ -19,7 +16,6 @@ from urllib.parse import unquote, urlsplit
 
 import numpy as np
 import pytest
-from helpers.places import SCRIPTS
 from helpers.stores import change_json, flip_bit, let_age
 
 from knn_lm_eval import KNNHF, Datastore, UserError
@@ -66,7 +62,7 @@ class Handler(BaseHTTPRequestHandler):
         how: Server = self.server.how
         how.requests.append((self.path, self.headers["Range"], self.headers["Authorization"]))
         name = unquote(urlsplit(self.path).path).lstrip("/")
-        path = how.root / re.sub(r"^datasets/[^/]+/[^/]+/resolve/[^/]+/", "", name)
+        path = how.root / name
         if how.status and path.name != "manifest.json":
             return self.send_error(how.status)
         if how.redirect_to and path.name != "manifest.json":
@@ -375,52 +371,6 @@ def test_a_redirect_keeps_the_token_on_the_same_host(target: str, kept: bool) ->
     request = urllib.request.Request("https://hub/a", headers={"Authorization": "Bearer secret"})
     followed = download._Redirects().redirect_request(request, None, 302, "Found", {}, target)
     assert followed.has_header("Authorization") == kept
-
-
-# ------------------------------------------------------------------------------------------------ the hub
-
-
-def fetch_from_hub(server: Server, cache: Path, *addresses: str) -> subprocess.CompletedProcess:
-    """Run the script with a local server for a hub; the library reads its environment when it is imported."""
-    environment = os.environ | {"HF_ENDPOINT": server.url, "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_secret"}
-    command = [sys.executable, str(SCRIPTS / "fetch_datastore.py"), *addresses]
-    return subprocess.run(command, capture_output=True, text=True, env=environment)
-
-
-def test_a_data_set_of_the_hub_is_fetched(serve, published: Datastore, cache: Path) -> None:
-    elsewhere = serve(published.path.parent, drop_after=100_000)  # the hub sends large files from another host
-    server = serve(published.path.parent, redirect_to=elsewhere.url.replace("127.0.0.1", "localhost"))
-    run = fetch_from_hub(server, cache, "hf://datasets/me/stores@v1/store")
-    assert run.returncode == 0, run.stderr
-    assert_same(cache_folder("hf://datasets/me/stores@v1/store"), published)
-    asked = [request for request in server.requests if "/datasets/" in request[0]]  # the library asks things of its own
-    assert {path.rpartition("store/")[0] for path, _, _ in asked} == {"/datasets/me/stores/resolve/v1/"}
-    assert {token for _, _, token in asked} == {"Bearer hf_secret"}
-    assert {token for _, _, token in elsewhere.requests} == {None}
-
-
-def test_published_files_on_the_hub_are_checked_by_its_checksums(serve, tmp_path: Path, cache: Path) -> None:
-    (tmp_path / "remote").mkdir()
-    (tmp_path / "remote" / "d_vals.npy").write_bytes(b"x" * 5000)
-    server = serve(tmp_path / "remote")
-    run = fetch_from_hub(server, cache, "hf://datasets/me/stores/d_vals.npy")
-    assert run.returncode == 0, run.stderr
-    assert "Next: import_datastore" in run.stdout
-    assert (cache_folder("hf://datasets/me/stores/d_vals.npy") / "d_vals.npy").read_bytes() == b"x" * 5000
-    run = fetch_from_hub(server, cache, "hf://datasets/me/stores/e_vals.npy")
-    assert run.returncode == 1 and "error: There is no file at hf://datasets/me/stores/e_vals.npy" in run.stderr
-
-
-def test_a_hub_that_cannot_be_reached_is_named(serve, tmp_path: Path, cache: Path) -> None:
-    server = Server(tmp_path, "http://127.0.0.1:9")  # nothing listens there
-    run = fetch_from_hub(server, cache, "hf://datasets/me/stores/d_vals.npy")
-    assert run.returncode == 1
-    assert "error: Cannot fetch hf://datasets/me/stores/d_vals.npy: " in run.stderr and "Traceback" not in run.stderr
-
-
-def test_the_hub_is_not_asked_when_it_is_switched_off() -> None:
-    with pytest.raises(UserError, match="HF_HUB_OFFLINE is set"):  # by conftest.py
-        fetch_datastore("hf://datasets/me/stores")
 
 
 def test_fetching_again_mends_what_is_damaged(serve, published: Datastore, tmp_path: Path, caplog) -> None:

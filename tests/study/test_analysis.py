@@ -28,7 +28,7 @@ from knn_lm_eval.report.analysis_tables import analysis_tables
 from knn_lm_eval.report.binning import Binned, by_edges, by_kind, by_quantiles
 from knn_lm_eval.report.intervals import mean_interval, paired_interval
 from knn_lm_eval.report.leakage import leakage, leakage_warning
-from knn_lm_eval.report.record_files import COLUMNS, Records, read_records
+from knn_lm_eval.report.record_files import COLUMNS, Records, names_of, read_records
 from knn_lm_eval.report.token_analysis import Draws, analyse_method, concentration, gains_of, units_of
 from knn_lm_eval.store.datastore import Datastore
 from knn_lm_eval.study.analysis import analyse, bin_tokens, count_values
@@ -64,7 +64,7 @@ def test_every_figure_is_that_of_plain_loops(seed: int, documents: int, tokens: 
     kinds = np.random.default_rng(seed).integers(-1, 3, tokens)
     binned = by_kind("kind", "kind", kinds, ["a", "b", "c"])
     units = units_of(records)
-    method = analyse_method(records, [binned], units, DRAWS)
+    method = analyse_method("one", records, [binned], units, DRAWS)
     log_prob, lm = (records.columns[name].tolist() for name in ("log_prob", "lm_log_prob"))
     gains = [p - q for p, q in zip(log_prob, lm, strict=True)]
     check_cell(method["summary"], gains, list(range(tokens)))
@@ -222,7 +222,7 @@ def test_leakage_is_warned_of() -> None:
     records.columns["overlap"][:] = 1
     for last, warned in ((12, False), (13, True)):
         records.columns["overlap"][100] = last
-        method = analyse_method(records, [], units_of(records), DRAWS)
+        method = analyse_method("one", records, [], units_of(records), DRAWS)
         method["leakage"] = leakage(records, units_of(records), DRAWS)
         assert method["leakage"]["share_in_runs"] == (13 / 200 if warned else 0)
         assert (leakage_warning(method) is not None) == warned
@@ -409,6 +409,17 @@ def test_the_verb_prints_and_writes(folders: list[Path], tmp_path: Path) -> None
     assert "Entropy of the LM (nats): kNN-LM" in process.stdout and "RetoMaton" in process.stdout
     assert json.loads((tmp_path / "a.json").read_text())["format"] == "knn_lm_eval analysis"
     assert "<title>What retrieval brought" in (tmp_path / "a.html").read_text()
+
+
+def test_records_are_called_by_what_sets_them_apart() -> None:
+    cells = [Path(f"/results/lm/{method}/wiki/law/records") for method in ("knn", "ngram")]
+    assert names_of(cells) == ["knn", "ngram"]
+    assert names_of([cells[0]]) == ["law"]
+    assert names_of([Path("/a/knn"), Path("/b/more/ngram")]) == ["knn", "ngram"]
+    assert names_of([Path("/a/x/knn/1"), Path("/a/y/ngram/1")]) == ["x/knn", "y/ngram"]
+    unlike = [Path("/a/knn/1"), Path("/a/1")]
+    assert names_of(unlike) == ["/a/knn/1", "/a/1"]
+    assert names_of([cells[0], cells[0]]) == [str(cells[0])] * 2
 
 
 @pytest.mark.parametrize(

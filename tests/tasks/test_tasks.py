@@ -183,6 +183,24 @@ def test_parquet_shards_are_joined_in_order(tmp_path) -> None:
     assert texts("wikitext103", data_dir=str(tmp_path)) == [RAW]
 
 
+@pytest.mark.parametrize("fraction", [1e-9, 0.01, 0.5, 0.999])
+def test_a_fraction_of_one_document_is_its_first_lines(data, fraction: float) -> None:
+    """As few as have so much of the text; what lm-eval can limit itself is left alone."""
+    (whole,) = texts("wikitext103", data_dir=str(data))
+    (first,) = texts("wikitext103", data_dir=str(data), text_fraction=fraction)
+    assert whole.startswith(first) and first.strip() and len(first) >= fraction * len(whole)
+    lines = first.splitlines(keepends=True)
+    assert first == whole or first.endswith("\n")
+    assert not "".join(lines[:-1]).strip() or len("".join(lines[:-1])) < fraction * len(whole)
+    assert texts("law", data_dir=str(data), text_fraction=fraction) == texts("law", data_dir=str(data))
+
+
+@pytest.mark.parametrize("fraction", [0, 1.5, True, "half", float("nan")])
+def test_what_is_no_fraction_of_a_text(data, fraction: object) -> None:
+    with pytest.raises(UserError, match=r"text_fraction=.* should be a number above 0 and at most 1"):
+        texts("wikitext103", data_dir=str(data), text_fraction=fraction)
+
+
 def test_the_environment_variable_gives_the_folder_and_metadata_comes_first(data, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv(corpora.DATA_VARIABLE, str(data))
     assert texts("wikitext103") == [RAW]
@@ -471,6 +489,16 @@ def test_takes_the_number_of_tokens_from_an_lm_that_tells(data, tiny_lm) -> None
     results = evaluate("law", CannedLM(True), {"data_dir": str(data), "tokenizer": tiny_lm})
     assert values(results, "law")["token_perplexity"] == pytest.approx(math.exp(2))
     assert "saved_searches" not in values(results, "law")
+
+
+@pytest.mark.parametrize("searches", [None, 1])
+def test_samples_have_all_metrics_that_results_name(data, tiny_lm, searches: int | None) -> None:
+    """lm-eval's loggers (wandb) look each of them up in each sample."""
+    lm = CannedLM(True, searches_of_4=searches)
+    results = evaluate("law", lm, {"data_dir": str(data), "tokenizer": tiny_lm}, log_samples=True)
+    named = [metric["metric"] for metric in results["configs"]["law"]["metric_list"]]
+    assert len(named) == 8 + (searches is not None)
+    assert all(metric in sample for sample in results["samples"]["law"] for metric in named)
 
 
 def test_reports_saved_searches_where_the_lm_counts_searches(data) -> None:

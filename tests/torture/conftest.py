@@ -69,6 +69,20 @@ def original(
         "tasks": {"law": {"limit": 3}},
     }
     (folder / "matrix.yaml").write_text(yaml.safe_dump(matrix, sort_keys=False))
+    recipe = {
+        "device": "cpu",
+        "data_dir": str(tmp_path / "here" / "data"),
+        "model": {"pretrained": str(model_folder), "dtype": "float32"},
+        "scoring": {"max_length": MAX_LENGTH},
+        "dump": {"text": str(tmp_path / "here" / "train.txt"), "max_tokens": 400},
+        "index": {"factory": "IVF4,SQ8", "quality_queries": 0},
+        "cluster": {"method": "kmeans", "num_clusters": 9, "iterations": 3},
+        "evaluate": {
+            "methods": {"base": {"model": "hf"}, "walk": {"k": 20, "retomaton": True, "clusters": "kmeans"}},
+            "tasks": {"law": {"limit": 3}},
+        },
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
     (folder / "address").write_text(address)
     return folder
 

@@ -93,6 +93,7 @@ COMMANDS = {
         step=5,
     ),
     "benchmark": Command("benchmark", "HERE/matrix.yaml"),
+    "reproduce": Command("reproduce", "HERE/recipe.yaml --output HERE/new", step=9),
 }
 
 
