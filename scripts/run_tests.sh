@@ -37,14 +37,14 @@ case "${1:-}" in
     constraints="$(mktemp)"
     trap 'rm -f "$constraints"' EXIT
     grep '^torch==' constraints.txt >"$constraints"
-    prepare cpu,test .venv-unpinned "$constraints"
+    prepare cpu,docs,test .venv-unpinned "$constraints"
     stage "pytest, newest versions"
     all_tests "$@"
     exit
     ;;
 esac
 
-prepare cpu,test
+prepare cpu,docs,test
 
 stage "ruff"
 ruff check .

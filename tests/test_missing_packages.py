@@ -69,7 +69,7 @@ def test_every_package_of_the_project_has_a_command() -> None:
     required = {re.match(r"[\w.-]+", requirement)[0] for requirement in project["dependencies"]}
     assert set(errors.REQUIRED.values()) == required
     extras = {name for names in errors.EXTRAS.values() for name in names}
-    assert extras == {name for name in project["optional-dependencies"] if name not in ("plot", "test")}
+    assert extras == {name for name in project["optional-dependencies"] if name not in ("docs", "plot", "test")}
 
 
 def test_it_is_a_user_s_error_and_an_import_error_in_other_processes_too() -> None:

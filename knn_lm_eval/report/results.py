@@ -287,7 +287,9 @@ def _checked_sample(sample: dict[str, Any]) -> dict[str, Any]:
     """A logged sample without its texts; raises ValueError where it is none that figures can be taken from."""
     kept = {name: value for name, value in sample.items() if name not in TEXTS}
     tokens = kept.get("token_perplexity", [0, 0])
-    pairs = [value for value in kept.values() if isinstance(value, list) and len(value) == 2]
+    # Of a `_stderr` the items are a document's blocks, of which there may be two as well.
+    figures = (value for name, value in kept.items() if not name.endswith("_stderr"))
+    pairs = [value for value in figures if isinstance(value, list) and len(value) == 2]
     if (
         type(kept["doc_id"]) is not int
         or not isinstance(kept.get("filter", "none"), str)

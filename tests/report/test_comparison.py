@@ -253,6 +253,15 @@ def test_texts_in_samples_may_hold_any_character(folder: Path, caplog: pytest.Lo
     assert "doc" not in results[0].samples[0]  # many texts would fill the memory
 
 
+def test_a_document_may_have_two_windows(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for file in folder.rglob("samples_*.jsonl"):
+        samples = [json.loads(line) for line in file.read_text().splitlines()]
+        windows = {"token_perplexity_stderr": [[-12.5, 4.0], [-3.25, 2.0]]}  # of which each is a pair, not a number
+        file.write_text("".join(json.dumps(sample | windows) + "\n" for sample in samples))
+    (task,) = compare(read_folder([folder])[0], "hf").tasks
+    assert task.rows[1].interval is not None and not caplog.text
+
+
 def test_models_of_one_name_in_two_folders_have_rows_of_their_own(folder: Path) -> None:
     _, baseline = documents(200, 0.3, seed=8)
     theirs = {"model": "hf", "model_args": {"pretrained": "others/m"}, "limit": None}
