@@ -139,11 +139,11 @@ def push_datastore(
 ) -> str:
     """Publish the datastore in ``folder`` as the data set ``repo``; its address.
 
+    What is not named here is as for ``prepare_push``.
+
     Parameters
     ----------
     private : who may not see the hub's private data sets cannot fetch it; one that is public already is refused.
-
-    Others as for ``prepare_push``.
 
     Raises
     ------

@@ -27,6 +27,7 @@ PAGES = {
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",
     "CITATION.cff": "CITATION.cff",  # to download
+    "LICENSE": "LICENSE.txt",  # likewise
     "examples/first_steps.ipynb": "first_steps.ipynb",  # likewise
 }
 DOCSTRINGS = "reference/docstrings.md"
