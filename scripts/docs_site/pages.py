@@ -33,7 +33,7 @@ PAGES = {
 DOCSTRINGS = "reference/docstrings.md"
 
 FENCE = re.compile(r"^(?P<fence>```|~~~)(?P<language>\w*).*?^(?P=fence)[ ]*$", re.MULTILINE | re.DOTALL)
-BADGE = re.compile(r"^\[!\[[^\]]*\]\(https://[^)]*\)\]\([^)]*\)\n", re.MULTILINE)
+BADGE = re.compile(r"^\[?!\[[^\]]*\]\(https://[^)]*\)(\]\([^)]*\))?\n", re.MULTILINE)
 LINK = re.compile(r"(?<=\]\()(?![a-z][a-z+.-]*:|#)([^()\s#]+)")
 SUBGRAPH = re.compile(r'subgraph \w+\["(?P<title>.*?)"\](?P<rooms>.*?)\n +end', re.DOTALL)
 ROOM = re.compile(r'(?P<name>\w+)\["(?P<text>.*?)"\]')
@@ -53,7 +53,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Lead the links to pages, draw the diagram without JavaScript, and leave out badges, which others' servers draw."""
+    """Lead links to pages, draw the diagram without JavaScript, and leave out badges, which others' servers draw."""
     name, markdown = page.file.src_uri, BADGE.sub("", markdown)
     source = next((source for source, other in PAGES.items() if other == name), f"docs/{name}")
     done, parts = 0, []
