@@ -89,10 +89,10 @@ def test_results_load_in_pandas_by_the_line_in_the_docs(
     matrix = matrix_of(one_cell | {"methods": {"base": {"model": "hf"}, "knn": {"k": 8}}}, tmp_path)
     assert set(run(matrix).values()) == {"done"} and matrix.output == tmp_path / "results"
     page = (REPO / "docs" / "how-to" / "benchmark.md").read_text(encoding="utf-8")
-    imports, line = page.partition("### In pandas\n\n```python\n")[2].partition("\n```")[0].splitlines()
+    shown = page.partition("### In pandas\n\n```python\n")[2].partition("\n```")[0]
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
-    exec(f"{imports}\n{line}", names)
+    exec(shown, names)
     table = names["results"].set_index("config.benchmark.method")
     assert sorted(table.index) == ["base", "knn"] and table["config.knn.k"]["knn"] == 8
     files = {cell.method: next((matrix.output / cell.folder).glob("*/results_*.json")) for cell in matrix.cells}
