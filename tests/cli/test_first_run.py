@@ -115,7 +115,8 @@ def test_it_prints_commands_and_a_table_and_a_second_one_only_reports(folder: Pa
 
 
 def test_another_pythons_text_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    go(folder, "--max_tokens", "1024", "--limit", "1")
+    status, said = go(folder, "--max_tokens", "1024", "--limit", "1")
+    assert status == 0, said
     monkeypatch.setattr("knn_lm_eval.reproduce.steps.python_docs_split", lambda split: ["What it scores here."])
     status, said = go(folder, "--max_tokens", "1024", "--limit", "1")
     assert status == 1 and "store was begun with text_sha256=" in said

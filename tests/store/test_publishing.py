@@ -92,13 +92,19 @@ def test_an_interrupted_upload_is_gone_on_with(hub: Hub, store: Path) -> None:
     assert own(store).items() <= hub.files("me/store").items()
 
 
+def heed_ctrl_c() -> None:
+    """A shell's background has it ignored, and so would its children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_a_push_that_was_ended_is_gone_on_with(hub: Hub, tmp_path: Path) -> None:
     store = make_store(tmp_path / "store", count=40_000, dimension=128).path  # keys of more than 10 MB
     command = [sys.executable, str(SCRIPTS / "push_datastore.py"), str(store), "me/store", "--license", "mit"]
     for number, status in ((signal.SIGKILL, -9), (signal.SIGINT, 130)):
         hub.heal()
         hub.fail("cdn PUT", delay=60)
-        run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | hub.environment())
+        environment = os.environ | hub.environment()
+        run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, preexec_fn=heed_ctrl_c)
         until = time.monotonic() + 60
         while not hub.asked("cdn PUT") and time.monotonic() < until:
             time.sleep(0.05)
