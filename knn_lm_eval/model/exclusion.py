@@ -74,10 +74,10 @@ class Exclusion:
 
     def of_found(self, contexts: Contexts, entries: Tensor) -> Tensor:
         """Which of the neighbours of some rows are left out: bool ``[n, k]``, of entries int64 ``[n, k]``."""
-        marked = self.is_left_out(contexts, entries.numpy())
+        marked = self.is_left_out(contexts, entries.cpu().numpy())
         self._found += int((entries >= 0).sum())
         self._left_out += int(np.count_nonzero(marked))
-        return torch.from_numpy(marked)
+        return torch.from_numpy(marked).to(entries.device)
 
     def _of_passage(self, passage: Passage) -> Contexts:
         whole = passage.whole or WholeText.of(passage.tokens)

@@ -78,7 +78,7 @@ def finding_others(find: FindNeighbours, reading: Reading, exclusion: Exclusion 
     def find_others(rows: Tensor) -> Neighbours:
         found = find(rows)
         assert found.entries is not None, "searches say which entries they find"
-        return found.without(exclusion.of_found(contexts.of_rows(rows.numpy()), found.entries))
+        return found.without(exclusion.of_found(contexts.of_rows(rows.cpu().numpy()), found.entries))
 
     return find_others
 
