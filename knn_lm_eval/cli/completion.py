@@ -11,7 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from knn_lm_eval.cli.main import COMPLETING
+COMPLETING = "_ARGCOMPLETE"  # argcomplete's variable, which is set where a shell asks what a command may go on to
 
 # Model arguments that are folders or files; of a datastore there may be several, with + between them.
 PATHS = ("datastore", "pretrained", "tokenizer", "peft", "delta", "params", "records")

@@ -15,6 +15,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from knn_lm_eval.cli.completion import COMPLETING, complete_command
 from knn_lm_eval.errors import did_you_mean, naming_missing_packages, report_user_errors, say_interrupted
 from knn_lm_eval.version import __version__
 
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     import argparse
 
 PROG = "knn-lm-eval"
-COMPLETING = "_ARGCOMPLETE"  # argcomplete's variable, which is set where a shell asks what a command may go on to
 NOTHING_KEPT = "nothing was written; start again."
 WITH_RESUME = "what is done is kept; go on with the same command and --resume."
 SAME_COMMAND = "what is done is kept; the same command goes on."
@@ -122,8 +122,6 @@ def main(argv: list[str] | None = None) -> int:
     """Run the verb that the arguments name; returns the exit status."""
     args = sys.argv[1:] if argv is None else argv
     if COMPLETING in os.environ:
-        from knn_lm_eval.cli.completion import complete_command
-
         complete_command(PROG, verbs())
     if not args or args[0] in ("-h", "--help"):
         print(usage())

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterable
 from typing import Any, NoReturn
 
-from knn_lm_eval.cli.main import COMPLETING
+from knn_lm_eval.cli.completion import COMPLETING, complete_options
 from knn_lm_eval.errors import did_you_mean
 
 NUMBER = re.compile(r"-(\d|\.\d|inf)")  # a value that begins as an option does
@@ -35,8 +35,6 @@ class VerbParser(argparse.ArgumentParser):
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         if COMPLETING in os.environ:
-            from knn_lm_eval.cli.completion import complete_options
-
             complete_options(self, self._actions)
         return super().parse_args(args, namespace)
 
