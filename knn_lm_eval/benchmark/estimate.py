@@ -12,7 +12,8 @@ import torch
 import transformers
 from accelerate import init_empty_weights
 
-from knn_lm_eval.benchmark.matrix import Cell, Matrix
+from knn_lm_eval.benchmark.cell import Cell
+from knn_lm_eval.benchmark.matrix import Matrix
 from knn_lm_eval.benchmark.runner import finished_results, task_manager
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.store.index_files import IndexFiles, searched_index

@@ -24,7 +24,8 @@ import lm_eval
 from lm_eval.tasks import TaskManager
 
 from knn_lm_eval._startup import tasks_dir
-from knn_lm_eval.benchmark.matrix import Cell, Matrix
+from knn_lm_eval.benchmark.cell import Cell
+from knn_lm_eval.benchmark.matrix import Matrix
 from knn_lm_eval.benchmark.shared_pass import LoadedModel, ReadingEnds, SharedBaseLM, SharedLM, SharedPass
 from knn_lm_eval.benchmark.tracking import save_as_lm_eval
 from knn_lm_eval.errors import UserError

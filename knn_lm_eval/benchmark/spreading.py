@@ -11,7 +11,8 @@ from dataclasses import replace
 from itertools import groupby
 from typing import NamedTuple
 
-from knn_lm_eval.benchmark.matrix import Cell, Matrix
+from knn_lm_eval.benchmark.cell import Cell
+from knn_lm_eval.benchmark.matrix import Matrix
 from knn_lm_eval.errors import UserError, shortened
 
 

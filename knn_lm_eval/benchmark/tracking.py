@@ -10,15 +10,13 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lm_eval.loggers import EvaluationTracker
 from lm_eval.utils import simple_parse_args_string
 
+from knn_lm_eval.benchmark.cell import Cell
 from knn_lm_eval.errors import UserError, did_you_mean, shortened
-
-if TYPE_CHECKING:
-    from knn_lm_eval.benchmark.matrix import Cell
 
 logger = logging.getLogger(__name__)
 

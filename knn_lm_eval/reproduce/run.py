@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
-from knn_lm_eval.benchmark.matrix import Cell
+from knn_lm_eval.benchmark.cell import Cell
 from knn_lm_eval.benchmark.runner import Outcome, finished_results
 from knn_lm_eval.errors import UserError, shortened
 from knn_lm_eval.reproduce.recipe import Recipe

@@ -21,7 +21,8 @@ from helpers.places import SCRIPTS
 from hypothesis import given
 from hypothesis import strategies as st
 
-from knn_lm_eval.benchmark.matrix import Cell, Matrix
+from knn_lm_eval.benchmark.cell import Cell
+from knn_lm_eval.benchmark.matrix import Matrix
 from knn_lm_eval.benchmark.runner import run_matrix
 from knn_lm_eval.benchmark.spreading import Share, parse_share, passes, share_of
 from knn_lm_eval.errors import UserError

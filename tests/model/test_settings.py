@@ -9,7 +9,7 @@ import pytest
 from helpers.places import REPO
 from lm_eval.utils import simple_parse_args_string
 
-from knn_lm_eval.benchmark.matrix import KNN
+from knn_lm_eval.benchmark.cell import KNN
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.methods.adaptive import Buckets
 from knn_lm_eval.model.params import Params
