@@ -43,12 +43,19 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
         yield hub
 
 
-@pytest.fixture(scope="session")
-def ray_address() -> Iterator[str]:
+@pytest.fixture
+def ray_address() -> str:
     """Of a cluster of two nodes with one CPU each, for the tests of the xdist group ``ray``: one for all."""
     pytest.importorskip("ray", reason="needs Ray")
-    with two_nodes() as address:
-        yield address
+    return two_nodes.address
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(nextitem: pytest.Item | None) -> None:
+    """Ends that cluster behind the last of them, for it takes time while it is there."""
+    group = None if nextitem is None else nextitem.get_closest_marker("xdist_group")
+    if group is None or group.args != ("ray",):
+        two_nodes.end()
 
 
 @pytest.fixture(scope="session")

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from knn_lm_eval.system.ray_cluster import ENVIRONMENT
 
@@ -24,19 +22,37 @@ cluster.shutdown()
 """
 
 
-@contextmanager
-def two_nodes() -> Iterator[str]:
-    """The address of a cluster of two nodes with one CPU each, while it is there."""
-    nodes = subprocess.Popen(
-        [sys.executable, "-c", NODES],
-        env={**os.environ, **ENVIRONMENT},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert nodes.stdin is not None and nodes.stdout is not None
-    try:
-        yield next(line.split()[1] for line in nodes.stdout if line.startswith("address "))
-    finally:
-        nodes.stdin.close()
-        nodes.wait(60)
+class Nodes:
+    """A cluster of two nodes with one CPU each, from when its address is first asked for until it is ended."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[str] | None = None
+        self._address = ""
+
+    @property
+    def address(self) -> str:
+        if self._process is None:
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", NODES],
+                env={**os.environ, **ENVIRONMENT},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            assert self._process.stdout is not None
+            said = (line.split() for line in self._process.stdout)
+            self._address = next((words[1] for words in said if words[:1] == ["address"]), "")
+            assert self._address, "Ray does not start"
+        return self._address
+
+    def end(self) -> None:
+        """Also where it has not begun."""
+        if self._process is not None:
+            assert self._process.stdin is not None and self._process.stdout is not None
+            self._process.stdin.close()  # for which it waits
+            self._process.wait(60)
+            self._process.stdout.close()
+            self._process = None
+
+
+two_nodes = Nodes()

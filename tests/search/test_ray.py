@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.ray_here import two_nodes
 from helpers.stores import make_store
 from helpers.tiny_model import EVAL_TEXT
 from lm_eval.api.instance import Instance
@@ -41,10 +42,10 @@ QUERIES = np.random.default_rng(3).standard_normal((64, 16)).astype(np.float32) 
 
 
 @pytest.fixture(scope="module")
-def address(ray_address: str) -> Iterator[str]:
+def address() -> Iterator[str]:
     """A cluster of two nodes with one CPU each, which this process has joined."""
-    connect(ray_address)
-    yield ray_address
+    connect(two_nodes.address)
+    yield two_nodes.address
     ray.shutdown()
 
 
