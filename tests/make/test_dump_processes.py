@@ -258,27 +258,29 @@ def test_a_begun_dump_of_another_version_is_refused(tmp_path: Path, lm: CausalHF
 
 @pytest.mark.xdist_group("ray")  # one Ray at a time
 @pytest.mark.slow
-def test_ray_tasks_write_what_one_process_writes_also_where_one_is_killed(
+def test_ray_tasks_write_what_one_process_writes_also_where_they_are_killed(
     tmp_path: Path, model_folder: Path, text_file: Path, alone: Datastore, ray_address: str
 ) -> None:
     output = tmp_path / "store"
     (driver,) = dumping(1, model_folder, text_file, output, "--ray", ray_address, "--workers", "2")
-    killed = None
-    while driver.poll() is None and killed is None:
-        workers = [child for child in psutil.Process().children(recursive=True) if is_writing(child)]
-        if workers and entries_done(output) > len(alone) // 5:
-            killed = workers[0]
-            killed.send_signal(signal.SIGKILL)
+    workers: list[psutil.Process] = []
+    while driver.poll() is None and not workers:
+        if (output / "progress.json").exists() and entries_done(output) > len(alone) // 5:
+            workers = [child for child in psutil.Process().children(recursive=True) if is_worker(child)]
+            for worker in workers:
+                worker.send_signal(signal.SIGKILL)
+            assert entries_done(output) < len(alone)
         time.sleep(0.005)
     run = driver.completed(300)
     assert run.returncode == 0, run
-    assert killed is not None and "Next: lm_eval" in run.stdout
+    assert workers and "Next: lm_eval" in run.stdout
     assert_same_files(output, alone)
 
 
-def is_writing(process: psutil.Process) -> bool:
+def is_worker(process: psutil.Process) -> bool:
     try:
-        return "_write_share" in " ".join(process.cmdline()) and process.status() != psutil.STATUS_ZOMBIE
+        title = " ".join(process.cmdline())  # before the job begins, and then
+        return ("ray::Worker" in title or "_write_share" in title) and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
 
