@@ -131,8 +131,8 @@ def is_at_work(process: psutil.Process) -> bool:
 
 def killed_worker(driver: Ready, when: Callable[[], bool]) -> psutil.Process | None:
     while driver.poll() is None:
-        workers = [child for child in psutil.Process(driver.pid).children(recursive=True) if is_at_work(child)]
-        if workers and when():
+        children = psutil.Process(driver.pid).children(recursive=True) if when() else []
+        if workers := [child for child in children if is_at_work(child)]:
             workers[0].send_signal(signal.SIGKILL)
             return workers[0]
         time.sleep(0.01)

@@ -265,7 +265,8 @@ def test_ray_tasks_write_what_one_process_writes_also_where_they_are_killed(
     (driver,) = dumping(1, model_folder, text_file, output, "--ray", ray_address, "--workers", "2")
     killed: list[psutil.Process] = []
     while driver.poll() is None and not killed:
-        workers = [child for child in psutil.Process().children(recursive=True) if is_worker(child)]
+        begun = entries_done(output) > 0
+        workers = [one for one in psutil.Process().children(recursive=True) if is_worker(one)] if begun else []
         if workers and entries_done(output) > len(alone) // 5:
             for worker in workers:
                 worker.send_signal(signal.SIGKILL)
