@@ -14,7 +14,6 @@ logging.getLogger("faiss.loader").setLevel(logging.WARNING)
 import faiss  # noqa: E402
 
 from knn_lm_eval.errors import UserError  # noqa: E402
-from knn_lm_eval.search.exact import ExactSearch  # noqa: E402
 from knn_lm_eval.search.index_reading import read_index, reason_of  # noqa: E402
 from knn_lm_eval.search.selection import cannot_leave_out, check_left_out, search_parameters  # noqa: E402
 from knn_lm_eval.search.trial import try_first  # noqa: E402
@@ -333,6 +332,8 @@ def _search_all(
         return _merged(
             index, [(_search_all(p, queries, k, of), start) for (p, start), of in zip(parts, within, strict=True)]
         )
+    from knn_lm_eval.search.exact import ExactSearch  # with torch, which no other index needs
+
     flat: Any = index
     vectors = faiss.rev_swig_ptr(flat.get_xb(), flat.ntotal * flat.d).reshape(flat.ntotal, flat.d)
     distances, entries = np.full((len(queries), k), np.inf, np.float32), np.full((len(queries), k), -1)

@@ -114,9 +114,11 @@ def test_a_slowdown_limits_the_probe(own_store: Datastore, monkeypatch, caplog) 
         build_index(own_store, budget=Budget(slowdown=1.5), quality_queries=0, overwrite=True)
 
 
-def test_building_an_index_reaches_no_lm() -> None:
+def test_a_shard_starts_without_torch_and_building_an_index_reaches_no_lm() -> None:
     source = """
         import sys
+        import knn_lm_eval.search.shard
+        assert "torch" not in sys.modules
         import knn_lm_eval.search.indexing
         upstairs = ("knn_lm_eval.make", "knn_lm_eval.model", "knn_lm_eval.lm", "transformers", "lm_eval")
         print([name for name in sys.modules if name.startswith(upstairs)])
