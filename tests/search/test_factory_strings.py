@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import faiss
 import numpy as np
 import pytest
 
 from knn_lm_eval.search.factory_strings import first_of_more_are_fewer, has_exact_distances
+from knn_lm_eval.search.faiss_index import make_index
 
 # Factory string, whether the first of more are fewer, whether distances are exact; as measured below.
 INDEXES = [
@@ -35,7 +35,7 @@ def test_what_a_factory_string_says_holds_for_its_index(factory: str, first_are_
     random = np.random.default_rng(0)
     keys = random.standard_normal((1000, 16)).astype(np.float32)
     queries = random.standard_normal((50, 16)).astype(np.float32)
-    index = faiss.index_factory(16, factory)
+    index = make_index(factory, 16, "l2")
     index.train(keys)
     index.add(keys)
     distances, entries = index.search(queries, 300)
