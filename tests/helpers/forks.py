@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 import signal
 import sys
@@ -75,6 +76,7 @@ class Child:
         status, at_its_end = 1, list[Callable[[], object]]()
         try:
             os.setsid()
+            gc.freeze()  # what the tests have made need not be looked through at each of its collections
             os.dup2(self._output.fileno(), 1)
             os.dup2(self._output.fileno(), 2)
             sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
