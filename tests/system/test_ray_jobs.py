@@ -43,7 +43,7 @@ def test_a_job_that_dies_again_and_again_is_told_or_ends_all(tmp_path: Path, at_
     pytest.importorskip("ray")
     command = [sys.executable, "-c", CHILD, str(tmp_path), str(at_once), instead]
     run = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert len(list(tmp_path.glob("1.*.try"))) == 2
+    assert len(list(tmp_path.glob("1.*.try"))) == 2, run.stderr
     if instead == "none":
         assert run.returncode == 1 and "UserError: A Ray task died on the node " in run.stderr, run.stderr
         return
