@@ -51,8 +51,10 @@ stage "ruff"
 ruff check .
 ruff format --check .
 
-stage "mypy"
-mypy knn_lm_eval scripts
+if python -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then  # the last NumPy for 3.10 has other types
+    stage "mypy"
+    mypy knn_lm_eval scripts
+fi
 
 stage "lint-imports"
 lint-imports

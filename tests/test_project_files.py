@@ -75,6 +75,8 @@ def test_all_pythons_that_are_admitted_are_tested() -> None:
     assert pythons == dict(jobs())["package.yml: install"]["strategy"]["matrix"]["python"]
     assert f">={pythons[0]}" == project["requires-python"]
     assert pythons == ["3.10", "3.11", "3.12", "3.13"]
+    named = [one.removeprefix("Programming Language :: Python :: ") for one in project["classifiers"]]
+    assert [one for one in named if one.startswith("3.")] == pythons
 
 
 def test_only_publishing_may_ask_for_a_token() -> None:
@@ -89,7 +91,7 @@ def test_only_publishing_may_ask_for_a_token() -> None:
 
 def test_pre_commit_runs_the_checks_of_the_tests_run() -> None:
     script = (REPO / "scripts" / "run_tests.sh").read_text(encoding="utf-8")
-    checks = re.findall(r"^(?:ruff|mypy|lint-imports).*$", script, flags=re.MULTILINE)
+    checks = re.findall(r"^ *((?:ruff|mypy|lint-imports).*)$", script, flags=re.MULTILINE)
     (repo,) = read(REPO / ".pre-commit-config.yaml")["repos"]
     assert [hook["entry"] for hook in repo["hooks"]] == checks
     assert len(checks) == 4 and all(hook["language"] == "system" for hook in repo["hooks"])

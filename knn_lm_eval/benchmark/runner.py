@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import lm_eval
+from lm_eval.loggers import EvaluationTracker
 from lm_eval.tasks import TaskManager
 
 from knn_lm_eval._startup import tasks_dir
@@ -274,7 +275,7 @@ def _write(matrix: Matrix, cell: Cell, results: dict[str, Any]) -> None:
         if finished_results(folder, cell.checksum()) is not None:
             return  # another benchmark of the same cell was faster
         with unfinished_folder(folder, is_left) as unfinished:
-            save_as_lm_eval(unfinished, cell, results, samples)
+            save_as_lm_eval(EvaluationTracker(str(unfinished)), cell, results, samples)
             if (records := _unfinished_records(matrix, cell)).is_dir():
                 os.replace(records, unfinished / RECORDS)
             if finished_results(unfinished, cell.checksum()) is None:  # lm-eval only warns

@@ -9,7 +9,6 @@ import os
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any
 
 from lm_eval.loggers import EvaluationTracker
@@ -114,17 +113,38 @@ class Trackers:
             run.finish()
 
     def _tell_hub(self, cell: Cell, results: Results, samples: Samples) -> None:
-        # lm-eval pushes files as it writes them: what it writes here is a copy.
+        # lm-eval pushes files as it writes them: what it writes here is a copy. Where pushing fails it goes on.
         with tempfile.TemporaryDirectory(prefix="knn_lm_eval-") as folder:
-            arguments = self.hf_hub_log_args | {"token": os.environ["HF_TOKEN"]}
-            save_as_lm_eval(Path(folder), cell, results, samples, **arguments).recreate_metadata_card()
+            tracker = EvaluationTracker(folder, token=os.environ["HF_TOKEN"], **self.hf_hub_log_args)
+            tracker.api = hub = FailuresNoted(tracker.api)
+            save_as_lm_eval(tracker, cell, results, samples)
+            if hub.failures:
+                raise hub.failures[0]
+            tracker.recreate_metadata_card()
 
 
-def save_as_lm_eval(
-    folder: Path, cell: Cell, results: Results, samples: Samples, **arguments: Any
-) -> EvaluationTracker:
-    """Write results and samples by lm-eval's own hand; ``arguments`` are its tracker's."""
-    tracker = EvaluationTracker(output_path=str(folder), **arguments)
+class FailuresNoted:
+    """An object whose methods note what they raise, for those whose callers do not say it."""
+
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
+        self.failures: list[Exception] = []
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        method = getattr(self._inner, name)
+
+        def call(*values: Any, **named: Any) -> Any:
+            try:
+                return method(*values, **named)
+            except Exception as error:
+                self.failures.append(error)
+                raise
+
+        return call
+
+
+def save_as_lm_eval(tracker: EvaluationTracker, cell: Cell, results: Results, samples: Samples) -> None:
+    """Write results and samples by lm-eval's own hand, where its tracker does."""
     tracker.general_config_tracker.log_experiment_args(
         model_source=cell.kind,
         model_args=cell.args,
@@ -136,7 +156,6 @@ def save_as_lm_eval(
     for task in results["configs"]:
         # Copies, for lm-eval changes what a sample has to a form that its other loggers do not read.
         tracker.save_results_samples(task_name=task, samples=[dict(sample) for sample in samples[task]])
-    return tracker
 
 
 def _arguments(value: Any, where: str) -> dict[str, Any]:

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import yaml
 from helpers.benchmarks import matrix_of
+from helpers.hub_server import TOKEN, Hub
 from helpers.places import REPO
 from lm_eval.config.evaluate_config import EvaluatorConfig
-from lm_eval.loggers import EvaluationTracker
 
 from knn_lm_eval.benchmark.matrix import Matrix
 from knn_lm_eval.benchmark.runner import finished_results, run_matrix
@@ -126,35 +126,32 @@ def test_who_is_told_is_none_of_the_results_business(one_cell, tmp_path: Path) -
     assert [cell.checksum() for cell in first] == [cell.checksum() for cell in second]
 
 
-class Hub:
-    """Stands for the hub's API."""
-
-    def __init__(self) -> None:
-        self.files: dict[str, bytes] = {}
-
-    def create_repo(self, **arguments: Any) -> None:
-        assert arguments["repo_type"] == "dataset"
-
-    def upload_file(self, repo_id: str, path_or_fileobj: str, path_in_repo: str, **_: Any) -> None:
-        self.files[f"{repo_id}: {Path(path_in_repo).name.partition('_2')[0]}"] = Path(path_or_fileobj).read_bytes()
-
-    def upload_folder(self, repo_id: str, folder_path: str, path_in_repo: str, **_: Any) -> None:
-        for file in Path(folder_path).glob("samples_*"):
-            self.files[f"{repo_id}: {file.name.partition('_2')[0]}"] = file.read_bytes()
-
-
-def test_the_hub_gets_results_and_samples(one_cell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    hub, cards = Hub(), []
-    monkeypatch.setattr(EvaluationTracker, "_api", staticmethod(lambda token: hub if token else None))
-    monkeypatch.setattr(EvaluationTracker, "recreate_metadata_card", lambda self: cards.append(self.results_repo))
-    monkeypatch.setenv("HF_TOKEN", "secret")
+def test_the_hub_gets_results_and_samples(one_cell, hub: Hub, tmp_path: Path) -> None:
     matrix = matrix_of(one_cell | {"hf_hub_log_args": PUSH}, tmp_path)
     assert set(run(matrix).values()) == {"done"}
-    assert cards == ["me/lm-eval-results"]
-    results, samples = (hub.files[f"me/lm-eval-results-private: {name}"] for name in ("results", "samples_law"))
+    on_hub = hub.files("me/lm-eval-results-private")
+    samples, results = (
+        next(content for path, content in on_hub.items() if Path(path).name.startswith(name))
+        for name in ("samples_law_", "results_")
+    )
     assert json.loads(results)["config"]["benchmark"]["method"] == "base"
-    assert len(samples.splitlines()) == 2
-    assert b"secret" not in results + samples
+    assert len(samples.splitlines()) == 2 and b"law" in on_hub["README.md"]
+    assert TOKEN.encode() not in b"".join(on_hub.values())
+
+
+def test_why_the_hub_refuses_is_said(one_cell, hub: Hub, tmp_path: Path, caplog) -> None:
+    hub.read_only.add(TOKEN)
+    matrix = matrix_of(one_cell | {"hf_hub_log_args": PUSH}, tmp_path)
+    assert set(run(matrix).values()) == {"done"}
+    said = "is saved, but the hub could not be told: HfHubHTTPError: 403 Forbidden: You don't have the rights to create"
+    assert said in caplog.text
+
+
+def test_what_the_hub_misses_is_said_though_it_has_the_rest(one_cell, hub: Hub, tmp_path: Path, caplog) -> None:
+    hub.fail("hub POST .*/commit/main", status=500, times=1)
+    matrix = matrix_of(one_cell | {"hf_hub_log_args": PUSH}, tmp_path)
+    assert set(run(matrix).values()) == {"done"}
+    assert "is saved, but the hub could not be told: HfHubHTTPError: Server error '500" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -232,15 +232,17 @@ class Hub:
         }
 
     def patch(self, patch: pytest.MonkeyPatch, token: str | None = TOKEN) -> None:
-        """Have ``huggingface_hub`` of this process take this for the hub; it read its variables when imported.
+        """Have this process's libraries take this for the hub; they read their variables when imported.
 
         It tries again at once where it would wait.
         """
+        from datasets import config
         from huggingface_hub import constants, file_download, hf_api
         from huggingface_hub.utils import _http
 
         for name, value in self.environment(token).items():
             patch.setenv(name, value)
+        patch.setattr(config, "HF_ENDPOINT", self.url)
         patch.setattr(constants, "ENDPOINT", self.url)
         patch.setattr(hf_api.api, "endpoint", self.url)  # that of the module's own functions
         for module in (constants, file_download):  # earlier releases have it in both
