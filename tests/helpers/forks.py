@@ -75,34 +75,46 @@ class Child:
         status, at_its_end = 1, list[Callable[[], object]]()
         try:
             os.setsid()
-            os.dup2(self._output.fileno(), 1)
-            os.dup2(self._output.fileno(), 2)
-            sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
-            sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
-            sys.excepthook = sys.__excepthook__
+            print_to(self._output.fileno(), self._output.fileno())
             # What the tests have begun is theirs: it is neither ended here nor let go, which may end in a crash.
             atexit.register = lambda *call, **more: at_its_end.append(partial(*call, **more)) or call[0]
             signal.signal(signal.SIGINT, signal.default_int_handler)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             if at is not None:
                 _count(below, at, number)
-            work()
-            status = 0
-        except SystemExit as end:
-            status = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
-            if isinstance(end.code, str):
-                print(end.code, file=sys.stderr)
-        except BaseException as error:
-            try:
-                sys.excepthook(type(error), error, error.__traceback__)
-            except BaseException:
-                traceback.print_exc()
+            status = as_an_interpreter(work)
         finally:
             for function in reversed(at_its_end):
                 function()
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(status)
+
+
+def print_to(output: int, errors: int) -> None:
+    """Have this process print to these file descriptors."""
+    os.dup2(output, 1)
+    os.dup2(errors, 2)
+    sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
+
+
+def as_an_interpreter(work: Callable[[], object]) -> int:
+    """Do ``work``, and say what went wrong as an interpreter would that has begun with it; returns its exit status."""
+    sys.excepthook = sys.__excepthook__
+    try:
+        work()
+    except SystemExit as end:
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+        return end.code if isinstance(end.code, int) else 0 if end.code is None else 1
+    except BaseException as error:
+        try:
+            sys.excepthook(type(error), error, error.__traceback__)
+        except BaseException:
+            traceback.print_exc()
+        return 1
+    return 0
 
 
 def _session(pid: int) -> int | None:
