@@ -33,7 +33,7 @@ output: results/law
 models: {smollm: {pretrained: HuggingFaceTB/SmolLM2-135M}}
 datastores: {law: stores/law}
 methods: {base: {model: hf}, knn: {k: 8}}
-tasks: [python_docs]
+tasks: {python_docs: {limit: 2}}
 """
 
 
