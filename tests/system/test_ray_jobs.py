@@ -12,6 +12,7 @@ import pytest
 CHILD = """
 import json, os, sys, time
 from pathlib import Path
+from knn_lm_eval.errors import UserError
 from knn_lm_eval.system.ray_cluster import Head
 from knn_lm_eval.system.ray_jobs import Needs, run_jobs
 
@@ -27,28 +28,40 @@ def work(folder, number):
     under_way.unlink()
     return most
 
-folder, at_once = sys.argv[1], int(sys.argv[2]) or None
-instead = str if sys.argv[3] == "instead" else None
-jobs = {number: (folder, number) for number in range(4)}
-needs = Needs(num_cpus=1)
-found = run_jobs(Head("local"), work, jobs, needs, retries=1, then="the end", at_once=at_once, instead=instead)
-found = dict(done for done in found if done is not None)
-Path(folder, "found.json").write_text(json.dumps(found))  # what Ray prints comes between
+for case in sys.argv[2:]:  # all in one Ray
+    at_once, instead = int(case[0]) or None, str if case.endswith("instead") else None
+    folder = Path(sys.argv[1]) / case
+    folder.mkdir()
+    jobs = {number: (folder, number) for number in range(4)}
+    needs = Needs(num_cpus=1)
+    try:
+        found = run_jobs(Head("local"), work, jobs, needs, retries=1, then="the end", at_once=at_once, instead=instead)
+        found = dict(done for done in found if done is not None)
+    except UserError as error:
+        found = str(error)
+    (folder / "found.json").write_text(json.dumps(found))  # what Ray prints comes between
 """
+CASES = ["1 instead", "0 instead", "1 none"]  # how many at once, and what becomes of the one that dies
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What became of each case, in a folder of its name."""
+    pytest.importorskip("ray")
+    folder = tmp_path_factory.mktemp("jobs")
+    run = subprocess.run([sys.executable, "-c", CHILD, folder, *CASES], capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    return folder
 
 
 @pytest.mark.xdist_group("ray")  # one Ray at a time
-@pytest.mark.parametrize(("at_once", "instead"), [(1, "instead"), (0, "instead"), (1, "none")])
-def test_a_job_that_dies_again_and_again_is_told_or_ends_all(tmp_path: Path, at_once: int, instead: str) -> None:
-    pytest.importorskip("ray")
-    command = [sys.executable, "-c", CHILD, str(tmp_path), str(at_once), instead]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert len(list(tmp_path.glob("1.*.try"))) == 2
-    if instead == "none":
-        assert run.returncode == 1 and "UserError: A Ray task died on the node " in run.stderr, run.stderr
+@pytest.mark.parametrize("case", CASES)
+def test_a_job_that_dies_again_and_again_is_told_or_ends_all(done: Path, case: str) -> None:
+    assert len(list((done / case).glob("1.*.try"))) == 2
+    found = json.loads((done / case / "found.json").read_text())
+    if case.endswith("none"):
+        assert found.startswith("A Ray task died on the node ")
         return
-    assert run.returncode == 0, run.stderr
-    found = json.loads((tmp_path / "found.json").read_text())
     assert set(found) == {"0", "1", "2", "3"}
     assert found["1"].startswith("A Ray task died on the node ") and found["1"].endswith("; the end.")
-    assert all(1 <= found[number] <= (at_once or 4) for number in ("0", "2", "3"))
+    assert all(1 <= found[number] <= (int(case[0]) or 4) for number in ("0", "2", "3"))
