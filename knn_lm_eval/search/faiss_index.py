@@ -39,12 +39,23 @@ FEW_QUERIES, FEW_NUMBERS = 16, 2**16
 def make_index(factory: str, dimension: int, sim_func: str) -> faiss.Index:
     """An empty index of a factory string; raises UserError where faiss cannot make it for such keys."""
     try:
-        return faiss.index_factory(dimension, factory, METRICS[sim_func])
+        index = faiss.index_factory(dimension, factory, METRICS[sim_func])
     except RuntimeError as error:
         raise UserError(
             f"faiss cannot make an index {factory!r} for keys of {dimension} numbers: "
             f"{str(error).strip().splitlines()[-1][:200]}"
         ) from error
+    _leave_codewords_in_order(index)
+    return index
+
+
+def _leave_codewords_in_order(index: faiss.Index) -> None:
+    """Don't have faiss look for codewords' numbers whose bits are alike where they are near, which takes seconds for
+    each byte of a code and is for a search by bits that is never made; distances are the same."""
+    while hasattr(index, "index") or hasattr(index, "base_index"):  # below a transform, or a refinement
+        index = faiss.downcast_index(index.index if hasattr(index, "index") else index.base_index)
+    if hasattr(index, "do_polysemous_training"):
+        index.do_polysemous_training = False
 
 
 def open_index(datastore: Datastore, name: str = DEFAULT_INDEX) -> tuple[faiss.Index, dict[str, Any]]:
