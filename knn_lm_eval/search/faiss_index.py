@@ -52,10 +52,11 @@ def make_index(factory: str, dimension: int, sim_func: str) -> faiss.Index:
 def _leave_codewords_in_order(index: faiss.Index) -> None:
     """Don't have faiss look for codewords' numbers whose bits are alike where they are near, which takes seconds for
     each byte of a code and is for a search by bits that is never made; distances are the same."""
-    while hasattr(index, "index") or hasattr(index, "base_index"):  # below a transform, or a refinement
-        index = faiss.downcast_index(index.index if hasattr(index, "index") else index.base_index)
-    if hasattr(index, "do_polysemous_training"):
-        index.do_polysemous_training = False
+    innermost: Any = index
+    while below := getattr(innermost, "index", None) or getattr(innermost, "base_index", None):
+        innermost = faiss.downcast_index(below)  # of a transform, or a refinement
+    if hasattr(innermost, "do_polysemous_training"):
+        innermost.do_polysemous_training = False
 
 
 def open_index(datastore: Datastore, name: str = DEFAULT_INDEX) -> tuple[faiss.Index, dict[str, Any]]:
