@@ -13,10 +13,11 @@ all_tests() {
         pytest -n 2 --dist loadgroup "$@"
         return
     fi
-    pytest -n 2 --dist loadgroup --ignore tests/torture
-    stage "pytest, torture"
-    # It forks, and so begins where no test has used Ray: a child might wait for ever for what Ray's threads held.
-    pytest -n 2 tests/torture
+    local forking=(tests/torture tests/test_shown_commands.py)
+    pytest -n 2 --dist loadgroup "${forking[@]/#/--ignore=}"
+    stage "pytest, torture and shown commands"
+    # They fork, and so begin where no test has used Ray: a child might wait for ever for what Ray's threads held.
+    pytest -n 2 "${forking[@]}"
 }
 
 case "${1:-}" in

@@ -12,6 +12,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may wait for a netw
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests run side by side; threads would only get in each other's way
 
 from helpers.hub_server import Hub, hub_server
+from helpers.ray_here import two_nodes
 from helpers.real_model import FirstRun, make_first_run
 from helpers.stores import part_of
 from helpers.tiny_model import TRAIN_TEXT, make_llama
@@ -41,6 +42,21 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     with hub_server(tmp_path / "hub") as hub:
         hub.patch(monkeypatch)
         yield hub
+
+
+@pytest.fixture
+def ray_address() -> str:
+    """Of a cluster of two nodes with one CPU each, for the tests of the xdist group ``ray``: one for all."""
+    pytest.importorskip("ray", reason="needs Ray")
+    return two_nodes.address
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(nextitem: pytest.Item | None) -> None:
+    """Ends that cluster behind the last of them, for it takes time while it is there."""
+    group = None if nextitem is None else nextitem.get_closest_marker("xdist_group")
+    if group is None or group.args != ("ray",):
+        two_nodes.end()
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ from knn_lm_eval.cli.main import verb
 from knn_lm_eval.cli.parsing import VerbParser
 from knn_lm_eval.errors import UserError
 
-EXAMPLE = "knn-lm-eval analyse records/knn records/retomaton --html analysis.html"
+EXAMPLE = "knn-lm-eval analyse records/knn records/retomaton --html what.html --output what.json"
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -10,7 +10,7 @@ from knn_lm_eval.cli.main import verb
 from knn_lm_eval.cli.parsing import VerbParser
 from knn_lm_eval.errors import UserError
 
-EXAMPLE = "knn-lm-eval explore --model_args datastore=stores/m-train,k=1024"
+EXAMPLE = "knn-lm-eval explore --model_args datastore=stores/m-train,k=256"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 ENDED = "the page is closed; the same command opens it again."
 

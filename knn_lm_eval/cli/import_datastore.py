@@ -9,7 +9,9 @@ from knn_lm_eval.cli.arguments import add_key_arguments, add_memory, add_output
 from knn_lm_eval.cli.main import verb
 from knn_lm_eval.cli.parsing import VerbParser
 
-EXAMPLE = "knn-lm-eval import_datastore checkpoints/gpt2 --pretrained gpt2 --output stores/gpt2"
+EXAMPLE = (
+    "knn-lm-eval import_datastore checkpoints/gpt2 --output stores/gpt2 --pretrained neulab/gpt2-finetuned-wikitext103"
+)
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -1,4 +1,4 @@
-"""Dumping a datastore as Ray tasks: one tokenizes, then each loads the model and writes its share of the keys.
+"""Dumping a datastore as Ray tasks: one tokenizes, then each writes its share of the keys; a worker loads the LM once.
 
 All nodes must see the datastore's folder, the text and the model under the same paths, and have this package.
 """
@@ -20,7 +20,9 @@ from knn_lm_eval.make.index_dump import IndexDump
 from knn_lm_eval.make.text import TextSource
 from knn_lm_eval.store.datastore import Datastore
 from knn_lm_eval.system.ray_cluster import Head
-from knn_lm_eval.system.ray_jobs import RETRIES, Needs, run_jobs
+from knn_lm_eval.system.ray_jobs import RETRIES, Hand, Needs, kept_hands, run_jobs
+
+_loaded: dict[str, CausalHFLM] = {}  # by a worker, of the one dump that it works on
 
 
 @dataclass(frozen=True)
@@ -42,8 +44,11 @@ class DumpPlan:
     settings: dict[str, Any] = field(default_factory=dict)
 
     def begin(self) -> Dump:
-        """Load the LM."""
-        lm = CausalHFLM(**self.model_args, device=self.device)
+        """Load the LM, unless this process did for a task before."""
+        name = repr((self.model_args, self.device))
+        if name not in _loaded:
+            _loaded[name] = CausalHFLM(**self.model_args, device=self.device)
+        lm = _loaded[name]
         source = self.source.description()
         return Dump(lm, self.output, source=source, model_args=self.model_args, **self.settings)
 
@@ -67,9 +72,9 @@ def dump_on_ray(address: str, plan: DumpPlan, workers: int | None = None, resume
     gpus = int(sum(node.resources.get("GPU", 0) for node in head.nodes))
     shares = workers or max(1, gpus)
     needs = Needs(gpus=1 if gpus else 0)
-    with one_dump_in(plan.output):
+    with one_dump_in(plan.output), kept_hands(head) as kept:
         # Tokenizing is not begun again by itself: what a first try left would be in the way.
-        run = partial(_run, head, needs=needs, output=plan.output)
+        run = partial(_run, head, needs=needs, output=plan.output, kept=kept)
         run(_prepare, {0: (plan, resume, shares)}, retries=0, doing="Tokenizing")
         jobs = {share: (plan, share, shares) for share in range(shares)}
         if plan.settings.get("keys") == "none":
@@ -102,12 +107,13 @@ def _run(
     retries: int,
     doing: str,
     output: Path,
+    kept: list[Hand],
     progress: Callable[[], tuple[int, int]] | None = None,
 ) -> None:
     """Run jobs; ``progress`` tells how many tokens are done, and of how many (None: of the whole text)."""
     then = "what is written is kept: go on with --resume"
     with tqdm(unit=" tokens", unit_scale=True, desc=doing) as bar:
-        for _ in run_jobs(head, function, jobs, needs, retries, then):
+        for _ in run_jobs(head, function, jobs, needs, retries, then, kept=kept):
             if progress is not None:
                 bar.n, bar.total = progress()
                 bar.refresh()

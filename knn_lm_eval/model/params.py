@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypedDict
@@ -143,8 +144,8 @@ class Params:
         if changed := [name for name in CONDITIONS if then.get(name) != settings.get(name)]:
             logger.warning(
                 "The params were tuned with %s, now it is %s: they may not fit.",
-                ", ".join(f"{name}={then.get(name)}" for name in changed),
-                ", ".join(f"{name}={settings.get(name)}" for name in changed),
+                _in_words(then, changed),
+                _in_words(settings, changed),
             )
 
     def check_contents(self, store: Store, index: dict[str, str], clusters: Clusters | JoinedClusters | None) -> None:
@@ -161,6 +162,12 @@ class Params:
                 " and ".join(changed),
                 store.label,
             )
+
+
+def _in_words(settings: Mapping[str, Any], names: list[str]) -> str:
+    """Some settings as arguments; what is not in force has none."""
+    said = [f"{name}={value}" for name in names if (value := settings.get(name)) is not None]
+    return ", ".join(said) or f"no {names[0]}"
 
 
 def tuned_contents(index: dict[str, str], clusters: Clusters | JoinedClusters | None) -> dict[str, dict[str, str]]:

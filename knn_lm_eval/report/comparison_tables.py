@@ -62,7 +62,7 @@ def detail_table(comparison: Comparison, task: TaskComparison) -> Table:
         listed = "; ".join(f"[{number}] {source}" for source, number in sources.items())
         notes.append(f"{REFERENCE} Published, for other LMs and tokenizers: {listed}.")
     for caveat in dict.fromkeys(one.caveat for one in task.published if one.caveat):
-        figures = " and ".join(_figure(one.value, task) for one in task.published if one.caveat == caveat)
+        figures = ", ".join(_figure(one.value, task) for one in task.published if one.caveat == caveat)
         notes.append(f"{REFERENCE} {figures}: {caveat}.")
     return Table(task.task, list(columns), rows, notes, set(range(len(task.rows), len(rows))))
 

@@ -74,7 +74,7 @@ def _table(task: str, measurements: Sequence[Measurement], fraction: float) -> M
         models = "; ".join(dict.fromkeys(one.model for one in figures_held))
         notes.append(f"Published: {METRICS[figures_held[0].metric][0]} of {models} ({sources}).")
         for caveat in dict.fromkeys(one.caveat for one in figures_held if one.caveat):
-            values = " and ".join(dict.fromkeys(f"{one.value:g}" for one in figures_held if one.caveat == caveat))
+            values = ", ".join(dict.fromkeys(f"{one.value:g}" for one in figures_held if one.caveat == caveat))
             notes.append(f"{values}: {caveat}.")
     if fraction < 1:
         notes.append(

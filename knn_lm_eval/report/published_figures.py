@@ -14,7 +14,7 @@ NOT_REPRODUCED = (
     "three public threads (knn-transformers issues 14, 17 and 18) could not reproduce them: gpt2 gave 17.34 with the "
     "defaults, and gpt2-large needed knn_temp=13"
 )
-PER_WORD = "of law is per word of a tokenized text (fairseq's --remove-bpe), not per token"
+PER_WORD = "per word of a tokenized text (fairseq's --remove-bpe), not per token"
 OTHER_PYTHONS = "with another Python the text is another"
 
 

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
 
 from knn_lm_eval.compiling import compiled
 
@@ -28,6 +27,8 @@ def exact_distances(keys: np.ndarray, queries: np.ndarray, entries: np.ndarray, 
     -------
     float32 ``[n, k]``: squared L2 or negated inner products; infinity in empty slots.
     """
+    import torch  # takes seconds, and a shard on a Ray node may never come here
+
     distances = np.full(entries.size, np.inf, dtype=np.float32)  # [n k]
     wanted = entries.ravel()  # [n k]
     order = np.argsort(wanted)  # [n k]

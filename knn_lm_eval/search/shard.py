@@ -8,15 +8,13 @@ from __future__ import annotations
 import socket
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import faiss
 import numpy as np
-import torch
 
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.search.code_distances import CodeDistances
-from knn_lm_eval.search.exact import ExactSearch
 from knn_lm_eval.search.exact_distances import exact_distances
 from knn_lm_eval.search.faiss_index import inverted_file, read_index, search, vectors_compared
 from knn_lm_eval.search.packing import narrowed, unpacked_queries
@@ -25,6 +23,9 @@ from knn_lm_eval.store.datastore import Datastore
 from knn_lm_eval.store.index_files import IndexPart, find_parts
 from knn_lm_eval.store.removed import Removed
 from knn_lm_eval.system.ray_actors import Living
+
+if TYPE_CHECKING:
+    from knn_lm_eval.search.exact import ExactSearch
 
 
 class FoundArrays(NamedTuple):
@@ -101,8 +102,7 @@ class Shard(Living):
         if sim_func is None:
             distances = self._codes(unpacked_queries(queries), rows, counts)
         else:
-            keys = self._datastore.require_keys("exact distances")
-            distances = exact_distances(keys, unpacked_queries(queries), rows, sim_func)
+            distances = exact_distances(self._keys("exact distances"), unpacked_queries(queries), rows, sim_func)
         return distances[there], narrowed(self._datastore.values[rows[there]])
 
     def _nearest(self, queries: np.ndarray, k: int, probe: int | None) -> tuple[np.ndarray, np.ndarray, int]:
@@ -120,8 +120,14 @@ class Shard(Living):
                 f"file system that all nodes share, under the same path."
             )
         faiss.omp_set_num_threads(self.threads)
-        torch.set_num_threads(self.threads)
         return Datastore.open(self.store, verify="never")  # the driver did
+
+    def _keys(self, use: str) -> np.ndarray:
+        """The store's keys, and torch made ready for them; an index alone starts without that, seconds earlier."""
+        import torch
+
+        torch.set_num_threads(self.threads)
+        return self._datastore.require_keys(use)
 
     @cached_property
     def _index(self) -> faiss.Index:
@@ -164,7 +170,9 @@ class ExactShard(Shard):
 
     @cached_property
     def _exact(self) -> ExactSearch:
-        keys = self._datastore.require_keys("exact search")
+        from knn_lm_eval.search.exact import ExactSearch
+
+        keys = self._keys("exact search")
         return ExactSearch(keys[self.part.start : self.part.stop], self.sim_func, removed=self._removed)
 
     @cached_property

@@ -42,10 +42,10 @@ def dataset_card(
     from huggingface_hub import DatasetCardData
 
     model, text = model or manifest.model.get("pretrained"), _text(manifest)
-    title = f"kNN-LM datastore: {_plain(text)} under {_plain(_named(model))}"
+    title, names = "kNN-LM datastore: {} under {}", (text, _named(model))
     metadata = DatasetCardData(
         license=license,
-        pretty_name=title,
+        pretty_name=title.format(*map(_one_line, names)),  # which is no Markdown
         tags=TAGS,
         task_categories=["text-generation"],
         size_categories=[size_category(manifest.count)],
@@ -53,7 +53,7 @@ def dataset_card(
     )
     parts = [
         f"---\n{metadata.to_yaml()}\n---\n",
-        f"# {title}\n",
+        f"# {title.format(*map(_plain, names))}\n",
         "For each token of a text: the hidden state that a language model has before it (the key), and the token (the "
         "value), as [kNN-LM](https://arxiv.org/abs/1911.00172) and [RetoMaton](https://arxiv.org/abs/2201.12431) "
         "search them; made with `knn-lm-eval`.\n",
@@ -145,7 +145,7 @@ def _index_row(name: str, said: dict[str, Any]) -> list[str]:
     if rows:
         row = rows[0]
         recall = f"{row['recall']:.3f}" if isinstance(row.get("recall"), float) else recall
-        figures = [row.get("perplexity_cost"), row.get("perplexity_cost_bound")]
+        figures = [row.get("exact_cost"), row.get("exact_cost_bound")]
         if all(isinstance(figure, float) for figure in figures):
             cost = f"{figures[0]:.2%} ({figures[1]:.2%})"
     probe = "" if said.get("probe") is None else f"{said['probe']:,}"
@@ -157,12 +157,16 @@ def _table(head: list[str], rows: Iterable[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
 
 
+def _one_line(value: object) -> str:
+    """A value without what no line can show, and not too long for one."""
+    return printable(" ".join(str(value).split()))[:LONGEST]
+
+
 def _plain(value: object) -> str:
     """A value as text that Markdown takes for nothing else."""
-    text = printable(" ".join(str(value).split()))[:LONGEST]
-    return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", text)
+    return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", _one_line(value))
 
 
 def _code(value: object) -> str:
     """A value as code in a table's cell."""
-    return "`" + printable(" ".join(str(value).split()))[:LONGEST].replace("`", "'").replace("|", "\\|") + "`"
+    return "`" + _one_line(value).replace("`", "'").replace("|", "\\|") + "`"

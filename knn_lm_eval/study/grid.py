@@ -13,9 +13,9 @@ from torch import Tensor
 
 from knn_lm_eval.errors import UserError
 
-# Numbers; or a text: numbers separated by commas, or FIRST:LAST:COUNT, which is spaced evenly for lmbda and by a
-# constant factor for all others.
-Axis = str | Sequence[float]
+# A number or several; or a text: numbers separated by commas, or FIRST:LAST:COUNT, which is spaced evenly for lmbda and
+# by a constant factor for all others.
+Axis = str | float | Sequence[float]
 KNN_TEMPS, LMBDAS = "0.25:256:21", "0.02:0.98:25"
 
 
@@ -51,7 +51,7 @@ def parse_axis(name: str, axis: Axis, *, low: float, high: float = math.inf, who
     """
     try:
         numbers = _read_axis(name, axis)
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise UserError(
             f"--{name} {axis} is no grid: give numbers separated by commas, or FIRST:LAST:COUNT."
         ) from error
@@ -66,6 +66,8 @@ def parse_axis(name: str, axis: Axis, *, low: float, high: float = math.inf, who
 
 
 def _read_axis(name: str, axis: Axis) -> list[float]:
+    if isinstance(axis, (int, float)):
+        return [float(axis)]
     if not isinstance(axis, str):
         return [float(number) for number in axis]
     if ":" not in axis:

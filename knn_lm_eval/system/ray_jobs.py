@@ -1,9 +1,13 @@
-"""Long work, cut into jobs, on a Ray cluster: each job is an actor's, which says all along that it is there."""
+"""Long work, cut into jobs, on a Ray cluster: each job is an actor's, which says all along that it is there.
+
+An actor ends with its job, unless it is kept for another one, with what it has loaded.
+"""
 
 from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
@@ -19,7 +23,7 @@ SILENT_SECONDS = 300.0
 
 
 class Worker(Living):
-    """An actor that does one job."""
+    """An actor that does one job, or one after the other."""
 
     def run(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
         """What the function returns."""
@@ -56,16 +60,32 @@ class Needs:
         return [node for turn in zip_longest(*of_nodes) for node in turn if node is not None]
 
 
-class _Running:
-    """A job at work."""
+class Hand:
+    """A worker's actor on a node, and its pulse."""
 
-    def __init__(
-        self, head: Head, node: Node, needs: Needs, function: Callable[..., Any], job: tuple[Any, ...]
-    ) -> None:
+    def __init__(self, head: Head, node: Node, needs: Needs) -> None:
         self.node = node
         self.actor = start_actor(head.ray, Worker, (), node, num_cpus=needs.cpus(node), num_gpus=needs.gpus)
         self.pulse = Pulse(head.ray, self.actor)
-        self.result = self.actor.run.options(name=function.__name__).remote(function, job)
+
+
+@contextmanager
+def kept_hands(head: Head) -> Iterator[list[Hand]]:
+    """A list for ``run_jobs`` to keep workers in; they are ended when this is."""
+    kept: list[Hand] = []
+    try:
+        yield kept
+    finally:
+        for hand in kept:
+            kill_actor(head.ray, hand.actor)
+
+
+class _Running:
+    """A job at work."""
+
+    def __init__(self, hand: Hand, function: Callable[..., Any], job: tuple[Any, ...]) -> None:
+        self.hand, self.node, self.pulse = hand, hand.node, hand.pulse
+        self.result = hand.actor.run.options(name=function.__name__).remote(function, job)
 
 
 def run_jobs(
@@ -78,6 +98,7 @@ def run_jobs(
     go_on: str = "go on with --resume",
     at_once: int | None = None,
     instead: Callable[[UserError], Any] | None = None,
+    kept: list[Hand] | None = None,
 ) -> Iterator[tuple[int, Any] | None]:
     """Call a function with each job's arguments on a cluster's nodes, as many at a time as there are places.
 
@@ -90,6 +111,8 @@ def run_jobs(
     go_on : the rest of those where nodes are silent: what a user can do then.
     at_once : the most jobs side by side; None is as many as there are places.
     instead : makes of that sentence what stands for the job's result, and the others go on; None ends them all.
+    kept : workers of the same needs that have done a job before, who do the next on their nodes; those that do one here
+        are added. None ends each with its job.
 
     Yields
     ------
@@ -107,7 +130,8 @@ def run_jobs(
             for node in _free(needs.places(head.workers), running):
                 if waiting and len(running) < (at_once or len(jobs)):
                     number = waiting.popleft()
-                    running[number] = _Running(head, node, needs, function, jobs[number])
+                    hand = _kept_on(node, kept or []) or Hand(head, node, needs)
+                    running[number] = _Running(hand, function, jobs[number])
             if not running:
                 raise UserError(
                     f"No node of the Ray cluster (address={head.address}) has {_in_words(needs)} to give; see what "
@@ -133,14 +157,26 @@ def run_jobs(
                         raise died from error
                     yield number, instead(died)
                 else:
-                    kill_actor(head.ray, running.pop(number).actor)
+                    hand = running.pop(number).hand
+                    if kept is None:
+                        kill_actor(head.ray, hand.actor)
+                    else:
+                        kept.append(hand)
                     yield number, result
             head.look()
             _check_silence(head, running, go_on)
             yield None
     finally:
         for job in running.values():
-            kill_actor(head.ray, job.actor)
+            kill_actor(head.ray, job.hand.actor)
+
+
+def _kept_on(node: Node, kept: list[Hand]) -> Hand | None:
+    """A worker that is kept on a node, and now no longer; None where there is none."""
+    hand = next((hand for hand in kept if hand.node.id == node.id), None)
+    if hand is not None:
+        kept.remove(hand)
+    return hand
 
 
 def _free(places: list[Node], running: Mapping[int, _Running]) -> list[Node]:

@@ -6,8 +6,7 @@ import json
 import math
 import shutil
 import signal
-import subprocess
-import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import pytest
 import yaml
 from helpers.benchmarks import CHOICES, METHODS, figures, matrix_of
 from helpers.places import SCRIPTS
+from helpers.ready import Ready, script
 from helpers.stores import change_json
 from helpers.tiny_model import MAX_LENGTH, TRAIN_TEXT
 from lm_eval.tasks import TaskManager
@@ -227,15 +227,11 @@ def test_a_killed_benchmark_goes_on_to_the_same_files(content, tmp_path) -> None
     run(expected)
     matrix = matrix_of(content, tmp_path)
     file = tmp_path / "benchmark.yaml"
-    command = [sys.executable, str(SCRIPTS / "benchmark.py"), str(file)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith(f"[{kill_after}/"):
-            break
+    process = Ready(script("benchmark", file))
+    while process.poll() is None and f"\n[{kill_after}/" not in "\n" + process.printed()[0]:
+        time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    process.stdout.close()
     done = [cell for cell in matrix.cells if (matrix.output / cell.folder).exists()]
     assert kill_after <= len(done) < len(matrix.cells)
     before = {path: path.stat().st_mtime_ns for cell in done for path in (matrix.output / cell.folder).rglob("*.*")}

@@ -6,8 +6,6 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,6 +16,7 @@ import pytest
 import yaml
 from helpers.benchmarks import METHODS, figures, matrix_of
 from helpers.places import SCRIPTS
+from helpers.ready import Ready, script
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -91,23 +90,18 @@ def assert_equals_plain(matrix: Matrix, plain: Path) -> None:
     assert not list(matrix.output.rglob(".*"))
 
 
-def command(folder: Path, *arguments: str) -> list[str]:
-    return [sys.executable, str(SCRIPTS / "benchmark.py"), str(folder / "benchmark.yaml"), *arguments]
-
-
-def started(folder: Path, *arguments: str) -> subprocess.Popen:
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command(folder, *arguments), env=ENVIRONMENT, **pipes)
+def started(folder: Path, *arguments: str) -> Ready:
+    return Ready(script("benchmark", folder / "benchmark.yaml", *arguments), ENVIRONMENT)
 
 
 def test_shares_side_by_side_give_what_one_process_gives(plain: Matrix, tmp_path: Path) -> None:
     jobs = [started(tmp_path, "--cells", f"{number}/3") for number in (1, 2, 3)]
     jobs.append(started(tmp_path, "--cells", "2/3"))  # a share twice at once does no harm
-    said = [job.communicate(timeout=600) for job in jobs]
-    assert [job.returncode for job in jobs] == [0] * 4, said
-    assert sum(int(out.partition(": ")[2].partition(" of 6")[0]) for out, _ in said[:3]) == 6
+    ended = [job.completed() for job in jobs]
+    assert [job.returncode for job in ended] == [0] * 4, ended
+    assert sum(int(job.stdout.partition(": ")[2].partition(" of 6")[0]) for job in ended[:3]) == 6
     assert_equals_plain(plain, tmp_path / "plain")
-    after = subprocess.run(command(tmp_path, "--cells", "9/9"), env=ENVIRONMENT, capture_output=True, text=True)
+    after = started(tmp_path, "--cells", "9/9").completed()
     assert after.returncode == 0 and "Share 9/9: 0 of 6 cells." in after.stdout, after.stderr
     assert "Of all shares' cells, 6 of 6 are there." in after.stdout
     assert {outcome.state for outcome in run_matrix(plain, lambda _: None)} == {"finished"}
@@ -123,7 +117,7 @@ def test_shares_side_by_side_give_what_one_process_gives(plain: Matrix, tmp_path
 )
 def test_mistakes_are_said_in_one_sentence(content: dict, tmp_path: Path, arguments: tuple, message: str) -> None:
     matrix_of(content, tmp_path)
-    run = subprocess.run(command(tmp_path, *arguments), env=ENVIRONMENT, capture_output=True, text=True)
+    run = started(tmp_path, *arguments).completed()
     assert run.returncode == 1 and message in run.stderr and run.stderr.count("\n") == 1, run.stderr
 
 
@@ -135,10 +129,10 @@ def is_at_work(process: psutil.Process) -> bool:
         return False
 
 
-def killed_worker(driver: subprocess.Popen, when: Callable[[], bool]) -> psutil.Process | None:
+def killed_worker(driver: Ready, when: Callable[[], bool]) -> psutil.Process | None:
     while driver.poll() is None:
-        workers = [child for child in psutil.Process(driver.pid).children(recursive=True) if is_at_work(child)]
-        if workers and when():
+        children = psutil.Process(driver.pid).children(recursive=True) if when() else []
+        if workers := [child for child in children if is_at_work(child)]:
             workers[0].send_signal(signal.SIGKILL)
             return workers[0]
         time.sleep(0.01)
@@ -156,14 +150,15 @@ def test_tasks_of_a_cluster_give_what_one_process_gives_also_where_one_is_killed
     file.write_text(yaml.safe_dump(content | {"methods": methods}, sort_keys=False))
     driver = started(tmp_path, "--ray", "local", "--workers", "2")
     assert killed_worker(driver, lambda: len(list(plain.output.rglob("results_*.json"))) > 0) is not None
-    out, errors = driver.communicate(timeout=600)
-    assert driver.returncode == 1, errors
-    assert "6 of 8 cells are in" in out and out.count(": done\n") + out.count(": finished\n") == 6
-    failed = [line for line in errors.splitlines() if line.startswith("failed: ")]
+    run = driver.completed()
+    assert run.returncode == 1, run
+    assert "6 of 8 cells are in" in run.stdout
+    assert run.stdout.count(": done\n") + run.stdout.count(": finished\n") == 6
+    failed = [line for line in run.stderr.splitlines() if line.startswith("failed: ")]
     assert len(failed) == 2 and all("greedy" in line and "does not fit the datastore" in line for line in failed)
     assert_equals_plain(plain, tmp_path / "plain")
     file.write_text(yaml.safe_dump(content, sort_keys=False))
-    again = subprocess.run(command(tmp_path, "--ray", "local"), env=ENVIRONMENT, capture_output=True, text=True)
+    again = started(tmp_path, "--ray", "local").completed()
     assert again.returncode == 0 and again.stdout.count(": finished\n") == 6, again.stderr
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 import signal
 import sys
@@ -75,6 +76,7 @@ class Child:
         status, at_its_end = 1, list[Callable[[], object]]()
         try:
             os.setsid()
+            gc.freeze()  # what the tests have made need not be looked through at each of its collections
             print_to(self._output.fileno(), self._output.fileno())
             # What the tests have begun is theirs: it is neither ended here nor let go, which may end in a crash.
             atexit.register = lambda *call, **more: at_its_end.append(partial(*call, **more)) or call[0]

@@ -236,12 +236,13 @@ class Hub:
 
         It tries again at once where it would wait.
         """
-        from huggingface_hub import constants, file_download
+        from huggingface_hub import constants, file_download, hf_api
         from huggingface_hub.utils import _http
 
         for name, value in self.environment(token).items():
             patch.setenv(name, value)
         patch.setattr(constants, "ENDPOINT", self.url)
+        patch.setattr(hf_api.api, "endpoint", self.url)  # that of the module's own functions
         for module in (constants, file_download):  # earlier releases have it in both
             template = self.url + "/{repo_id}/resolve/{revision}/{filename}"
             patch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)

@@ -17,8 +17,13 @@ WIKITEXT, CONFIG = "Salesforce/wikitext", "wikitext-103-raw-v1"
 SPLITS = {"train": range(0, 6), "validation": range(6, 7), "test": range(7, 8)}
 
 
-def publish_for_recipes(hub: Hub, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Put models and data on the hub under their real names; ``folder`` keeps the files."""
+def publish_for_recipes(
+    hub: Hub, tokenizer: PreTrainedTokenizerBase, folder: Path, most_rows: int | None = None
+) -> None:
+    """Put models and data on the hub under their real names; ``folder`` keeps the files.
+
+    Of each split of the data there are at most ``most_rows``.
+    """
     for seed, name in enumerate(MODELS):
         torch.manual_seed(seed)
         config = GPT2Config(
@@ -39,7 +44,7 @@ def publish_for_recipes(hub: Hub, tokenizer: PreTrainedTokenizerBase, folder: Pa
     files = "".join(f"  - split: {split}\n    path: {CONFIG}/{split}-*\n" for split in SPLITS)
     (data / "README.md").write_text(f"---\nconfigs:\n- config_name: {CONFIG}\n  data_files:\n{files}---\n")
     for split in SPLITS:
-        table = pyarrow.table({"text": wikitext_rows(split)})
+        table = pyarrow.table({"text": wikitext_rows(split)[:most_rows]})
         parquet.write_table(table, data / CONFIG / f"{split}-00000-of-00001.parquet")
     hub.add_dataset(WIKITEXT, data)
 

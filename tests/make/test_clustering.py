@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 from helpers.places import SCRIPTS
+from helpers.ready import Ready, script
 from helpers.stores import change_json
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -217,14 +218,13 @@ def test_the_summary_counts_what_it_says(datastore: Datastore, tmp_path: Path) -
 
 
 RUN = """
-import sys
 from knn_lm_eval.make import clustering, member_lists
 from knn_lm_eval.store import key_stream
 from knn_lm_eval.system import checkpoints as states
 from knn_lm_eval.store.datastore import Datastore
 key_stream.SEARCH_CHUNK, states.CHECKPOINT_SECONDS = 20, 0
-run = {"kmeans": clustering.cluster_kmeans, "greedy_merge": clustering.cluster_greedy_merge}[sys.argv[2]]
-run(Datastore.open(sys.argv[1]), resume=True)
+run = {"kmeans": clustering.cluster_kmeans, "greedy_merge": clustering.cluster_greedy_merge}[method]
+run(Datastore.open(folder), resume=True)
 """
 
 
@@ -241,14 +241,14 @@ def test_a_killed_clustering_resumes_to_the_same_bytes(
     run = {"kmeans": cluster_kmeans, "greedy_merge": cluster_greedy_merge}[method]
     folder = datastore.path / "clusters" / method
     for state, counter, wanted in kill_at:
-        process = subprocess.Popen([sys.executable, "-c", RUN, str(datastore.path), method], stderr=subprocess.DEVNULL)
+        process = Ready(partial(exec, RUN, {"folder": datastore.path, "method": method}))
         part = folder / f"{state}.npz.part"
         while process.poll() is None:
             if part.exists() and np.load(part)[counter] >= wanted:
                 process.send_signal(signal.SIGKILL)
                 process.wait()
             time.sleep(0.001)
-        assert process.returncode == -signal.SIGKILL
+        assert process.wait() == -signal.SIGKILL
         (folder / f"{state}.npz.part.tmp").write_bytes(b"torn")
         with pytest.raises(UserError, match=f"{method} are not finished; go on with cluster_datastore --resume"):
             Clusters.open(datastore, method)
@@ -705,7 +705,7 @@ def test_the_script_clusters_and_summarizes(datastore: Datastore, tmp_path: Path
 
 
 def test_a_mistake_ends_the_script_with_one_sentence(tmp_path: Path) -> None:
-    command = [sys.executable, str(SCRIPT), "--datastore", str(tmp_path), "--method", "kmeans", "--k", "3"]
-    ended = subprocess.run(command, capture_output=True, text=True)
+    work = script("cluster_datastore", "--datastore", tmp_path, "--method", "kmeans", "--k", "3")
+    ended = Ready(work).completed()
     assert ended.returncode == 1
     assert ended.stderr == "error: --k does not go with the method kmeans; leave it out.\n"

@@ -5,15 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers.places import SCRIPTS
+from helpers.ready import Ready, script
 from helpers.tiny_model import EVAL_TEXT, MAX_LENGTH, TRAIN_TEXT, make_llama
 from hypothesis import given
 from hypothesis import strategies as st
@@ -111,32 +109,19 @@ def test_max_tokens_cuts_the_text(tmp_path: Path, lm: CausalHFLM, store: Datasto
     assert cut.values.tolist() == store.values[:777].tolist()
 
 
-DUMP = [sys.executable, str(SCRIPTS / "dump_datastore.py")]
-
-
-def dump_command(model_folder: Path, train_file: Path, output: Path, *more: str) -> list[str]:
-    arguments = [
-        "--model_args",
-        f"pretrained={model_folder}",
-        "--text",
-        str(train_file),
-        "--output",
-        str(output),
-    ]
-    return [*DUMP, *arguments, "--batch_size", "1", "--max_length", "16", *more]
+def dumping(model_folder: Path, train_file: Path, output: Path, *more: str) -> Ready:
+    """The command under way."""
+    arguments = ["--model_args", f"pretrained={model_folder}", "--text", train_file, "--output", output]
+    return Ready(script("dump_datastore", *arguments, "--batch_size", "1", "--max_length", "16", *more))
 
 
 def test_a_killed_dump_resumes_to_the_same_bytes(tmp_path: Path, model_folder: Path, train_file: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    subprocess.run(dump_command(model_folder, train_file, whole), check=True, capture_output=True)
+    assert dumping(model_folder, train_file, whole).wait() == 0
     kills = 0
     resume: list[str] = []
     for wanted in (500, 2000):
-        process = subprocess.Popen(
-            dump_command(model_folder, train_file, killed, *resume),
-            stderr=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-        )
+        process = dumping(model_folder, train_file, killed, *resume)
         while process.poll() is None:
             if (killed / "progress.json").exists() and entries_done(killed) >= wanted:
                 process.send_signal(signal.SIGKILL)
@@ -150,9 +135,9 @@ def test_a_killed_dump_resumes_to_the_same_bytes(tmp_path: Path, model_folder: P
                 file.write(b"torn")
         assert not (killed / "manifest.json").exists()
     assert kills == 2
-    unresumed = subprocess.run(dump_command(model_folder, train_file, killed), capture_output=True, text=True)
+    unresumed = dumping(model_folder, train_file, killed).completed()
     assert unresumed.returncode == 1 and "add --resume" in unresumed.stderr and "Traceback" not in unresumed.stderr
-    subprocess.run(dump_command(model_folder, train_file, killed, "--resume"), check=True, capture_output=True)
+    assert dumping(model_folder, train_file, killed, "--resume").wait() == 0
     for name in FILES:
         assert (whole / name).read_bytes() == (killed / name).read_bytes(), name
     assert sorted(path.name for path in killed.iterdir()) == sorted([*FILES, "manifest.json"])
@@ -295,7 +280,12 @@ def test_hub_wikitext_rows_give_the_raw_file(tmp_path: Path) -> None:
     ],
 )
 def test_user_mistakes_end_with_one_sentence(
-    tmp_path: Path, model_folder: Path, train_file: Path, arguments: list[str], sentence: str
+    tmp_path: Path,
+    model_folder: Path,
+    train_file: Path,
+    arguments: list[str],
+    sentence: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     import transformers
 
@@ -304,9 +294,8 @@ def test_user_mistakes_end_with_one_sentence(
     known = {"TRAIN": str(train_file), "MODEL": str(model_folder), "T5": str(tmp_path / "t5")}
     for name, path in known.items():
         arguments = [argument.replace(name, path) for argument in arguments]
-    run = subprocess.run(
-        [*DUMP, *arguments, "--output", str(tmp_path / "s")], capture_output=True, text=True, cwd=tmp_path
-    )
+    monkeypatch.chdir(tmp_path)
+    run = Ready(script("dump_datastore", *arguments, "--output", tmp_path / "s")).completed()
     assert run.returncode == 1
     assert f"error: {sentence}" in run.stderr or sentence in run.stderr.splitlines()[-1], run.stderr
     assert "Traceback" not in run.stderr

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 import psutil
 import pytest
 from helpers.places import SCRIPTS
+from helpers.ready import Ready, launch, script
 from helpers.tiny_model import TRAIN_TEXT, make_llama
 from hypothesis import given
 from hypothesis import strategies as st
@@ -61,12 +63,17 @@ def assert_same_files(store: Path, expected: Datastore) -> None:
     assert Datastore.open(store).manifest.files == expected.manifest.files
 
 
-def command(processes: int, model: Path, text: Path, output: Path, *more: str) -> list[str]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+def words(model: Path, text: Path, output: Path, *more: str) -> list[str]:
+    """What the command is given."""
     arguments = ["--model_args", f"pretrained={model}", "--text", str(text), "--output", str(output)]
     windows = [word for name, value in WINDOWS.items() for word in (f"--{name}", str(value))]
-    script = str(SCRIPTS / "dump_datastore.py")
-    return [sys.executable, *(launcher if processes > 1 else []), script, *arguments, *windows, *more]
+    return [*arguments, *windows, *more]
+
+
+def dumping(processes: int, model: Path, text: Path, output: Path, *more: str) -> list[Ready]:
+    """The command under way, as so many processes that know of each other."""
+    work = script("dump_datastore", *words(model, text, output, *more))
+    return launch(work, processes, ENVIRONMENT) if processes > 1 else [Ready(work, ENVIRONMENT)]
 
 
 chunks_of_a_text = st.lists(st.integers(1, 9), min_size=1, max_size=30).map(
@@ -133,7 +140,9 @@ def test_two_processes_write_what_one_writes(
     tmp_path: Path, model_folder: Path, text_file: Path, alone: Datastore
 ) -> None:
     output = tmp_path / "store"
-    run = subprocess.run(command(2, model_folder, text_file, output), env=ENVIRONMENT, capture_output=True, text=True)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*launcher, str(SCRIPTS / "dump_datastore.py"), *words(model_folder, text_file, output)]
+    run = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert_same_files(output, alone)
     assert run.stdout.count("Next: lm_eval") == 1
@@ -144,26 +153,30 @@ def keyless(tmp_path_factory: pytest.TempPathFactory, model_folder: Path, text_f
     """What one process makes without keys: an index in parts."""
     lm, folder = CausalHFLM(str(model_folder), device="cpu"), tmp_path_factory.mktemp("stores") / "keyless"
     index = IndexPlan(factory="IVF4,SQ8", parts=3)
-    return dump_datastore(lm, TextSource(text_file).pieces(), folder, **WINDOWS, keys="none", index=index)
+    more = {"keys": "none", "index": index, "max_tokens": 2000}
+    return dump_datastore(lm, TextSource(text_file).pieces(), folder, **WINDOWS, **more)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("processes", "more"), [(2, []), (1, ["--ray", "local", "--workers", "2"])], ids=["two", "ray"]
-)
+@pytest.mark.parametrize("by", ["two", "ray"])
 @pytest.mark.xdist_group("ray")
 def test_several_make_the_index_without_keys_that_one_makes(
-    tmp_path: Path, model_folder: Path, text_file: Path, keyless: Datastore, processes: int, more: list[str]
+    tmp_path: Path,
+    model_folder: Path,
+    text_file: Path,
+    keyless: Datastore,
+    by: str,
+    request: pytest.FixtureRequest,
 ) -> None:
-    if more:
-        pytest.importorskip("ray")
     output = tmp_path / "store"
-    words = ["--keys", "none", "--factory", "IVF4,SQ8", "--parts", "3", *more]
-    run = subprocess.run(
-        command(processes, model_folder, text_file, output, *words), env=ENVIRONMENT, capture_output=True, text=True
-    )
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.count("without keys. Next: lm_eval") == run.stdout.count("against exact search") == 1
+    more = ["--keys", "none", "--factory", "IVF4,SQ8", "--parts", "3", "--max_tokens", "2000"]
+    if by == "ray":
+        more += ["--ray", request.getfixturevalue("ray_address"), "--workers", "2"]
+    processes = dumping(2 if by == "two" else 1, model_folder, text_file, output, *more)
+    runs = [process.completed() for process in processes]
+    assert [run.returncode for run in runs] == [0] * len(runs), runs
+    said = "".join(run.stdout for run in runs)
+    assert said.count("without keys. Next: lm_eval") == said.count("against exact search") == 1
     assert {path.name for path in output.iterdir()} == {path.name for path in keyless.path.iterdir()}
     for file in ("values.npy", "document_starts.npy", *(f"index.{number:03d}.faiss" for number in range(3))):
         assert (output / file).read_bytes() == (keyless.path / file).read_bytes(), file
@@ -178,28 +191,18 @@ def test_killed_processes_are_resumed_by_another_number_of_them(
     done = 0
     for processes, kill_all in ((2, False), (3, True)):
         resume = ["--resume"] if done else []
-        launcher = subprocess.Popen(
-            command(processes, model_folder, text_file, output, *resume),
-            env=ENVIRONMENT,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
+        workers = dumping(processes, model_folder, text_file, output, *resume)
         enough = done + len(alone) // 4
-        while launcher.poll() is None and not ((output / "progress.json").exists() and entries_done(output) > enough):
+        while workers[0].poll() is None and not ((output / "progress.json").exists() and entries_done(output) > enough):
             time.sleep(0.001)
-        workers = psutil.Process(launcher.pid).children()
-        if kill_all:
-            launcher.send_signal(signal.SIGKILL)
         for worker in workers if kill_all else workers[-1:]:
             worker.send_signal(signal.SIGKILL)
-        assert launcher.wait(timeout=120) != 0
-        psutil.wait_procs(workers, timeout=120)
+        killed = -signal.SIGKILL
+        assert [worker.wait(120) for worker in workers] == ([killed] * 3 if kill_all else [1, killed])
         done = entries_done(output)
         assert enough < done < len(alone)
-    last = subprocess.run(
-        command(1, model_folder, text_file, output, "--resume"), env=ENVIRONMENT, capture_output=True, text=True
-    )
-    assert last.returncode == 0, last.stderr
+    (last,) = dumping(1, model_folder, text_file, output, "--resume")
+    assert last.wait(300) == 0, last.printed()
     assert_same_files(output, alone)
 
 
@@ -209,20 +212,18 @@ def test_an_error_ends_all_processes_with_one_sentence(tmp_path: Path, tokenizer
     model.model.layers[-1].post_attention_layernorm.weight.data[:] = 1e6
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    run = subprocess.run(
-        command(2, tmp_path / "model", text_file, tmp_path / "store"), env=ENVIRONMENT, capture_output=True, text=True
-    )
-    assert run.returncode != 0
-    assert run.stderr.count("error: ") == run.stderr.count("not a finite float16 number") == 1, run.stderr
+    runs = [process.completed() for process in dumping(2, tmp_path / "model", text_file, tmp_path / "store")]
+    errors = "".join(run.stderr for run in runs)
+    assert [run.returncode for run in runs] == [1, 1], runs
+    assert errors.count("error: ") == errors.count("not a finite float16 number") == 1, errors
 
 
 def test_processes_that_would_not_know_of_each_other_are_refused(
     tmp_path: Path, model_folder: Path, text_file: Path
 ) -> None:
     environment = os.environ | {"WORLD_SIZE": "2", "CUDA_VISIBLE_DEVICES": ""}
-    run = subprocess.run(
-        command(1, model_folder, text_file, tmp_path / "store"), env=environment, capture_output=True, text=True
-    )
+    work = script("dump_datastore", *words(model_folder, text_file, tmp_path / "store"))
+    run = Ready(work, environment).completed()
     assert run.returncode == 1 and "error: This is one of 2 processes" in run.stderr
     assert "ACCELERATE_USE_CPU=true" in run.stderr and "Traceback" not in run.stderr
 
@@ -244,19 +245,9 @@ processes.each_does(lambda: None)
 @pytest.mark.slow
 def test_nobody_waits_for_a_process_that_died() -> None:
     """Also where no launcher ends the others."""
-    port = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(29600 + os.getpid() % 1000), "WORLD_SIZE": "2"}
-    runs = [
-        subprocess.Popen(
-            [sys.executable, "-c", WAITING],
-            env=ENVIRONMENT | port | {"RANK": rank, "LOCAL_RANK": rank},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in "01"
-    ]
-    errors = [run.communicate(timeout=300)[1] for run in runs]
-    assert [run.returncode for run in runs] == [1, 9]
-    assert "error: Another process of this dump died" in errors[0] and "Traceback" not in errors[0], errors[0]
+    first, second = [process.completed(300) for process in launch(partial(exec, WAITING, {}), 2, ENVIRONMENT)]
+    assert [first.returncode, second.returncode] == [1, 9]
+    assert "error: Another process of this dump died" in first.stderr and "Traceback" not in first.stderr, first
 
 
 def test_a_begun_dump_of_another_version_is_refused(tmp_path: Path, lm: CausalHFLM) -> None:
@@ -267,34 +258,30 @@ def test_a_begun_dump_of_another_version_is_refused(tmp_path: Path, lm: CausalHF
 
 @pytest.mark.xdist_group("ray")  # one Ray at a time
 @pytest.mark.slow
-def test_ray_tasks_write_what_one_process_writes_also_where_one_is_killed(
-    tmp_path: Path, model_folder: Path, text_file: Path, alone: Datastore
+def test_ray_tasks_write_what_one_process_writes_also_where_they_are_killed(
+    tmp_path: Path, model_folder: Path, text_file: Path, alone: Datastore, ray_address: str
 ) -> None:
-    pytest.importorskip("ray")
     output = tmp_path / "store"
-    driver = subprocess.Popen(
-        command(1, model_folder, text_file, output, "--ray", "local", "--workers", "2"),
-        env=ENVIRONMENT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    killed = None
-    while driver.poll() is None and killed is None:
-        workers = [child for child in psutil.Process(driver.pid).children(recursive=True) if is_writing(child)]
+    (driver,) = dumping(1, model_folder, text_file, output, "--ray", ray_address, "--workers", "2")
+    killed: list[psutil.Process] = []
+    while driver.poll() is None and not killed:
+        begun = entries_done(output) > 0
+        workers = [one for one in psutil.Process().children(recursive=True) if is_worker(one)] if begun else []
         if workers and entries_done(output) > len(alone) // 5:
-            killed = workers[0]
-            killed.send_signal(signal.SIGKILL)
+            for worker in workers:
+                worker.send_signal(signal.SIGKILL)
+            killed = workers
         time.sleep(0.005)
-    out, errors = driver.communicate(timeout=300)
-    assert driver.returncode == 0, errors
-    assert killed is not None and "Next: lm_eval" in out
+    run = driver.completed(300)
+    assert run.returncode == 0, run
+    assert killed and "Next: lm_eval" in run.stdout
     assert_same_files(output, alone)
 
 
-def is_writing(process: psutil.Process) -> bool:
+def is_worker(process: psutil.Process) -> bool:
     try:
-        return "ray::Worker" in " ".join(process.cmdline()) and process.status() != psutil.STATUS_ZOMBIE
+        title = " ".join(process.cmdline())  # before the job begins, and then
+        return ("ray::Worker" in title or "_write_share" in title) and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
 
@@ -302,14 +289,9 @@ def is_writing(process: psutil.Process) -> bool:
 @pytest.mark.xdist_group("ray")  # one Ray at a time
 @pytest.mark.slow
 def test_an_error_in_a_ray_task_is_told_in_one_sentence(
-    tmp_path: Path, model_folder: Path, text_file: Path, alone: Datastore
+    ray_address: str, model_folder: Path, text_file: Path, alone: Datastore
 ) -> None:
-    pytest.importorskip("ray")
-    run = subprocess.run(
-        command(1, model_folder, text_file, alone.path, "--ray", "local"),
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-    )
+    (driver,) = dumping(1, model_folder, text_file, alone.path, "--ray", ray_address)
+    run = driver.completed()
     assert run.returncode == 1, run.stderr
     assert "already holds a finished datastore" in run.stderr and "Traceback" not in run.stderr, run.stderr

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from helpers.oracle import continuation_score, knn_lm_distributions
-from helpers.places import SCRIPTS
+from helpers.ready import launch, script
 from helpers.tiny_model import EVAL_TEXT, MAX_LENGTH, TRAIN_TEXT, make_llama
 from lm_eval.api.instance import Instance
 
@@ -214,17 +212,10 @@ def test_two_processes_and_the_verb(tmp_path: Path, model_folder: Path) -> None:
     text.write_text(TRAIN_TEXT, encoding="utf-8")
     stores = []
     for processes in (1, 2):
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-        words = ["--model_args", f"pretrained={model_folder}", "--text", str(text), "--keys", str(KEYS)]
         output = tmp_path / str(processes)
-        run = subprocess.run(
-            [sys.executable, *(launcher if processes > 1 else []), str(SCRIPTS / "dump_datastore.py"), *words]
-            + ["--output", str(output)],
-            env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-        )
-        assert run.returncode == 0, run.stderr
+        words = ["--model_args", f"pretrained={model_folder}", "--text", text, "--keys", KEYS, "--output", output]
+        for run in launch(script("dump_datastore", *words), processes, os.environ | {"ACCELERATE_USE_CPU": "true"}):
+            assert run.wait(300) == 0, run.printed()
         stores.append(Datastore.open(output))
     assert_same_files(stores[1].path, stores[0])
     assert stores[0].projection is not None

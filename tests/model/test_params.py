@@ -91,6 +91,10 @@ def test_other_conditions_than_those_tuned_with_are_warned_of(mine: Datastore, t
         opened(mine, params=file, recompute_dists=True)
     (message,) = caplog.messages
     assert "recompute_dists=False, now it is recompute_dists=True" in message
+    caplog.clear()
+    opened(mine, params=file, retomaton=True)
+    (message,) = caplog.messages
+    assert "tuned with no retomaton, now it is retomaton=True, duplicates=merge, no_pointer=False:" in message
 
 
 def test_another_index_or_clusters_of_the_same_name_are_warned_of(mine: Datastore, tmp_path: Path, caplog) -> None:

@@ -36,7 +36,6 @@ def test_two_recipes_from_the_hub_to_their_tables(real_hub: Hub, tokenizer, tmp_
         *("--set", "tune.retomaton=", "--set", "tune.adaptive="),
         *("--set", "evaluate.methods.retomaton_tuned=", "--set", "published.methods.retomaton_tuned="),
         *("--set", "evaluate.methods.adaptive=", "--set", "device=cpu"),
-        *("--set", "index.factory=IVF4096,SQ8"),  # quantizers of one number each take minutes to train
     ]
     for name, model, rows in (
         ("distilgpt2", MODELS[0], ["LM alone", "kNN-LM", "knn_tuned", "RetoMaton", "retomaton_searching"]),
@@ -49,7 +48,7 @@ def test_two_recipes_from_the_hub_to_their_tables(real_hub: Hub, tokenizer, tmp_
         assert "compares with nothing published" in ended.said
         store = Datastore.open(output / "store")
         assert len(store) == 1183 and store.manifest.source["dataset"] == WIKITEXT
-        assert json.loads((output / "store" / "index.json").read_text())["factory"] == "IVF30,SQ8"
+        assert json.loads((output / "store" / "index.json").read_text())["factory"] == "IVF30,PQ64"
         table = ended.said[ended.said.rindex("tokens scored") :].splitlines()[2:]
         assert [line.split("  ")[0] for line in table if re.search(r"  \d", line)] == rows
 

@@ -11,7 +11,7 @@ import pytest
 from knn_lm_eval.search import code_layout
 from knn_lm_eval.search.code_layout import ARRAYS, write_in_text_order
 from knn_lm_eval.search.code_tables import CodeTables
-from knn_lm_eval.search.faiss_index import below_transform, split_parts, transformed
+from knn_lm_eval.search.faiss_index import below_transform, make_index, split_parts, transformed
 
 COUNT, DIMENSION = 3000, 24
 
@@ -24,7 +24,7 @@ def keys_of(count: int = COUNT) -> np.ndarray:
 
 def built(factory: str, ids: np.ndarray | None = None) -> faiss.Index:
     keys = keys_of()
-    index = faiss.index_factory(DIMENSION, factory)
+    index = make_index(factory, DIMENSION, "l2")
     index.train(keys)
     if ids is None:
         index.add(keys)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.search import decoded_keys
 from knn_lm_eval.search.decoded_keys import DecodedKeys
-from knn_lm_eval.search.faiss_index import join_parts
+from knn_lm_eval.search.faiss_index import join_parts, make_index
 from knn_lm_eval.search.index_reading import read_index
 
 DIMENSION = 16
@@ -43,7 +43,7 @@ TRAINED: dict[str, Any] = {}
 def trained(kind: str) -> faiss.Index:
     """An empty index of its own, trained once."""
     if kind not in TRAINED:
-        index = faiss.index_factory(DIMENSION, kind)
+        index = make_index(kind, DIMENSION, "l2")
         index.train(SAMPLE)
         TRAINED[kind] = faiss.serialize_index(index)
     return faiss.deserialize_index(TRAINED[kind])

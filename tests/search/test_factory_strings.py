@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import faiss
 import numpy as np
 import pytest
 
@@ -51,20 +50,3 @@ def test_what_a_factory_string_says_holds_for_its_index(factory: str, first_are_
 def test_what_is_unknown_is_not_relied_on() -> None:
     for factory in ("IndexOfSomeType", "LSH", "", "IVF8,Unheard"):
         assert not first_of_more_are_fewer(factory) and not has_exact_distances(factory)
-
-
-@pytest.mark.parametrize("factory", ["PQ4x4", "IVF4,PQ4x4,RFlat", "OPQ4,IVF4,PQ4x4"])
-def test_the_codewords_order_is_not_trained_and_changes_no_distance(factory: str) -> None:
-    random = np.random.default_rng(0)
-    keys = random.standard_normal((1000, 16)).astype(np.float32)
-    found = []
-    for index in (make_index(factory, 16, "l2"), faiss.index_factory(16, factory)):
-        index.train(keys)
-        index.add(keys)
-        innermost = index
-        while innermost is not None:
-            inner, innermost = innermost, getattr(innermost, "index", getattr(innermost, "base_index", None))
-            innermost = innermost if innermost is None else faiss.downcast_index(innermost)
-        found.append((inner.do_polysemous_training, index.search(keys[:50], 20)[0]))
-    assert [trains for trains, _ in found] == [False, True]
-    np.testing.assert_allclose(found[0][1], found[1][1], rtol=1e-4, atol=1e-4)

@@ -20,7 +20,7 @@ from knn_lm_eval.make.lm_speed import lm_microseconds
 from knn_lm_eval.search import index_memory, indexing, probe_choice, quality, training
 from knn_lm_eval.search.choosing import Budget, choose_factory
 from knn_lm_eval.search.exact_distances import exact_distances
-from knn_lm_eval.search.faiss_index import open_index, search
+from knn_lm_eval.search.faiss_index import make_index, open_index, search
 from knn_lm_eval.search.index_retriever import LocalRetriever
 from knn_lm_eval.search.indexing import build_index
 from knn_lm_eval.search.kmeans import two_level_kmeans
@@ -114,9 +114,11 @@ def test_a_slowdown_limits_the_probe(own_store: Datastore, monkeypatch, caplog) 
         build_index(own_store, budget=Budget(slowdown=1.5), quality_queries=0, overwrite=True)
 
 
-def test_building_an_index_reaches_no_lm() -> None:
+def test_a_shard_starts_without_torch_and_building_an_index_reaches_no_lm() -> None:
     source = """
         import sys
+        import knn_lm_eval.search.shard
+        assert "torch" not in sys.modules
         import knn_lm_eval.search.indexing
         upstairs = ("knn_lm_eval.make", "knn_lm_eval.model", "knn_lm_eval.lm", "transformers", "lm_eval")
         print([name for name in sys.modules if name.startswith(upstairs)])
@@ -542,3 +544,24 @@ def test_the_gpu_option_without_a_gpu_searches_on_the_cpu_and_says_so(pristine: 
     on_gpu = LocalRetriever(pristine, k=5, gpu=True).search(queries)
     assert "faiss sees no GPU" in caplog.text
     assert torch.equal(on_gpu[2], LocalRetriever(pristine, k=5).search(queries)[2])
+
+
+@pytest.mark.parametrize("factory", ["PQ1", "IVF2,PQ1", "OPQ1_4,IVF2,PQ1,RFlat", "IDMap,PQ1"])
+def test_codewords_are_trained_for_distances_alone_which_changes_none(factory: str) -> None:
+    keys = np.random.default_rng(0).standard_normal((600, 4)).astype(np.float32)
+    indexes = [make_index(factory, 4, "l2"), faiss.index_factory(4, factory)]
+    assert not trains_order(indexes[0]) and trains_order(indexes[1])
+    found = []
+    for index in indexes:
+        index.train(keys)
+        index.add_with_ids(keys, np.arange(600)) if factory.startswith("IDMap") else index.add(keys)
+        found.append(index.search(keys[:50], 20))
+    np.testing.assert_array_equal(found[0][0], found[1][0])
+    np.testing.assert_array_equal(found[0][1], found[1][1])
+
+
+def trains_order(index: faiss.Index) -> bool:
+    """Whether the PQ at the bottom of an index trains an order of its codewords as well."""
+    while not hasattr(index, "do_polysemous_training"):
+        index = faiss.downcast_index(index.base_index if hasattr(index, "base_index") else index.index)
+    return index.do_polysemous_training

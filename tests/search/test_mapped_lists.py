@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from knn_lm_eval.errors import UserError
-from knn_lm_eval.search.faiss_index import bytes_held, inverted_file, read_index, set_probe
+from knn_lm_eval.search.faiss_index import bytes_held, inverted_file, make_index, read_index, set_probe
 from knn_lm_eval.search.mapped_lists import read_with_mapped_lists
 
 DIMENSION, COUNT = 16, 3000
@@ -21,7 +21,7 @@ def vectors() -> np.ndarray:
 
 
 def write_index(folder: Path, factory: str, vectors: np.ndarray) -> Path:
-    index = faiss.index_factory(DIMENSION, factory)
+    index = make_index(factory, DIMENSION, "l2")
     index.train(vectors)
     index.add(vectors)
     faiss.write_index(index, str(folder / "index.faiss"))

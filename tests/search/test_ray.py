@@ -11,27 +11,30 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from helpers.ray_here import two_nodes
 from helpers.stores import make_store
 from helpers.tiny_model import EVAL_TEXT
 from lm_eval.api.instance import Instance
 
 from knn_lm_eval import KNNHF, UserError
 from knn_lm_eval.make.clustering import cluster_kmeans
-from knn_lm_eval.search import ray_seats
+from knn_lm_eval.search import ray_retriever, ray_seats
 from knn_lm_eval.search.code_distances import CodeDistances
 from knn_lm_eval.search.exact_retriever import ExactRetriever
 from knn_lm_eval.search.index_retriever import LocalRetriever
 from knn_lm_eval.search.indexing import build_index
 from knn_lm_eval.search.ray_retriever import RayExactRetriever, RayRetriever
+from knn_lm_eval.search.ray_shards import Shards
 from knn_lm_eval.search.retriever import Retriever
 from knn_lm_eval.search.shard import Shard
 from knn_lm_eval.store.datastore import Datastore
 from knn_lm_eval.store.manifest import file_record
-from knn_lm_eval.system.ray_cluster import ENVIRONMENT, connect
+from knn_lm_eval.system.ray_cluster import connect
 
 ray = pytest.importorskip("ray", reason="needs Ray")
 pytestmark = pytest.mark.xdist_group("ray")  # one cluster for all
@@ -40,20 +43,10 @@ QUERIES = np.random.default_rng(3).standard_normal((64, 16)).astype(np.float32) 
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
-    """A cluster of two nodes with one CPU each."""
-    from ray.cluster_utils import Cluster
-
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    cluster = Cluster()
-    for node in range(2):
-        head = {} if node else {"include_dashboard": False}
-        cluster.add_node(num_cpus=1, object_store_memory=80 * 2**20, **head)
-    cluster.wait_for_nodes()
-    connect(cluster.address)
-    yield cluster.address
+    """A cluster of two nodes with one CPU each, which this process has joined."""
+    connect(two_nodes.address)
+    yield two_nodes.address
     ray.shutdown()
-    cluster.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +74,37 @@ def opened(address: str, in_parts: Datastore) -> Callable[[str], tuple[Retriever
         return LocalRetriever(in_parts, **settings), RayRetriever(in_parts, address=address, **settings)
 
     return open_both
+
+
+@pytest.fixture(scope="module")
+def opened_exact(address: str, in_parts: Datastore) -> Callable[[str], tuple[ExactRetriever, RayExactRetriever]]:
+    """The same without an index, by what near means."""
+
+    @functools.cache
+    def open_both(sim_func: str) -> tuple[ExactRetriever, RayExactRetriever]:
+        return ExactRetriever(in_parts, 5, sim_func), RayExactRetriever(in_parts, 5, sim_func, address)
+
+    return open_both
+
+
+@pytest.fixture(scope="module")
+def kept_shards() -> Callable[..., Shards]:
+    """What opens shards, once for all who ask for the same."""
+    kept: dict[str, Shards] = {}
+
+    def open_shards(*asked: Any, **more: Any) -> Shards:
+        name = repr((asked, more))
+        if name not in kept:
+            kept[name] = Shards(*asked, **more)
+        return kept[name]
+
+    return open_shards
+
+
+@pytest.fixture
+def with_kept_shards(kept_shards: Callable[..., Shards], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is opened here asks the shards that others asked before."""
+    monkeypatch.setattr(ray_retriever, "Shards", kept_shards)
 
 
 @pytest.fixture(scope="module")
@@ -189,6 +213,7 @@ def test_distances_and_values_of_given_entries_come_from_their_shards(
         {"retomaton": True, "min_knns": 3, "recompute_dists": True},
     ],
 )
+@pytest.mark.usefixtures("with_kept_shards")
 def test_an_evaluation_gives_the_same_numbers_though_a_shard_dies(
     address: str, text_store: Datastore, model_folder: Path, settings: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -275,8 +300,10 @@ def test_settings_that_ray_cannot_serve_are_refused(text_store: Datastore) -> No
 
 @pytest.mark.parametrize("sim_func", ["l2", "dot"])
 @pytest.mark.parametrize("k", [50, 2000])  # the latter more than a node has
-def test_nodes_compare_all_keys_without_an_index(address: str, in_parts: Datastore, sim_func: str, k: int) -> None:
-    remote, local = RayExactRetriever(in_parts, k, sim_func, address), ExactRetriever(in_parts, k, sim_func)
+def test_nodes_compare_all_keys_without_an_index(
+    opened_exact: Callable, in_parts: Datastore, sim_func: str, k: int
+) -> None:
+    local, remote = (retriever.with_settings(k=k) for retriever in opened_exact(sim_func))
     expected, found = local.search(torch.from_numpy(QUERIES)), remote.search(torch.from_numpy(QUERIES))
     torch.testing.assert_close(found.distances, expected.distances, rtol=1e-6, atol=1e-6)
     # Each run's keys are centred by themselves, so equally near ones may change places by the last bit.
@@ -290,6 +317,7 @@ def test_nodes_compare_all_keys_without_an_index(address: str, in_parts: Datasto
     np.testing.assert_allclose(*distances, rtol=1e-6)
 
 
+@pytest.mark.usefixtures("with_kept_shards")
 def test_an_evaluation_without_an_index_gives_the_same_over_ray(
     address: str, text_store: Datastore, model_folder: Path
 ) -> None:

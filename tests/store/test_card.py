@@ -15,8 +15,12 @@ from knn_lm_eval.store.manifest import Manifest
 
 ADDRESS = "hf://datasets/me/store"
 ROWS = [
-    {"probe": 1, "recall": 0.5, "perplexity_cost": 0.1, "perplexity_cost_bound": 0.2},
-    {"probe": 8, "recall": 0.91234, "perplexity_cost": 0.0036, "perplexity_cost_bound": 0.0101},
+    {"probe": 1, "recall": 0.5, "exact_cost": 0.1, "exact_cost_bound": 0.2},
+    # The last two are against the highest probe.
+    {
+        **{"probe": 8, "recall": 0.91234, "exact_cost": 0.0036, "exact_cost_bound": 0.0101},
+        **{"perplexity_cost": 0.0012, "perplexity_cost_bound": 0.0034},
+    },
 ]
 INDEX = {"factory": "IVF16,RaBitQfs", "sim_func": "l2", "probe": 8, "quality": ROWS, "bytes": 58_126}
 HOW: dict[str, Any] = {"size": 193_477, "indexes": {"index": INDEX}, "clusters": {"kmeans": 20}}
@@ -32,6 +36,13 @@ def card(manifest: Manifest, **how: Any) -> tuple[dict[str, Any], str]:
     whole = dataset_card(manifest, ADDRESS, "mit", **(HOW | how))
     head, text = re.fullmatch(r"---\n(.*?)\n---\n(.*)", whole, re.DOTALL).groups()
     return yaml.safe_load(head), text
+
+
+def test_its_name_is_escaped_in_the_text_alone(manifest: Manifest) -> None:
+    named = replace(manifest, source={"dataset": "python_docs", "split": "train"}, model={"pretrained": "org/a_b"})
+    metadata, text = card(named)
+    assert metadata["pretty_name"] == "kNN-LM datastore: python_docs train under org/a_b"
+    assert "# kNN-LM datastore: python\\_docs train under org/a\\_b\n" in text
 
 
 def test_it_says_what_the_store_is(manifest: Manifest) -> None:

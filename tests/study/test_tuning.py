@@ -217,6 +217,9 @@ def test_grids_are_read_and_bad_ones_named() -> None:
     assert parse_axis("knn_temp", "1:16:5", low=1e-6) == (1, 2, 4, 8, 16)
     assert parse_axis("k", "64, 8,64", low=1, whole=True) == (8, 64)
     assert parse_axis("min_knns", "1,inf", low=0) == (1, math.inf)
+    assert parse_axis("knn_temp", 2, low=1e-6) == parse_axis("knn_temp", [2.0], low=1e-6) == (2,)
+    with pytest.raises(UserError, match="--knn_temp None is no grid"):
+        parse_axis("knn_temp", None, low=1e-6)  # type: ignore[arg-type]  # as in a file
 
     def refuses(name: str, text: str, sentence: str, **limits: float) -> None:
         with pytest.raises(UserError, match=sentence):

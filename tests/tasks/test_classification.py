@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import datasets
 import lm_eval
 import pytest
 import yaml
+from helpers.classification_data import write_classification_data
 from helpers.places import TASKS
 from lm_eval.tasks import TaskManager
 
@@ -18,24 +18,6 @@ from knn_lm_eval.errors import UserError
 from knn_lm_eval.lm.loading import CausalHFLM
 from knn_lm_eval.tasks import classification, corpora
 
-LOCAL: dict[str, list[dict[str, Any]]] = {
-    "sst2/test.jsonl": [{"label": str(label), "text": f"a film of {label} stars ."} for label in (1, 2, 3, 4, 5)],
-    "rotten_tomatoes/test.jsonl": [
-        {"task": "rotten_tomatoes", "input": "the soundtrack is worth it .", "output": "positive", "options": []},
-        {"task": "rotten_tomatoes", "input": "silly and tedious .", "output": "negative", "options": []},
-    ],
-    "mr/test.jsonl": [{"label": "0", "text": "simplistic ."}, {"label": "1", "text": "a joy ."}],
-    "cr/test.jsonl": [{"label": "0", "text": "it does n't play ."}, {"label": "1", "text": "works well ."}],
-    "rte/val.jsonl": [
-        {"premise": "Dana had a cat.", "hypothesis": "Dana had an animal.", "label": "entailment", "idx": 0},
-        {"premise": "Dana had a cat.", "hypothesis": "Dana had a dog.", "label": "not_entailment", "idx": 1},
-    ],
-    "cb/test.jsonl": [{"premise": "Nobody has said.", "hypothesis": "it is so", "idx": 0}],  # without labels, as there
-    "cb/dev.jsonl": [{"premise": "Is there a shipment?", "hypothesis": "there is one", "label": "neutral", "idx": 1}],
-    "agn/test.jsonl": [{"Class Index": "3", "Title": "Fears", "Description": "Unions say."}],
-    "hyp/test.jsonl": [{"": "0", "text": "As seen on television ", "id": "0", "label": "1"}],
-    "yahoo/test.jsonl": [{"topic": 4, "question_title": "why?", "best_answer": "a bug", "question_content": ""}],
-}
 # Each task's prompts and the numbers of the right choices, by hand from the templates of knnlm-limits.
 TONE = " The sentence has a tone that is"
 EXPECTED: dict[str, list[tuple[str, int]]] = {
@@ -63,10 +45,7 @@ def nothing_from_outside(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    for name, rows in LOCAL.items():
-        file = tmp_path / "data" / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    write_classification_data(tmp_path / "data")
     return tmp_path / "data"
 
 
