@@ -13,6 +13,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests run side by side; thr
 
 from helpers.hub_server import Hub, hub_server
 from helpers.ray_here import two_nodes
+from helpers.real_model import FirstRun, make_first_run
 from helpers.stores import part_of
 from helpers.tiny_model import TRAIN_TEXT, make_llama
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -92,6 +93,12 @@ def train_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def lm(model_folder: Path) -> CausalHFLM:
     return CausalHFLM(str(model_folder), device="cpu", batch_size=3)
+
+
+@pytest.fixture(scope="session")
+def first_run(tmp_path_factory: pytest.TempPathFactory) -> FirstRun:
+    """With the real model; for tests that are marked with NEEDS_REAL_MODEL."""
+    return make_first_run(tmp_path_factory.mktemp("first"))
 
 
 @pytest.fixture(scope="session")

@@ -46,7 +46,7 @@ COMMANDS = {
 def run_without(hidden: str, tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run Python with these arguments as if the modules that ``hidden`` names were not installed."""
     (tmp_path / "sitecustomize.py").write_text(HIDE)
-    path = os.pathsep.join([str(tmp_path), str(REPO), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(tmp_path), str(REPO), str(REPO / "tests"), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"HIDDEN": hidden, "PYTHONPATH": path}
     return subprocess.run([sys.executable, *arguments], env=environment, cwd=tmp_path, capture_output=True, text=True)
 
@@ -100,7 +100,7 @@ def test_a_submodule_and_a_library_s_own_sentence_count(monkeypatch: pytest.Monk
 
 def lm_eval(tmp_path: Path, hidden: str, model_args: str) -> subprocess.CompletedProcess[str]:
     arguments = ["--model", "knn-hf", "--model_args", model_args, "--tasks", "python_docs", "--limit", "1"]
-    return run_without(hidden, tmp_path, "-m", "lm_eval", *arguments)
+    return run_without(hidden, tmp_path, "-c", f"from helpers.programs import be_lm_eval; be_lm_eval({arguments})")
 
 
 def test_lm_eval_without_faiss(tmp_path: Path) -> None:

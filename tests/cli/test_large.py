@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from helpers.places import SCRIPTS
+from helpers.programs import ready_command
 from helpers.tiny_model import EVAL_TEXT
 
 from knn_lm_eval.make.projecting import project_datastore
@@ -26,7 +27,6 @@ STEPS = [
 ]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "entries, numbers, settings",
     [
@@ -45,9 +45,11 @@ def test_all_that_is_done_with_a_large_store(
     sizes = {"ENTRIES": str(entries), "MEMORY": "1GiB", "QUERIES": "64"}
     sizes |= {"TOKENS": "60", "REPEATS": "1", "MODEL_ARGS": "k=64"}
     command = ["bash", str(SCRIPTS / "large.sh"), str(tmp_path / "large"), str(text), str(source.path)]
-    done = subprocess.run(command, env=os.environ | sizes | settings, capture_output=True, text=True)
+    with ready_command() as folder:
+        environment = os.environ | sizes | settings | {"PATH": f"{folder}:{os.environ['PATH']}"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     table = (tmp_path / "large" / "large.md").read_text().splitlines()
     assert [line.split(" | ")[0].removeprefix("| ") for line in table[2:]] == STEPS
-    again = subprocess.run(command, env=os.environ | sizes | settings, capture_output=True, text=True)
+    again = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert again.returncode == 0 and again.stdout.splitlines() == table, "what is done is not done again"

@@ -6,8 +6,6 @@ import json
 import math
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import lm_eval
@@ -16,6 +14,7 @@ import pytest
 import torch
 from helpers.oracle import continuation_score, knn_lm_distributions
 from helpers.places import TASKS
+from helpers.programs import run_lm_eval
 from helpers.tiny_model import EVAL_TEXT, MAX_LENGTH, make_llama
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
@@ -344,25 +343,10 @@ def test_a_slightly_different_model_is_only_warned_about(store: Datastore, token
 )
 def test_the_command_line_ends_with_one_sentence(store, tmp_path, model_args: str, sentence: str) -> None:
     (tmp_path / "test.en").write_text("x\n")
-    command = [
-        sys.executable,
-        "-m",
-        "lm_eval",
-        "--model",
-        "knn-hf",
-        "--tasks",
-        "law",
-        "--metadata",
-        f"data_dir={tmp_path}",
-    ]
-    command += [
-        "--include_path",
-        str(TASKS),
-        "--model_args",
-        model_args.replace("STORE", str(store.path)),
-    ]
-    environment = {k: v for k, v in os.environ.items() if k != "KNN_LM_EVAL_DATASTORE"} | {"HF_HUB_OFFLINE": "1"}
-    run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    command = ["--model", "knn-hf", "--tasks", "law", "--metadata", f"data_dir={tmp_path}"]
+    command += ["--include_path", TASKS, "--model_args", model_args.replace("STORE", str(store.path))]
+    environment = {k: v for k, v in os.environ.items() if k != "KNN_LM_EVAL_DATASTORE"}
+    run = run_lm_eval(*command, environment=environment)
     assert run.returncode == 1
     assert sentence in run.stderr.strip().splitlines()[-1], run.stderr[-2000:]
     assert "Traceback" not in run.stderr

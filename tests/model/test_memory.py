@@ -24,13 +24,13 @@ from knn_lm_eval.store.clusters import FORMAT as CLUSTERS_FORMAT
 from knn_lm_eval.store.manifest import FORMAT, FORMAT_VERSION, file_record
 from knn_lm_eval.system.files import write_json
 
-VOCABULARY, MAX_LENGTH, BATCH_SIZE, K, ENTRIES = 256_000, 4096, 4, 1024, 4000
+VOCABULARY, MAX_LENGTH, BATCH_SIZE, K, ENTRIES = 64_000, 4096, 4, 1024, 4000
 LIMIT = 500e6  # bytes on top of model, index and values
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="measured through Linux's /proc")
 def test_peak_memory_is_bounded(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    """One batch whose logits would take 17 GB, in a process of its own."""
+    """One batch whose logits would take 4 GB, in a process of its own."""
     model, store, text = tmp_path / "model", tmp_path / "store", tmp_path / "text.txt"
     changes = {"vocab_size": VOCABULARY, "max_position_embeddings": MAX_LENGTH, "tie_word_embeddings": True}
     make_llama(**changes).save_pretrained(model)

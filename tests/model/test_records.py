@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -225,9 +226,23 @@ NGRAMS: dict[str, dict[str, Any]] = {
 }
 
 
+class SlowNGrams:
+    """Plain loops over the datastore's documents, each done once for all tests."""
+
+    def __init__(self, store: Datastore) -> None:
+        documents = [part.tolist() for part in np.split(np.array(store.values), store.document_starts[1:])]
+        self.p = cache(lambda read, token: ngram_p(documents, list(read), token))
+        self.overlap = cache(lambda tokens: longest_end(documents, list(tokens), continued=False))
+
+
+@pytest.fixture(scope="module")
+def slow_ngrams(sorted_store: Datastore) -> SlowNGrams:
+    return SlowNGrams(sorted_store)
+
+
 @pytest.mark.parametrize("name", NGRAMS)
 def test_records_of_a_mixture_with_ngrams(
-    name: str, make: Callable[..., KNNHF], sorted_store: Datastore, tmp_path: Path
+    name: str, make: Callable[..., KNNHF], sorted_store: Datastore, slow_ngrams: SlowNGrams, tmp_path: Path
 ) -> None:
     """log p is the whole mixture's, and overlaps are those of plain loops over the datastore's documents."""
     how = NGRAMS[name] | {"datastore": str(sorted_store.path), "ngram_lmbda": 0.3}
@@ -235,7 +250,6 @@ def test_records_of_a_mixture_with_ngrams(
     texts, pairs = lm.loglikelihood_rolling(rolling()), lm.loglikelihood(choices())
     assert texts == plain.loglikelihood_rolling(rolling()) and pairs == plain.loglikelihood(choices())
     records = read_records(tmp_path / "r")
-    documents = [p.tolist() for p in np.split(np.array(sorted_store.values), sorted_store.document_starts[1:])]
     of_texts, of_pairs = by_request(records, "texts"), by_request(records, "choices")
     for number, score in enumerate(texts):
         mine = of_texts[number, 0]
@@ -249,11 +263,11 @@ def test_records_of_a_mixture_with_ngrams(
             p_knn = 0.0 if math.isnan(of["knn_log_prob"]) else math.exp(of["knn_log_prob"])
             others = (1 - of["lmbda"]) * math.exp(of["lm_log_prob"]) + of["lmbda"] * p_knn
             read = [lm.prefix_token_id, *tokens[:place]][-int(of["read"]) :]
-            p = ngram_p(documents, read, tokens[place])
+            p = slow_ngrams.p(tuple(read), tokens[place])
             assert math.exp(of["ngram_log_prob"]) == pytest.approx(p, rel=1e-5, nan_ok=True)
             expected = others if math.isnan(p) else 0.7 * others + 0.3 * p
             assert math.exp(of["log_prob"]) == pytest.approx(expected, rel=1e-4)
-            assert of["overlap"] == longest_end(documents, tokens[: place + 1], continued=False)
+            assert of["overlap"] == slow_ngrams.overlap(tuple(tokens[: place + 1]))
     assert (records.columns["searched"].any()) == (name != "LM")
 
 

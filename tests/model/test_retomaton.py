@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import lm_eval
@@ -12,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 from helpers.oracle import continuation_score, lm_outputs
-from helpers.places import SCRIPTS, TASKS
+from helpers.places import TASKS
+from helpers.programs import run_script
 from helpers.slow_automaton import StoreForOracle, slow_walk
 from helpers.stores import make_store
 from helpers.tiny_model import MAX_LENGTH, TRAIN_TEXT
@@ -207,8 +206,7 @@ def test_saved_searches_stand_in_lm_evals_table(clustered: Datastore, tmp_path: 
 def test_the_curve_equals_separate_runs(clustered: Datastore, tmp_path: Path) -> None:
     (tmp_path / "test.en").write_text("\n".join(TEXTS) + "\n")
     command = [
-        sys.executable,
-        str(SCRIPTS / "foss_curve.py"),
+        "foss_curve",
         "--tasks",
         "law",
         "--output",
@@ -221,7 +219,7 @@ def test_the_curve_equals_separate_runs(clustered: Datastore, tmp_path: Path) ->
         f"data_dir={tmp_path}",
     ]
     command += ["--min_knns", "1,5,inf", "--clusters", "none,kmeans"]
-    run = subprocess.run(command, capture_output=True, text=True)
+    run = run_script(*command)
     assert run.returncode == 0, run.stderr[-2000:]
     import csv
 

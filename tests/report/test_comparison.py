@@ -7,14 +7,12 @@ import io
 import json
 import logging
 import math
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from helpers.places import SCRIPTS
+from helpers.programs import run_script
 from helpers.results import documents, knn_config, write_results
 
 from knn_lm_eval.errors import UserError
@@ -323,22 +321,17 @@ def test_other_windows_and_damaged_ones_give_no_interval(tmp_path: Path) -> None
         assert task.notes == ["no intervals: one document only, and no sums over the same windows of it"]
 
 
-def script(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, SCRIPTS / "compare.py", *arguments]
-    return subprocess.run([str(part) for part in command], capture_output=True, text=True)
-
-
 def test_the_script(folder: Path) -> None:
     (folder / "results_broken.json").write_text("{")
-    process = script(folder, "--baseline", "hf", "--resamples", 500)
+    process = run_script("compare", folder, "--baseline", "hf", "--resamples", 500)
     assert process.returncode == 0, process.stderr
     assert "kNN-LM k=1024" in process.stdout and "seed 0" in process.stdout
     assert process.stderr.count("\n") == 1 and "results_broken.json is damaged" in process.stderr
-    again = script(folder, "--baseline", "hf", "--resamples", 500)
+    again = run_script("compare", folder, "--baseline", "hf", "--resamples", 500)
     assert again.stdout == process.stdout
-    refused = script(folder, "--output", folder / "table.md")
+    refused = run_script("compare", folder, "--output", folder / "table.md")
     assert refused.returncode == 1 and "table.md needs --format markdown, csv or latex" in refused.stderr
-    refused = script(folder, "--format", "csv", "--output", folder / "results_broken.json" / "table.csv")
+    refused = run_script("compare", folder, "--format", "csv", "--output", folder / "results_broken.json" / "table.csv")
     assert refused.returncode == 1 and refused.stderr.splitlines()[-1].startswith("error: Cannot write to")
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import jinja2
 import pytest
-from helpers.places import SCRIPTS
+from helpers.programs import run_script
 from helpers.results import documents, knn_config, write_results
 
 from knn_lm_eval.report.comparison import compare
@@ -27,11 +27,6 @@ from knn_lm_eval.store.datastore import Datastore
 HOSTILE = (
     "</script></style></title><script>alert(1)</script><img src=x onerror=alert(1)>\"' {{ 7*7 }} {% x %} {# y #} &lt;"
 )
-
-
-def run(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, SCRIPTS / f"{script}.py", *arguments]
-    return subprocess.run([str(part) for part in command], capture_output=True, text=True)
 
 
 class Checker(html.parser.HTMLParser):
@@ -77,7 +72,9 @@ def checked(page: str) -> Checker:
 def token_file(tmp_path_factory: pytest.TempPathFactory, store: Datastore) -> Path:
     file = tmp_path_factory.mktemp("tokens") / "text.json"
     model_args = f"datastore={store.path},k=20,lmbda=0.5"
-    process = run("inspect_neighbours", "--model_args", model_args, "--text", "An <b> & </script> such", "--json", file)
+    process = run_script(
+        "inspect_neighbours", "--model_args", model_args, "--text", "An <b> & </script> such", "--json", file
+    )
     assert process.returncode == 0, process.stderr
     return file
 
@@ -112,7 +109,7 @@ def folder(tmp_path: Path, token_file: Path) -> Path:
 
 def test_the_page_has_all_that_lies_in_the_folder_and_needs_no_network(folder: Path, tmp_path: Path) -> None:
     page = tmp_path / "out" / "report.html"
-    process = run("compare", folder, "--baseline", "hf", "--resamples", 500, "--report", page)
+    process = run_script("compare", folder, "--baseline", "hf", "--resamples", 500, "--report", page)
     assert process.returncode == 0, process.stderr
     text = page.read_text()
     checked(text)
@@ -127,14 +124,14 @@ def test_the_page_has_all_that_lies_in_the_folder_and_needs_no_network(folder: P
     comparison = process.stdout.split()
     assert all(cell in text for cell in comparison if re.fullmatch(r"−\d+\.\d+", cell))
     # The same command writes the same page.
-    run("compare", folder, "--baseline", "hf", "--resamples", 500, "--report", tmp_path / "again.html")
+    run_script("compare", folder, "--baseline", "hf", "--resamples", 500, "--report", tmp_path / "again.html")
     assert (tmp_path / "again.html").read_text() == text
 
 
 def test_damaged_grids_and_other_programs_files_are_named_and_left_out(folder: Path, tmp_path: Path) -> None:
     (folder / "cut.csv").write_text("k,knn_temp,lmbda,token_perplexity\n8,1,0.2,20\n8,1,0.")
     (folder / "theirs.json").write_text('{"tokens": [{"p_lm": 0.5}], "points": [{"saved_searches": 0.5}]}')
-    process = run("compare", folder, "--resamples", 100, "--report", tmp_path / "report.html")
+    process = run_script("compare", folder, "--resamples", 100, "--report", tmp_path / "report.html")
     assert process.returncode == 0 and "cut.csv is damaged or half-written: left out." in process.stderr
     assert process.stderr.count("theirs.json is not what it looks like") == 2
     assert "tuned, k=64" in (tmp_path / "report.html").read_text()

@@ -6,6 +6,8 @@ import dataclasses
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -44,12 +46,23 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Datastore:
     return store
 
 
+@pytest.fixture(scope="module")
+def indexed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int | None], Datastore]:
+    """A datastore with an index of a factory string and so many parts."""
+
+    @cache
+    def indexed(factory: str, parts: int | None) -> Datastore:
+        store = make_store(tmp_path_factory.mktemp("indexed") / "s")
+        build_index(store, factory, parts=parts, quality_queries=0)
+        return store
+
+    return indexed
+
+
 @pytest.mark.parametrize("parts", [None, 3])
 @pytest.mark.parametrize("factory", FACTORIES)
-def test_a_probe_of_one_search_finds_what_a_set_one_does(tmp_path: Path, factory: str, parts: int | None) -> None:
-    store = make_store(tmp_path / "s")
-    build_index(store, factory, parts=parts, quality_queries=0)
-    index, _ = open_index(store)
+def test_a_probe_of_one_search_finds_what_a_set_one_does(indexed, factory: str, parts: int | None) -> None:
+    index, _ = open_index(indexed(factory, parts))
     found = []
     for probe in (1, 3, 16, 1000):
         set_probe(index, 2)
@@ -63,12 +76,10 @@ def test_a_probe_of_one_search_finds_what_a_set_one_does(tmp_path: Path, factory
 @pytest.mark.parametrize("probe", [None, 3])
 @pytest.mark.parametrize("factory", FACTORIES)
 def test_faiss_is_given_no_more_queries_than_it_has_tables_for(
-    tmp_path: Path, factory: str, probe: int | None, monkeypatch: pytest.MonkeyPatch
+    indexed, factory: str, probe: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of 16,000 queries of 576 numbers at probe 64, which are 2.2 GiB, RaBitQfs in faiss 1.15 dies."""
-    store = make_store(tmp_path / "s")
-    build_index(store, factory, quality_queries=0)
-    index, _ = open_index(store)
+    index, _ = open_index(indexed(factory, None))
     set_probe(index, 4)
     expected, compared = search(index, QUERIES, 50, probe), vectors_compared(index, len(QUERIES))
     calls, original = [], index.search

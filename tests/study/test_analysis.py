@@ -6,14 +6,12 @@ import html
 import json
 import math
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from helpers.places import SCRIPTS
+from helpers.programs import run_script
 from helpers.tiny_model import EVAL_TEXT, MAX_LENGTH
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -398,13 +396,10 @@ def check_ngrams(records: Records, of_property: dict[str, Any]) -> None:
     assert cells == {name: tokens for name, tokens in expected.items() if tokens} and len(cells) > 1
 
 
-def script(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, SCRIPTS / "analyse.py", *arguments]
-    return subprocess.run([str(part) for part in command], capture_output=True, text=True)
-
-
 def test_the_verb_prints_and_writes(folders: list[Path], tmp_path: Path) -> None:
-    process = script(*folders, "--output", tmp_path / "a.json", "--html", tmp_path / "a.html", "--resamples", 20)
+    process = run_script(
+        "analyse", *folders, "--output", tmp_path / "a.json", "--html", tmp_path / "a.html", "--resamples", 20
+    )
     assert process.returncode == 0, process.stderr
     assert "Entropy of the LM (nats): kNN-LM" in process.stdout and "RetoMaton" in process.stdout
     assert json.loads((tmp_path / "a.json").read_text())["format"] == "knn_lm_eval analysis"
@@ -432,7 +427,7 @@ def test_records_are_called_by_what_sets_them_apart() -> None:
     ],
 )
 def test_what_is_wrong_is_said_in_one_sentence(arguments: list[object], sentence: str) -> None:
-    process = script(*arguments)
+    process = run_script("analyse", *arguments)
     assert process.returncode == 1
     assert process.stderr.startswith(f"error: {sentence}") and process.stderr.count("\n") == 1
 

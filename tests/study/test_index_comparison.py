@@ -6,13 +6,11 @@ import csv
 import json
 import math
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.places import SCRIPTS
+from helpers.programs import run_script
 from helpers.tiny_model import EVAL_TEXT
 from lm_eval.api.instance import Instance
 
@@ -129,13 +127,12 @@ def test_the_front_is_what_nothing_beats() -> None:
 
 
 def test_command_line(indexed: Datastore, tmp_path: Path) -> None:
-    script = SCRIPTS / "compare_indexes.py"
     for name, text in TEXTS.items():
         (tmp_path / f"{name}.txt").write_text(text, encoding="utf-8")
-    command = [sys.executable, str(script), "--model_args", f"datastore={indexed.path},lmbda=0.4"]
+    command = ["compare_indexes", "--model_args", f"datastore={indexed.path},lmbda=0.4"]
     command += ["--text", *(str(tmp_path / f"{name}.txt") for name in TEXTS), "--tokens", "50"]
     command += ["--indexes", "index", "coarse:1,4", "--k", "10,20", "--cpu_time", "--output", str(tmp_path / "out")]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = run_script(*command)
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "out" / "indexes.json").read_text())
     assert report["settings"]["tokens"] == {"one": 50, "two": 50} and report["settings"]["entries"] == len(indexed)
@@ -145,5 +142,5 @@ def test_command_line(indexed: Datastore, tmp_path: Path) -> None:
         assert len(list(csv.DictReader(file))) == len(report["indexes"])
     assert (tmp_path / "out" / "indexes.png").stat().st_size > 1000
     assert "coarse" in done.stdout and "exact" in done.stdout
-    wrong = subprocess.run([*command, "--k", "0"], capture_output=True, text=True)
+    wrong = run_script(*command, "--k", "0")
     assert wrong.returncode and wrong.stderr.strip().count("\n") == 0 and "at least 1" in wrong.stderr

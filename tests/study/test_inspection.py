@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import shutil
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers.places import SCRIPTS
+from helpers.programs import run_script
 from helpers.tiny_model import EVAL_TEXT, MAX_LENGTH, TRAIN_TEXT
 from lm_eval.api.instance import Instance
 
@@ -23,11 +22,6 @@ from knn_lm_eval.store.manifest import file_record
 from knn_lm_eval.study.inspection import inspect_text
 
 TEXT = EVAL_TEXT[:200] + TRAIN_TEXT[300:500]
-
-
-def inspect_script(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, SCRIPTS / "inspect_neighbours.py", *arguments]
-    return subprocess.run([str(part) for part in command], capture_output=True, text=True)
 
 
 @pytest.mark.parametrize("how", [{}, {"retomaton": True, "min_knns": 2}])
@@ -86,11 +80,11 @@ def test_the_page_holds_all_figures_and_cannot_be_broken_by_the_text() -> None:
 
 def test_the_script_prints_and_writes_a_page(store: Datastore, tmp_path: Path) -> None:
     arguments = ("--model_args", f"datastore={store.path},k=20", "--text", "the statement executes")
-    process = inspect_script(*arguments)
+    process = run_script("inspect_neighbours", *arguments)
     assert process.returncode == 0, process.stderr
     assert "statement" in process.stdout.replace("\n", "") or "tement" in process.stdout
     page = tmp_path / "pages" / "page.html"
-    process = inspect_script(*arguments, "--html", page)
+    process = run_script("inspect_neighbours", *arguments, "--html", page)
     assert process.returncode == 0, process.stderr
     assert "lmbda=0.25" in page.read_text()
 
@@ -105,6 +99,6 @@ def test_the_script_prints_and_writes_a_page(store: Datastore, tmp_path: Path) -
     ],
 )
 def test_bad_input(arguments: list[object], message: str) -> None:
-    process = inspect_script("--model_args", "datastore=nowhere", *arguments)
+    process = run_script("inspect_neighbours", "--model_args", "datastore=nowhere", *arguments)
     assert process.returncode == 1
     assert process.stderr.startswith(f"error: {message}") and process.stderr.count("\n") == 1

@@ -6,15 +6,14 @@ import json
 import math
 import os
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
+from subprocess import CompletedProcess
 from typing import Any
 
 import pytest
 import torch
-from helpers.places import SCRIPTS
+from helpers.programs import run_script
 from helpers.tiny_model import EVAL_TEXT
 from lm_eval.api.instance import Instance
 
@@ -26,9 +25,8 @@ from knn_lm_eval.store.datastore import Datastore
 from knn_lm_eval.study.speed import SpeedComparison
 
 
-def bench(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, SCRIPTS / "speed.py", *arguments]
-    return subprocess.run([str(part) for part in command], capture_output=True, text=True)
+def bench(*arguments: object) -> CompletedProcess[str]:
+    return run_script("speed", *arguments)
 
 
 @pytest.fixture

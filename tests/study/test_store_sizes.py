@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import lm_eval
 import numpy as np
 import pytest
 from helpers.oracle import knn_lm_distributions
-from helpers.places import SCRIPTS, TASKS
+from helpers.places import TASKS
+from helpers.programs import run_script
 from helpers.tiny_model import EVAL_TEXT
 from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
@@ -23,11 +22,6 @@ from knn_lm_eval.errors import UserError
 from knn_lm_eval.make.pruning import positions_of_entries
 from knn_lm_eval.search.indexing import build_index
 from knn_lm_eval.study.store_sizes import StoreSizeScorer
-
-
-def run(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, SCRIPTS / f"{script}.py", *arguments]
-    return subprocess.run([str(part) for part in command], capture_output=True, text=True)
 
 
 def law(tmp_path: Path) -> TaskManager:
@@ -81,7 +75,7 @@ def test_parts_are_random_nested_and_of_their_size() -> None:
 
 def test_the_script_for_sizes_writes_what_the_report_draws(store, tmp_path) -> None:
     law(tmp_path)
-    process = run(
+    process = run_script(
         "store_sizes",
         *("--model_args", f"datastore={store.path},k=20,knn_temp=5", "--tasks", "law"),
         *("--metadata", f"data_dir={tmp_path}", "--fractions", "0.05,1", "--output", tmp_path / "sizes"),

@@ -7,7 +7,6 @@ import json
 import math
 import runpy
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,8 +15,10 @@ import numpy as np
 import pytest
 import torch
 from helpers.places import SCRIPTS
+from helpers.programs import others_task_files, run_script
 from helpers.tiny_model import EVAL_TEXT, TRAIN_TEXT
 from lm_eval.api.instance import Instance
+from lm_eval.tasks._index import TaskIndex
 
 import knn_lm_eval
 from knn_lm_eval import KNNHF, Datastore, UserError
@@ -266,10 +267,10 @@ def test_the_command_writes_what_an_evaluation_then_uses(
     shutil.copytree(store.path, tmp_path / "store")
     mine = Datastore.open(tmp_path / "store")
     grid = ["--k", "4,32", "--knn_temp", "1,4,16,64", "--lmbda", "0.1:0.9:5"]
-    command = [sys.executable, str(SCRIPTS / "tune.py"), "--model_args", f"datastore={mine.path}"]
+    command = ["tune", "--model_args", f"datastore={mine.path}"]
     command += ["--metadata", f"data_dir={data}", "--tasks", "law_valid", *grid, "--save_default"]
     command += ["--output", str(tmp_path / "out" / "tuned.json")]
-    run = subprocess.run(command, capture_output=True, text=True)
+    run = run_script(*command)
     assert run.returncode == 0, run.stderr[-2000:]
     for suffix in ("csv", "json", "png", "svg"):
         assert (tmp_path / "out" / f"tuned.{suffix}").stat().st_size > 100
@@ -332,8 +333,10 @@ def test_an_adaptive_lmbda_is_fitted_and_then_scores_as_promised(
         assert lm.get_model_info()["knn"]["saved_searches"] == pytest.approx(0.25, abs=0.01)
 
 
-def test_what_tune_refuses(store: Datastore, tmp_path: Path, tune_main) -> None:
+def test_what_tune_refuses(store: Datastore, tmp_path: Path, tune_main, monkeypatch) -> None:
     output = tmp_path / "tuned.json"
+    # It is looked for among lm-eval's own tasks, which takes ten seconds.
+    monkeypatch.setattr(TaskIndex, "_iter_yaml_files", staticmethod(others_task_files))
 
     def refuses(sentence: str, *more: str, to: Path = output, **changes: str) -> None:
         with pytest.raises(UserError, match=sentence) as caught:
