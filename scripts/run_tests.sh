@@ -25,13 +25,12 @@ case "${1:-}" in
     shift
     prepare cpu,test .venv-lowest constraints-lowest.txt
     stage "pytest, lowest versions"
-    exec pytest -n 2 --dist loadgroup -m "not slow" tests/test_lowest_versions.py tests/system tests/methods \
-        tests/store/test_old_store.py tests/store/test_names.py tests/store/test_key_stream.py \
-        tests/lm/test_loading.py tests/search/test_retriever.py tests/search/test_factory_strings.py \
-        tests/search/test_mapped_lists.py tests/model/test_generation.py tests/model/test_params.py \
-        tests/make/test_text.py tests/make/test_growing.py tests/study/test_fitting.py tests/study/test_inspection.py \
-        tests/tasks tests/report/test_tables.py tests/report/test_plots.py tests/report/test_comparison.py \
-        tests/cli/test_first_run.py "$@"
+    exec pytest -n 2 --dist loadgroup -m "not slow" tests/test_lowest_versions.py \
+        tests/system/test_{diagnosis,files,locks,ray_jobs}.py tests/methods/test_{automaton,mixture,ngrams}.py \
+        tests/store/test_{card,hub,key_stream,old_store}.py tests/lm/test_loading.py \
+        tests/search/test_{factory_strings,mapped_lists,retriever,sign_codes}.py tests/make/test_text.py \
+        tests/model/test_{generation,params}.py tests/study/test_{fitting,inspection}.py \
+        tests/tasks/test_classification.py tests/report/test_{plots,tables}.py tests/cli/test_{completion,first_run}.py "$@"
     ;;
 --unpinned)
     shift
