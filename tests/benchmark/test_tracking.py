@@ -103,7 +103,7 @@ def test_results_load_in_pandas_by_the_line_in_the_docs(
 
 def test_the_file_for_lm_eval_in_the_docs_is_one_that_it_takes() -> None:
     page = (REPO / "docs" / "how-to" / "evaluate.md").read_text(encoding="utf-8")
-    content = yaml.safe_load(page.partition("```yaml\n")[2].partition("```")[0])
+    content = yaml.safe_load(page.partition('```yaml title="evaluation.yaml"\n')[2].partition("```")[0])
     config = EvaluatorConfig(**content)
     assert config.model == "knn-hf" and config.log_samples
     KNNHF.refuse_mistyped(config.model_args)

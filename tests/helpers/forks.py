@@ -104,6 +104,9 @@ def print_to(output: int, errors: int) -> None:
 def as_an_interpreter(work: Callable[[], object]) -> int:
     """Do ``work``, and say what went wrong as an interpreter would that has begun with it; returns its exit status."""
     sys.excepthook = sys.__excepthook__
+    if torch := sys.modules.get("torch"):
+        # After a fork torch makes a new pool of threads when one is asked for, but two that ask at once may get none.
+        torch.set_num_threads(torch.get_num_threads())
     try:
         work()
     except SystemExit as end:
